@@ -1,0 +1,69 @@
+# Everything runs in .venv, which is made once: with uv where there is one, else with venv and pip.
+# Another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/gpt_stdlib
+CONFIG ?= configs/gpt_stdlib.py
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help pretrain test lint evaluate generate benchmark parity clean \
+	reproduce-shakespeare reproduce-kills reproduce-overhead
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | \
+		awk -F'|' '{printf "  make %-22s %s\n", $$1, $$2}'
+	@echo
+	@echo "  Variables: PYTHON=python3.12  RUN=runs/x  CONFIG=configs/x.py  ARGS='--config.optim.lr=1e-3'"
+
+# The stamp's name holds what the environment was made for, so a change of pyproject.toml makes it again.
+$(VENV)/.ready: pyproject.toml
+	@command -v git >/dev/null || { echo "git is needed"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
+	@echo "Making $(VENV) (once) ..."
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV) && \
+		uv pip install --quiet --python $(BIN)/python -e '.[dev]'; \
+	else \
+		$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'; \
+	fi
+	@touch $@
+
+pretrain: $(VENV)/.ready  ## train the main job on your Python's standard library; the same command resumes
+	@$(BIN)/python -m experiments.train --config=$(CONFIG) --workdir=$(RUN) $(ARGS)
+
+test: $(VENV)/.ready  ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+evaluate: $(VENV)/.ready  ## evaluate RUN
+	@$(BIN)/python -m experiments.evaluate --run $(RUN) $(ARGS)
+
+generate: $(VENV)/.ready  ## continue a prompt with RUN: make generate ARGS="--prompt 'def '"
+	@$(BIN)/python -m experiments.generate --run $(RUN) $(ARGS)
+
+benchmark: $(VENV)/.parity  ## step times beside PyTorch, the loop's overhead, checkpoint blocking, start-up
+	@$(BIN)/python -m experiments.benchmark $(ARGS)
+
+$(VENV)/.parity: $(VENV)/.ready
+	@echo "Adding the PyTorch references (once) ..."
+	@if command -v uv >/dev/null; then uv pip install --quiet --python $(BIN)/python -e '.[parity]' 'torch==2.13.0'; \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' -e '.[parity]'; fi
+	@touch $@
+
+parity: $(VENV)/.parity  ## compare with PyTorch live
+	@$(BIN)/python -m pytest -m parity tests/parity $(ARGS)
+
+reproduce-shakespeare: $(VENV)/.ready  ## nanoGPT's CPU figure; DATA=path/to/input.txt (about 2 minutes)
+	@$(BIN)/python -m experiments.reproduce.shakespeare --data $(DATA) $(ARGS)
+
+reproduce-kills: $(VENV)/.ready  ## kill a run 20 times and compare with an undisturbed one (about 10 minutes)
+	@$(BIN)/python -m experiments.reproduce.kills $(ARGS)
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,110 @@
+"""What the commands share: flags, logging, the compile cache, errors and exit codes.
+
+Exit codes: 0 success, 1 an error of the program, 2 a mistake of the user's, 75 preempted (try again: the same command
+goes on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tfm_jax.errors import UserError, nearest
+
+PREEMPTED = 75
+HIDDEN = argparse.SUPPRESS
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help ends in examples."""
+    made = argparse.ArgumentParser(
+        description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return made
+
+
+def parse(
+    made: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Flags, and the `--config.KEY=VALUE` overrides as pairs."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    overrides, rest, i = [], [], 0
+    while i < len(arguments):
+        if arguments[i].startswith("--config."):
+            key, equals, value = arguments[i].removeprefix("--config.").partition("=")
+            if not equals:
+                i += 1
+                if i == len(arguments):
+                    made.error(f"--config.{key} needs a value: --config.{key}=VALUE")
+                value = arguments[i]
+            overrides.append((key, value))
+        else:
+            rest.append(arguments[i])
+        i += 1
+    known = {option for action in made._actions for option in action.option_strings}
+    if overrides and "--config" not in known:
+        made.error(f"--config.{overrides[0][0]}: this command takes no config overrides")
+    flags, unknown = made.parse_known_args(rest)
+    if unknown:
+        made.error(f"unknown argument {unknown[0]!r}.{nearest(unknown[0].partition('=')[0], known)}")
+    return flags, overrides
+
+
+def setup() -> None:
+    """Logging, the compile cache, and the other processes if a launcher started some."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tfm_jax").setLevel(logging.INFO)
+    # Orbax warns at each save that plain zarr files need no merging.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    import jax
+
+    from tfm_jax.parallel import multihost
+
+    multihost.initialise()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tfm_jax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    if not multihost.is_main():
+        logging.getLogger("tfm_jax").setLevel(logging.ERROR)
+
+
+def run(main: Callable[[Sequence[str] | None], int]) -> None:
+    """Call a command's main and exit: a user's mistake is one message, anything else keeps its traceback."""
+    try:
+        code = main(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        traceback.print_exc()
+        if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+            print(
+                "error: out of memory. What helps, in this order: a smaller data.batch_size with the same number of rows"
+                " in train.accum microbatches; task.vocab_chunk=8192; model.remat=full; more devices in mesh.fsdp.",
+                file=sys.stderr,
+            )
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, sort_keys=True), flush=True)
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows in aligned columns, the first one the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,115 @@
+"""Continue a prompt with a trained run; the text streams as it is made."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import cli
+from tfm_jax import config as configs
+from tfm_jax.errors import UserError
+
+EXAMPLES = """\
+  python -m experiments.generate --run runs/gpt_stdlib --prompt 'def main('
+  python -m experiments.generate --run runs/gpt_stdlib --prompt 'class ' --temperature 0
+  python -m experiments.generate --run runs/gpt_stdlib --prompt 'import ' --top_k 40 --top_p 0.95 --max_new 200 --seed 1"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from tfm_jax.decode.sample import Sampling
+
+    made = cli.parser(str(__doc__), EXAMPLES)
+    made.add_argument("--run", type=Path, required=True, help="run directory")
+    made.add_argument("--step", type=int, help="checkpoint to use; the newest by default")
+    made.add_argument("--prompt", default="", help="text to continue; by default a new document")
+    made.add_argument("--max_new", type=int, default=100, help="tokens to make at most")
+    made.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    made.add_argument("--top_k", type=int, default=0, help="draw from this many likeliest tokens; 0 for all")
+    made.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens with this probability")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--no_stream", action="store_true", help="print the text when it is whole")
+    flags, _ = cli.parse(made, argv)
+    cli.setup()
+    run = Loaded(flags.run, flags.step)
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
+    print(flags.prompt, end="", flush=True)
+    start = time.perf_counter()
+    text, tokens = run.continue_text(
+        flags.prompt, sampling, flags.max_new, flags.seed, None if flags.no_stream else sys.stdout
+    )
+    seconds = time.perf_counter() - start
+    print(text if flags.no_stream else "", flush=True)
+    if flags.json:
+        cli.print_json({"step": run.step, "prompt": flags.prompt, "text": text, "tokens": tokens, "seconds": seconds})
+    return 0
+
+
+class Loaded:
+    """A run's model, parameters and tokenizer; its data set is not opened."""
+
+    def __init__(self, path: Path, step: int | None = None) -> None:
+        from tfm_jax.data.tokenizers import load_tokenizer
+        from tfm_jax.train import rundir
+        from tfm_jax.train.restore import restore_params
+
+        config = rundir.read_config(path)
+        if not (path / "tokenizer").is_dir():
+            raise UserError(f"{path} has no tokenizer: it was not trained on text.")
+        self.tokenizer = load_tokenizer(path / "tokenizer")
+        self.model = configs.build_model(config["model"])
+        if not hasattr(self.model, "init_caches"):
+            raise UserError(f"model.name={config['model']['name']!r} cannot generate: it has no init_caches.")
+        self.params, self.step = restore_params(path, step)
+
+    def continue_text(
+        self, prompt: str, sampling: Any, max_new: int, seed: int, out: Any = None
+    ) -> tuple[str, int]:
+        """The text made after a prompt and its number of tokens, written to `out` as it comes."""
+        from tfm_jax.data.tokenizers import TextStream
+        from tfm_jax.decode.sample import generate
+
+        ids = [int(i) for i in self.tokenizer.encode_batch([prompt])[0]] if prompt else []
+        if self.tokenizer.unk_id is not None and self.tokenizer.unk_id in ids:
+            raise UserError(f"The prompt {prompt!r} has characters that the run's tokenizer has never seen.")
+        # Documents start after an end mark, so the prompt does too.
+        ids = [self.tokenizer.end_id, *ids]
+        stream = TextStream(self.tokenizer)
+
+        def on_token(new: np.ndarray) -> None:
+            if out is not None and new[0] >= 0:
+                print(stream.push(int(new[0])), end="", file=out, flush=True)
+
+        made = generate(
+            self.model,
+            self.params,
+            [ids],
+            max_new=max_new,
+            sampling=sampling,
+            end_id=self.tokenizer.end_id,
+            allowed=self.tokenizer.vocab_size,
+            seed=seed,
+            on_token=on_token if out is not None else None,
+        )[0]
+        return self.tokenizer.decode(made), len(made)
+
+
+def sample(path: Path) -> str | None:
+    """A short sample for the end of a training run; None for a run that does not generate text."""
+    from tfm_jax.decode.sample import Sampling
+
+    try:
+        run = Loaded(path)
+    except UserError:
+        return None
+    limit = getattr(run.model, "max_len", 128)
+    text, _ = run.continue_text("", Sampling(0.8, 40), min(128, limit - 2), 0)
+    return text
+
+
+if __name__ == "__main__":
+    cli.run(main)

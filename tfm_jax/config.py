@@ -1,0 +1,326 @@
+"""Experiment configs: read a file, apply overrides, fill in defaults, refuse what is wrong.
+
+A config is an `ml_collections.ConfigDict` with the sections of `SECTIONS`. Each section is the keyword arguments of one
+function or model class, whose signature is the only place where defaults stand. Resolving a config makes every
+argument explicit, so that what ran is on record.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+import typeguard
+
+from tfm_jax.errors import UserError, nearest
+from tfm_jax.names import resolve as resolve_name
+
+Config = dict[str, Any]  # resolved: nested plain dicts, JSON-serialisable
+REQUIRED = inspect.Parameter.empty
+SECTIONS = ("model", "task", "data", "optim", "mesh", "train", "checkpoint", "evals", "log")
+# What may change between two starts of one run: nothing here alters the parameters that training arrives at.
+FREE_KEYS = ("mesh", "checkpoint", "evals", "log", "data.cache_dir", "data.workers", "train.eval_every")
+# Section -> (package, attribute) of the code that its `name` stands for.
+NAMED = {"task": ("tfm_jax.tasks", "make"), "data": ("tfm_jax.data", "make")}
+DEFAULT_NAMES = {"task": "token_prediction", "data": "tokens"}
+
+
+class Field(NamedTuple):
+    hint: Any
+    default: Any
+
+
+Fields = dict[str, Field]
+
+
+def load(spec: str) -> ml_collections.ConfigDict:
+    """The ConfigDict of `path/to/file.py` or `path/to/file.py:arguments`, from its `get_config(arguments)`."""
+    path_text, _, argument = spec.partition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        near = sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError(f"--config={spec}: there is no file {path}.{nearest(path.as_posix(), near)}")
+    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={spec}: {path} has no get_config(arguments).")
+    takes_argument = bool(inspect.signature(module.get_config).parameters)
+    if argument and not takes_argument:
+        raise UserError(f"--config={spec}: get_config in {path} takes no arguments, but {argument!r} was given.")
+    config: ml_collections.ConfigDict = module.get_config(argument) if takes_argument else module.get_config()
+    return config
+
+
+def resolve(config: Mapping[str, Any] | ml_collections.ConfigDict, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Every argument of every section, checked by name and type; the input is left as it was.
+
+    Args:
+      overrides: `(dotted key, text)` pairs from a command line, applied in order.
+
+    Raises:
+      UserError: an unknown section, key or name, a missing key, or a value of a wrong type.
+    """
+    raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    raw = copy.deepcopy(raw)
+    for section, value in raw.items():
+        if section not in SECTIONS:
+            raise UserError(f"config: unknown section {section!r}.{nearest(section, SECTIONS)}")
+        if not isinstance(value, Mapping):
+            raise UserError(f"config: {section}={value!r}: a section is a dict of arguments.")
+    for section in SECTIONS:
+        raw.setdefault(section, {})
+    # Names decide which other keys exist, so they are applied first.
+    first = [(k, v) for k, v in overrides if k.rpartition(".")[2] in ("name", "variant")]
+    for key, text in first + [pair for pair in overrides if pair not in first]:
+        _override(raw, key, text)
+    resolved: Config = {}
+    for section in SECTIONS:
+        if section == "evals":
+            resolved[section] = {n: _fill(f"evals.{n}", v, _eval_fields(n, v)) for n, v in raw[section].items()}
+        else:
+            resolved[section] = _fill(section, raw[section], section_fields(section, raw[section]))
+    _check_model(resolved["model"])
+    return resolved
+
+
+def section_fields(section: str, given: Mapping[str, Any]) -> Fields:
+    """The arguments that a section takes, given its `name` and `variant`."""
+    if section == "model":
+        return _model_fields(given)
+    if section in NAMED:
+        package, attribute = NAMED[section]
+        name = given.get("name", DEFAULT_NAMES[section])
+        make = resolve_name(name, package=package, attribute=attribute, setting=f"{section}.name")
+        return {"name": Field(str, DEFAULT_NAMES[section]), **_signature(make, hidden=("tokenizer_dir",))}
+    # Imported here: these modules import the device backend, which a config check by itself does not need.
+    if section == "optim":
+        from tfm_jax.train import optim
+
+        return _signature(optim.make, hidden=("params", "steps"))
+    if section == "mesh":
+        from tfm_jax.parallel import mesh
+
+        return _signature(mesh.make, hidden=("devices",))
+    from tfm_jax.train import settings
+
+    return _signature(getattr(settings, section.capitalize()))
+
+
+def _eval_fields(name: str, given: Mapping[str, Any]) -> Fields:
+    if not isinstance(given, Mapping):
+        raise UserError(f"config: evals.{name}={given!r}: an evaluator is a dict of arguments.")
+    make = resolve_name(
+        given.get("name", "loss"), package="tfm_jax.evals", attribute="make", setting=f"evals.{name}.name"
+    )
+    return {"name": Field(str, "loss"), **_signature(make, hidden=("context",))}
+
+
+def model_class(name: str) -> type[Any]:
+    found: type[Any] = resolve_name(name, package="tfm_jax.models", attribute="Model", setting="model.name")
+    return found
+
+
+def family(name: str, attribute: str, default: Any) -> Any:
+    """What stands beside a model class in its file: `VARIANTS`, `RULES`."""
+    return getattr(sys.modules[model_class(name).__module__], attribute, default)
+
+
+def build_model(section: Mapping[str, Any]) -> Any:
+    """The linen module that a resolved `model` section describes."""
+    values = {k: v for k, v in section.items() if k not in ("name", "variant")}
+    cls = model_class(section["name"])
+    inlined = _block_class(cls)
+    if inlined is not None:
+        names = {f.name for f in dataclasses.fields(inlined)}
+        values["block"] = inlined(**{k: values.pop(k) for k in names})
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _model_fields(given: Mapping[str, Any]) -> Fields:
+    name = given.get("name", "gpt")
+    cls = model_class(name)
+    variants = family(name, "VARIANTS", {})
+    fields = _dataclass_fields(cls)
+    inlined = _block_class(cls)
+    if inlined is not None:
+        del fields["block"]
+        fields |= _dataclass_fields(inlined)
+    variant = given.get("variant")
+    if variant is not None:
+        if variant not in variants:
+            raise UserError(f"model.variant={variant!r} is not a variant of {name!r}.{nearest(variant, variants)}")
+        fields |= {k: fields[k]._replace(default=v) for k, v in variants[variant].items()}
+    return {"name": Field(str, "gpt"), "variant": Field(str | None, None), **fields}
+
+
+def _block_class(cls: type[Any]) -> type[Any] | None:
+    """The dataclass of a model's field `block`, whose own fields are written flat in a config."""
+    hint = _hints(cls).get("block")
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def _dataclass_fields(cls: type[Any]) -> Fields:
+    hints, out = _hints(cls), {}
+    for f in dataclasses.fields(cls):
+        if f.name in ("parent", "name") or not f.init:
+            continue
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        out[f.name] = Field(hints.get(f.name, Any), REQUIRED if default is dataclasses.MISSING else default)
+    return out
+
+
+def _signature(function: Callable[..., Any], hidden: Sequence[str] = ()) -> Fields:
+    if dataclasses.is_dataclass(function):
+        return _dataclass_fields(typing.cast(type[Any], function))
+    hints = _hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in hidden]
+    return {p.name: Field(hints.get(p.name, Any), p.default) for p in named}
+
+
+def _hints(of: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(of)
+    except NameError:  # a name that its author imports for type checkers only: checked by name, not by type
+        return {}
+
+
+def _fill(section: str, given: Mapping[str, Any], fields: Fields) -> Config:
+    for key, value in given.items():
+        if key not in fields:
+            raise UserError(f"config: unknown key '{section}.{key}' (={value!r}).{nearest(key, fields)}")
+    out: Config = {}
+    for key, field in fields.items():
+        value = given.get(key, field.default)
+        if value is REQUIRED:
+            raise UserError(f"config: {section}.{key} is not set, and has no default.")
+        out[key] = _checked(f"{section}.{key}", value, field.hint)
+    return out
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """The value, plain, if it fits the annotation; ints where floats are wanted become floats."""
+    if isinstance(value, Mapping):
+        value = {k: v for k, v in value.items()}
+    probe = tuple(value) if isinstance(value, list) else value
+    options = typing.get_args(hint) or (hint,)
+    if isinstance(value, bool) and bool not in options and hint is not Any:
+        raise UserError(f"config: {key}={value!r} has the wrong type; expected {_describe(hint)}.")
+    try:
+        typeguard.check_type(probe, hint)
+    except typeguard.TypeCheckError:
+        choices = [c for c in options if isinstance(c, str)] or [c for o in options for c in typing.get_args(o)]
+        hint_text = nearest(value, choices) if choices and isinstance(value, str) else ""
+        raise UserError(
+            f"config: {key}={value!r} has the wrong type or value; expected {_describe(hint)}.{hint_text}"
+        ) from None
+    if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
+        return float(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    if isinstance(hint, type):
+        return hint.__name__
+    return str(hint).replace("typing.", "").replace("collections.abc.", "")
+
+
+def _override(raw: Config, key: str, text: str) -> None:
+    """Set a dotted key from a command line's text."""
+    parts = key.split(".")
+    if parts[0] not in SECTIONS:
+        raise UserError(f"--config.{key}={text}: unknown section {parts[0]!r}.{nearest(parts[0], SECTIONS)}")
+    if len(parts) < 2:
+        raise UserError(f"--config.{key}={text}: a section cannot be set whole; name a key in it.")
+    target, hint = raw[parts[0]], Any
+    path = parts[1:]
+    if parts[0] == "evals":
+        if len(path) < 2:
+            raise UserError(f"--config.{key}={text}: write evals.NAME.KEY.")
+        target = target.setdefault(path[0], {})
+        fields, path = _eval_fields(path[0], target), path[1:]
+    else:
+        fields = section_fields(parts[0], target)
+    if path[0] not in fields:
+        names = [f"{'.'.join(parts[: -len(path)])}.{name}" for name in fields]
+        raise UserError(f"--config.{key}={text}: unknown key {key!r}.{nearest(key, names)}")
+    hint = fields[path[0]].hint
+    for i, part in enumerate(path[:-1]):
+        if not isinstance(target.get(part), Mapping):
+            default = fields[path[0]].default if i == 0 else None
+            target[part] = dict(default) if isinstance(default, Mapping) else {}
+        target, hint = target[part], Any
+    target[path[-1]] = _parse(text, hint)
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """A Python literal where it is one and the annotation takes it, else the text itself."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if hint is not Any:
+        try:
+            typeguard.check_type(tuple(value) if isinstance(value, list) else value, hint)
+        except typeguard.TypeCheckError:
+            try:
+                typeguard.check_type(text, hint)
+            except typeguard.TypeCheckError:
+                return value
+            return text
+    return value
+
+
+def _check_model(section: Config) -> None:
+    """Impossible values are the constructors' to find: heads that do not divide the width, sizes of 0."""
+    try:
+        build_model(section)
+    except TypeError as error:
+        raise UserError(f"config: model: {error}.") from None
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optim.lr": 0.001, ...}`."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def fixed_part(config: Config) -> dict[str, Any]:
+    """The flat keys that make a run what it is."""
+    return {k: v for k, v in flat(config).items() if not any(k == f or k.startswith(f"{f}.") for f in FREE_KEYS)}
+
+
+def digest(config: Config) -> str:
+    """A short hash of the fixed part; two runs with equal hashes train the same parameters."""
+    return hashlib.sha256(json.dumps(fixed_part(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One line for each fixed key in which two configs differ."""
+    a, b = fixed_part(old), fixed_part(new)
+    missing = "(not set)"
+    return [f"{k}: {a.get(k, missing)!r} -> {b.get(k, missing)!r}" for k in sorted(a | b) if a.get(k, missing) != b.get(k, missing)]

@@ -1,0 +1,187 @@
+"""Record data sets: TFDS folders in ArrayRecord, read without TensorFlow, and Hugging Face `datasets` folders."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tfm_jax.data.splits import Keep, split_in_name
+from tfm_jax.data.types import Document
+from tfm_jax.errors import UserError, nearest
+
+
+class RecordSplit(NamedTuple):
+    name: str
+    records: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """A prepared data set on disk, and the feature that holds its text."""
+
+    kind: str
+    folder: str
+    feature: str
+    splits: tuple[RecordSplit, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class RecordPiece:
+    """The records [start, stop) of one split."""
+
+    kind: str
+    folder: str
+    split: str
+    start: int
+    stop: int
+    feature: str
+    size: int
+    keep: Keep | None
+
+    def documents(self) -> Iterator[Document]:
+        records = {"tfds": _tfds_records, "hf": _hf_records}[self.kind](self.folder, self.split)
+        for index in range(self.start, self.stop):
+            if self.keep is None or self.keep(f"{self.split}:{index}"):
+                text = records[index][self.feature]
+                yield Document(text.decode("utf-8", "replace") if isinstance(text, bytes) else text, True)
+
+
+def record_pieces(data: RecordSet, split: RecordSplit, keep: Keep | None, piece_bytes: int) -> list[RecordPiece]:
+    count = max(1, min(split.records, -(-split.bytes // piece_bytes)))
+    edges = [split.records * i // count for i in range(count + 1)]
+    return [
+        RecordPiece(data.kind, data.folder, split.name, a, b, data.feature, split.bytes // count, keep)
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        if b > a
+    ]
+
+
+def canonical_splits(data: RecordSet) -> dict[str, RecordSplit]:
+    """The data set's own splits by canonical name; others (such as "unsupervised") are left alone."""
+    own = {split_in_name(split.name): split for split in data.splits}
+    if "train" not in own:
+        names = ", ".join(split.name for split in data.splits)
+        raise UserError(f"{data.kind}:{data.folder} has no train split; it has: {names}.")
+    return {name: split for name, split in own.items() if name}
+
+
+def _pick_feature(feature: str | None, texts: list[str], every: list[str], name: str) -> str:
+    if feature is None:
+        if len(texts) != 1:
+            what = f"text features {', '.join(texts)}" if texts else "no text feature"
+            raise UserError(f"{name} has {what}; say which one with data.feature.")
+        return texts[0]
+    if feature not in every:
+        raise UserError(f"{name} has no feature {feature!r}.{nearest(feature, every)}")
+    if feature not in texts:
+        raise UserError(f"{name}: the feature {feature!r} is not text.{nearest(feature, texts)}")
+    return feature
+
+
+def open_tfds(name: str, feature: str | None) -> RecordSet:
+    """`my_ds/config` (registered or in the TFDS folder), `my_lab.data:Builder/config`, or a prepared folder's path.
+
+    A data set that is not prepared yet is prepared first.
+    """
+    import tensorflow_datasets as tfds
+
+    if name.startswith(("/", ".", "~")):
+        return open_tfds_folder(Path(name).expanduser(), feature)
+    if ":" in name:
+        builder = _builder_class(name)
+    else:
+        try:
+            builder = tfds.builder(name, file_format="array_record")
+        except tfds.core.registered.DatasetNotFoundError:
+            hint = nearest(name, tfds.list_builders(with_community_datasets=False))
+            raise UserError(
+                f"There is no TFDS data set {name!r}.{hint if 'mean' in hint else ''} A builder of your own is "
+                f"tfds:my_package.my_module:MyBuilder."
+            ) from None
+    if not builder.is_prepared():
+        builder.download_and_prepare()
+    return open_tfds_folder(Path(builder.data_dir), feature)
+
+
+def _builder_class(name: str) -> Any:
+    path, _, config = name.partition("/")
+    module, _, attribute = path.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise UserError(f"tfds:{name}: {error}.") from None
+    except AttributeError:
+        options = dir(importlib.import_module(module))
+        raise UserError(f"tfds:{name}: {module} has no {attribute!r}.{nearest(attribute, options)}") from None
+    return cls(config=config or None, file_format="array_record")
+
+
+def open_tfds_folder(folder: Path, feature: str | None) -> RecordSet:
+    import tensorflow_datasets as tfds
+
+    if not (folder / "dataset_info.json").is_file():
+        raise UserError(f"{folder} is not a prepared TFDS folder: it has no dataset_info.json.")
+    builder = tfds.builder_from_directory(str(folder))
+    info = builder.info
+    if info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(
+            f"{folder} is prepared as {info.file_format.value}, which cannot be read without TensorFlow; prepare it "
+            f"with file_format='array_record'."
+        )
+    features = dict(info.features)
+    texts = [key for key, value in features.items() if isinstance(value, tfds.features.Text)]
+    name = f"tfds:{info.full_name}"
+    splits = tuple(RecordSplit(s.name, s.num_examples, s.num_bytes) for s in info.splits.values())
+    facts = [info.full_name, [[s.name, s.num_bytes, s.shard_lengths] for s in info.splits.values()]]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return RecordSet("tfds", str(folder), _pick_feature(feature, texts, list(features), name), splits, fingerprint)
+
+
+@functools.lru_cache(maxsize=8)
+def _tfds_records(folder: str, split: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(folder).as_data_source(split=split)
+
+
+def _hf_module() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("An hf: source needs the datasets package: pip install 'tfm_jax[hf]'.") from None
+    return datasets
+
+
+@functools.lru_cache(maxsize=8)
+def _hf_splits(folder: str) -> dict[str, Any]:
+    loaded = _hf_module().load_from_disk(folder)
+    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _hf_records(folder: str, split: str) -> Any:
+    return _hf_splits(folder)[split]
+
+
+def open_hf(folder: Path, feature: str | None, fingerprint: str) -> RecordSet:
+    """A folder written by `save_to_disk`: a Dataset (all of it "train") or a DatasetDict."""
+    datasets = _hf_module()
+    try:
+        splits = _hf_splits(str(folder))
+    except FileNotFoundError as error:
+        raise UserError(f"hf:{folder} is not a folder written by save_to_disk: {error}.") from None
+    features = next(iter(splits.values())).features
+    strings = ("string", "large_string")
+    texts = [
+        key for key, value in features.items() if isinstance(value, datasets.Value) and value.dtype in strings
+    ]
+    found = tuple(RecordSplit(name, len(data), data.data.nbytes) for name, data in splits.items())
+    chosen = _pick_feature(feature, texts, list(features), f"hf:{folder}")
+    return RecordSet("hf", str(folder), chosen, found, fingerprint)

@@ -1,0 +1,217 @@
+"""Tokenizers behind one interface: Hugging Face `tokenizers` files and SentencePiece models.
+
+A saved tokenizer is one file in a run folder, `tokenizer.json` or `tokenizer.model`; the end mark is found again
+by name, so nothing else needs keeping.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tokenizers
+
+from tfm_jax.data.types import Tokenizer
+from tfm_jax.errors import UserError, nearest
+
+T = TypeVar("T", bound=Tokenizer)
+
+END_MARK = "<|endoftext|>"
+END_MARKS = (END_MARK, "</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+JSON_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class JsonTokenizer:
+    """A `tokenizers.Tokenizer`, kept as the text of its `tokenizer.json`."""
+
+    json: str
+    name: str = JSON_FILE
+    """Where it came from, for error messages."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The cached members below must not travel: a Tokenizer's pickle forgets encode_special_tokens.
+        return (JsonTokenizer, (self.json, self.name))
+
+    @cached_property
+    def _engine(self) -> tokenizers.Tokenizer:
+        try:
+            engine = tokenizers.Tokenizer.from_str(self.json)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{self.name} is not a tokenizer.json: {error}.") from None
+        engine.no_truncation()
+        engine.no_padding()
+        engine.encode_special_tokens = True
+        return engine
+
+    @cached_property
+    def _vocab(self) -> dict[str, int]:
+        return self._engine.get_vocab(with_added_tokens=True)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self._vocab.values()) + 1
+
+    @cached_property
+    def end_id(self) -> int:
+        return _find_end(self._vocab, self.name)
+
+    @cached_property
+    def unk_id(self) -> int | None:
+        model = json.loads(self.json)["model"]
+        if model.get("unk_id") is not None:
+            return int(model["unk_id"])
+        return self._vocab.get(model.get("unk_token"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._engine.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, JSON_FILE).write_text(self.json, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class SentencePieceTokenizer:
+    """A SentencePiece model, kept as the bytes of its `.model` file. Decoding cannot bring back what it normalizes."""
+
+    proto: bytes
+    name: str = SENTENCEPIECE_FILE
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (SentencePieceTokenizer, (self.proto, self.name))
+
+    @cached_property
+    def _engine(self) -> Any:
+        try:
+            import sentencepiece
+        except ImportError:
+            raise UserError(
+                "A sentencepiece: tokenizer needs the sentencepiece package: pip install 'tfm_jax[sentencepiece]'."
+            ) from None
+        try:
+            return sentencepiece.SentencePieceProcessor(model_proto=self.proto)
+        except Exception as error:  # RuntimeError or a subclass of it, by version
+            raise UserError(f"{self.name} is not a SentencePiece model: {error}.") from None
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return int(self._engine.get_piece_size())
+
+    @cached_property
+    def end_id(self) -> int:
+        engine = self._engine
+        if engine.eos_id() >= 0:
+            return int(engine.eos_id())
+        return _find_end({engine.id_to_piece(i): i for i in range(self.vocab_size)}, self.name)
+
+    @cached_property
+    def unk_id(self) -> int | None:
+        return int(self._engine.unk_id())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.proto).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, dtype=np.int32) for ids in self._engine.encode(list(texts))]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        size = self.vocab_size
+        return str(self._engine.decode([int(i) for i in ids if int(i) < size]))
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, SENTENCEPIECE_FILE).write_bytes(self.proto)
+
+
+def _find_end(vocab: dict[str, int], name: str) -> int:
+    for mark in END_MARKS:
+        if mark in vocab:
+            return vocab[mark]
+    raise UserError(f"{name} has no end-of-document mark; looked for {', '.join(END_MARKS)}.")
+
+
+def read_json_tokenizer(path: Path) -> JsonTokenizer:
+    """The tokenizer of any `tokenizer.json`; truncation and padding that it asks for are switched off."""
+    _must_exist(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a tokenizer.json: it is not UTF-8 text.") from None
+    return _checked(JsonTokenizer(text, str(path)))
+
+
+def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
+    _must_exist(path)
+    return _checked(SentencePieceTokenizer(path.read_bytes(), str(path)))
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that `save` wrote into `folder`."""
+    folder = Path(folder)
+    if (folder / JSON_FILE).exists():
+        return read_json_tokenizer(folder / JSON_FILE)
+    if (folder / SENTENCEPIECE_FILE).exists():
+        return read_sentencepiece(folder / SENTENCEPIECE_FILE)
+    raise UserError(f"{folder} holds no tokenizer: neither {JSON_FILE} nor {SENTENCEPIECE_FILE} is there.")
+
+
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        there = sorted(str(p) for p in path.parent.glob("*") if p.is_file()) if path.parent.is_dir() else []
+        raise UserError(f"There is no tokenizer file {path}.{nearest(path, there)}")
+
+
+def _checked(tokenizer: T) -> T:
+    """Parse it and find its end mark now, so that a bad file is an error where it is named."""
+    _ = tokenizer.end_id
+    return tokenizer
+
+
+class TextStream:
+    """Turns ids that arrive one by one into text that is only ever complete characters.
+
+    The texts of all `push` calls and of `flush` joined are the whole text. Decoding looks at the ids since the last
+    text but one, because a decoder may drop the space before the first word it sees.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+        """How many of the ids kept have had their text given out."""
+
+    def push(self, ids: int | Iterable[int]) -> str:
+        self._ids += [ids] if isinstance(ids, int | np.integer) else [int(i) for i in ids]
+        text = self._pending()
+        # A character cut in the middle decodes to U+FFFD: wait for its other bytes.
+        return "" if text.endswith("\ufffd") else self._give(text)
+
+    def flush(self) -> str:
+        """What is left, incomplete characters as U+FFFD."""
+        return self._give(self._pending())
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._shown])
+        return self._tokenizer.decode(self._ids)[len(before) :]
+
+    def _give(self, text: str) -> str:
+        if text:
+            self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
+        return text

@@ -1,0 +1,139 @@
+"""Language-model batches from a stream of tokens on disk, memory-mapped and vectorised. T length, N tokens."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tfm_jax.data.build import TokenStream, build_tokens, open_split
+from tfm_jax.data.index import epoch_records, hash_ints
+from tfm_jax.data.sources import open_source
+from tfm_jax.data.tokenizers import load_tokenizer
+from tfm_jax.data.types import Batch, Data, Dataset, Rows
+from tfm_jax.data.vocabularies import open_tokenizer
+from tfm_jax.errors import UserError, nearest
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """The asked folder, else `$TFM_JAX_CACHE`, else `tfm_jax` under `$XDG_CACHE_HOME` or `~/.cache`."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    if own := os.environ.get("TFM_JAX_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tfm_jax"
+
+
+def make(
+    *,
+    source: str,
+    tokenizer: str = "bpe:4096",
+    seq_len: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    feature: str | None = None,
+    split: str = "auto",
+    valid_fraction: float | None = None,
+    cache_dir: str | None = None,
+    workers: int = 0,
+    tokenizer_dir: str | None = None,
+) -> Data:
+    """The config section `data` for `name="tokens"`.
+
+    Args:
+      source: `stdlib`, `text:GLOB`, `jsonl:GLOB`, `tfds:NAME` or `hf:DIR`; see `data.sources`.
+      tokenizer: `bytes`, `chars`, `bpe:N`, `wordpiece:N`, `unigram:N`, `file:PATH` or `sentencepiece:PATH`; those with
+        a size are trained on the train split.
+      seq_len: T, tokens a row.
+      batch_size: rows of the global batch.
+      seed: of the order of the rows.
+      feature: which field of a record is the text, where there are several.
+      split: how files become train and validation: `auto`, `names`, `hash` or `tail`; see `data.sources`.
+      valid_fraction: how much `hash` and `tail` hold out; their own default if None.
+      cache_dir: where prepared data goes; see `cache_root`.
+      workers: processes that tokenize; 0 for one a core.
+      tokenizer_dir: a run's saved tokenizer, used instead of making one (not a config key).
+    """
+    if seq_len < 1:
+        raise UserError(f"data.seq_len={seq_len}: must be at least 1.")
+    if batch_size < 1:
+        raise UserError(f"data.batch_size={batch_size}: must be at least 1.")
+    root = cache_root(cache_dir)
+    opened = open_source(source, feature=feature, split=split, valid_fraction=valid_fraction, cache_dir=root)
+    codec = load_tokenizer(tokenizer_dir) if tokenizer_dir else open_tokenizer(tokenizer, opened, root)
+    folder, meta = build_tokens(opened, codec, root, workers=workers)
+    streams = {name: open_split(folder, meta, name) for name in meta["splits"]}
+    if streams["train"].size < seq_len + 1:
+        raise UserError(
+            f"data.source={source!r} has {streams['train'].size} training tokens, too few for one row of"
+            f" data.seq_len={seq_len} and the token after it."
+        )
+
+    def evals(name: str, rows: int | None) -> Dataset:
+        if name not in streams:
+            raise UserError(f"data.source={source!r} has no split {name!r}.{nearest(name, streams)}")
+        return Pass(streams[name], seq_len, rows or batch_size)
+
+    return Data(
+        train=Training(streams["train"], seq_len, batch_size, seed),
+        evals=evals,
+        vocab_size=codec.vocab_size,
+        tokenizer=codec,
+        facts=meta["splits"],
+        fingerprint=folder.name,
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    """Endless rows of T tokens and the T that follow each.
+
+    In each epoch the stream is cut into windows at an offset drawn from (seed, epoch), and the windows come in an order
+    drawn from it too, so that several epochs over a small corpus do not see the same rows.
+    """
+
+    stream: TokenStream
+    seq_len: int
+    batch_size: int
+    seed: int
+    num_batches: None = None
+
+    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
+        # An offset below `room` leaves the last window, and the token after it, inside the stream.
+        room = min(self.seq_len, self.stream.size - self.seq_len)
+        windows = (self.stream.size - room) // self.seq_len
+        epoch, index = epoch_records(step, self.batch_size, windows, self.seed, rows)
+        offset = (hash_ints(self.seed, 1, epoch) % np.uint64(room)).astype(np.int64)
+        start = index * self.seq_len + offset
+        return _batch(self.stream, start, self.seq_len)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass in order that predicts each token behind the leading end mark exactly once."""
+
+    stream: TokenStream
+    seq_len: int
+    batch_size: int
+
+    @property
+    def num_batches(self) -> int:
+        windows = -(-(self.stream.size - 1) // self.seq_len)
+        return -(-windows // self.batch_size)
+
+    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
+        window = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
+        return _batch(self.stream, window * self.seq_len, self.seq_len)
+
+
+def _batch(stream: TokenStream, start: np.ndarray, seq_len: int) -> Batch:
+    place = start[:, None] + np.arange(seq_len + 1, dtype=np.int64)[None, :]
+    tokens = stream.at(np.minimum(place, stream.size - 1))
+    weights = (place[:, 1:] < stream.size).astype(np.float32)
+    return {
+        "inputs": {"tokens": np.ascontiguousarray(tokens[:, :-1])},
+        "targets": np.ascontiguousarray(tokens[:, 1:]),
+        "weights": weights,
+    }

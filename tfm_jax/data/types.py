@@ -1,0 +1,101 @@
+"""The shapes that the parts of the data side hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+Batch = dict[str, Any]
+"""`{"inputs": {"tokens": int32 (B, T)}, "targets": int32 (B, T), "weights": float32 (B, T)}` for token data."""
+
+Rows = slice | np.ndarray
+
+
+class Document(NamedTuple):
+    """A stretch of one document's text; `ends` says that it is the last one."""
+
+    text: str
+    ends: bool
+
+
+class Piece(Protocol):
+    """A part of a split that one process reads in one go. Picklable; reading it twice gives the same text."""
+
+    @property
+    def size(self) -> int:
+        """About how many bytes of text."""
+
+    def documents(self) -> Iterator[Document]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text comes from, cut into splits ("train", "validation", "test") and those into pieces, in order."""
+
+    name: str
+    rule: str
+    """How the splits were found; "auto" is resolved."""
+    fingerprint: str
+    """sha256 of everything that determines the text and its cutting."""
+    splits: Mapping[str, Sequence[Piece]]
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. Marks such as `<|endoftext|>` inside a text are encoded as the plain text they are."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def end_id(self) -> int:
+        """The end-of-document mark."""
+
+    @property
+    def unk_id(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that determines the ids."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One int32 array a text, without marks at either end."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Marks are left out; bytes that are not UTF-8 become U+FFFD."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `load_tokenizer(folder)` needs."""
+
+
+class Dataset(Protocol):
+    """Batches addressed by step, without state: the same step gives the same batch on any host, at any time."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the *global* batch."""
+
+    @property
+    def num_batches(self) -> int | None:
+        """None: endless (training). n: one pass, the last batch padded with weight 0."""
+
+    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
+        """The given rows of the global batch of `step`, as numpy arrays."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a data set's `make` returns."""
+
+    train: Dataset
+    evals: Callable[[str, int | None], Dataset]
+    """(split, batch size or None for the training one) -> one pass in order."""
+    vocab_size: int | None
+    tokenizer: Tokenizer | None
+    facts: dict[str, dict[str, Any]]
+    """Per split: tokens, documents, bytes, and for held-out splits gzip_bytes and xz_bytes where measured."""
+    fingerprint: str
+    """sha256 of the tokens of all splits: hosts compare it and a run records it."""

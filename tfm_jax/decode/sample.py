@@ -1,0 +1,183 @@
+"""Generate tokens with a key/value cache: prompt and loop are one compiled function.
+
+B batch, P prompt length (padded), N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+
+from tfm_jax.errors import UserError
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: draw from the k likeliest only; 0 for all (Fan et al. 2018).
+      top_p: draw from the smallest set whose probability reaches p (Holtzman et al. 2020, section 3.1).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def check(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature}: must be at least 0 (0 is greedy).")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k}: must be at least 0 (0 is all).")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: a probability in (0, 1].")
+
+
+def filter_logits(logits_BV: jax.Array, how: Sampling) -> jax.Array:
+    """Logits over temperature, with what may not be drawn at -inf."""
+    logits = logits_BV / how.temperature
+    if 0 < how.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, how.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if how.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        least = jnp.min(jnp.where(before < how.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def _draw(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
+    if how.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, filter_logits(logits_BV, how), axis=-1).astype(jnp.int32)
+
+
+def generate(
+    model: nn.Module,
+    params: Any,
+    prompts: list[list[int]],
+    *,
+    max_new: int,
+    sampling: Sampling = Sampling(),
+    end_id: int | None = None,
+    allowed: int | None = None,
+    seed: int = 0,
+    on_token: Callable[[np.ndarray], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt by at most `max_new` tokens, ending at `end_id` (which is left out).
+
+    Args:
+      model: has `init_caches(batch, length)`, and takes `tokens`, `positions` and `caches`.
+      prompts: token ids, at least one each; they may differ in length.
+      allowed: ids at or above this are never drawn (a vocabulary padded beyond its tokenizer's).
+      on_token: called with the (B,) ids of each step as they come, on the host, while the loop runs; -1 for rows
+        that have ended.
+
+    Raises:
+      UserError: an empty prompt, or more positions than the model has.
+    """
+    sampling.check()
+    if max_new < 1:
+        raise UserError(f"max_new={max_new}: must be at least 1.")
+    if not prompts or any(not p for p in prompts):
+        raise UserError("The prompt is empty: give at least one token (the end mark starts a new document).")
+    longest, limit = max(map(len, prompts)), getattr(model, "max_len", None)
+    if limit is not None and longest + max_new > limit:
+        raise UserError(
+            f"A prompt of {longest} tokens and max_new={max_new} need {longest + max_new} positions, but"
+            f" model.max_len={limit}. Ask for at most {max(limit - longest, 0)} new tokens, or shorten the prompt."
+        )
+    # Prompts are padded to a power of two, so that a session compiles a handful of shapes and not one a prompt.
+    padded = min(1 << (longest - 1).bit_length(), limit - max_new) if limit else 1 << (longest - 1).bit_length()
+    tokens = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    end = -1 if end_id is None else end_id
+    out = _generate(
+        model, params, tokens, lengths, jax.random.key(seed), max_new, sampling, end, allowed, _Stream(on_token)
+    )
+    # All rows are read at once; the loop leaves -1 after each row's end.
+    return [[int(t) for t in row if t >= 0] for row in np.asarray(out)]
+
+
+class _Stream:
+    """The host's side of a stream. Equal by whether there is a listener, so that a new one compiles nothing."""
+
+    current: Callable[[np.ndarray], None] | None = None
+
+    def __init__(self, listener: Callable[[np.ndarray], None] | None) -> None:
+        self.listens = listener is not None
+        _Stream.current = listener
+
+    def __hash__(self) -> int:
+        return hash(self.listens)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream) and other.listens == self.listens
+
+    @staticmethod
+    def emit(ids: Any) -> None:
+        if _Stream.current is not None:
+            _Stream.current(np.asarray(ids))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
+def _generate(
+    model: nn.Module,
+    params: Any,
+    tokens_BP: jax.Array,
+    lengths_B: jax.Array,
+    key: jax.Array,
+    max_new: int,
+    how: Sampling,
+    end_id: int,
+    allowed: int | None,
+    stream: _Stream,
+) -> jax.Array:
+    batch, padded = tokens_BP.shape
+    caches = model.init_caches(batch, padded + max_new)  # type: ignore[attr-defined]
+    places = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32)[None], (batch, padded))
+
+    def forward(tokens: jax.Array, positions: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+        out = model.apply({"params": params}, tokens, positions=positions, caches=caches, train=False)
+        logits: jax.Array = out["logits"]
+        if allowed is not None and allowed < logits.shape[-1]:
+            logits = jnp.where((jnp.arange(logits.shape[-1]) >= allowed)[None, None], -jnp.inf, logits)
+        return logits, out["caches"]
+
+    def emit(ids: jax.Array) -> None:
+        if stream.listens:
+            io_callback(_Stream.emit, None, ids, ordered=True)
+
+    def settle(token: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
+        done = done | (token == end_id)
+        return jnp.where(done, -1, token), done
+
+    # Positions behind a row's prompt hold padding; they are overwritten before any query can see them.
+    logits, caches = forward(tokens_BP, places, caches)
+    last = jnp.take_along_axis(logits, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    first, done = settle(_draw(last, jax.random.fold_in(key, 0), how), jnp.zeros((batch,), bool))
+    emit(first)
+    out = jnp.full((batch, max_new), -1, jnp.int32).at[:, 0].set(first)
+
+    def body(carry: Any) -> Any:
+        i, token, done, caches, out = carry
+        logits, caches = forward(jnp.maximum(token, 0)[:, None], (lengths_B + i - 1)[:, None], caches)
+        token, done = settle(_draw(logits[:, 0], jax.random.fold_in(key, i), how), done)
+        emit(token)
+        return i + 1, token, done, caches, out.at[:, i].set(token)
+
+    def going(carry: Any) -> jax.Array:
+        return (carry[0] < max_new) & ~jnp.all(carry[2])
+
+    result: jax.Array = jax.lax.while_loop(going, body, (jnp.int32(1), first, done, caches, out))[4]
+    return result

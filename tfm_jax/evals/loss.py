@@ -1,0 +1,75 @@
+"""The task's own loss and metrics over a split, exactly: padded rows weigh nothing, sums are kept in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from tfm_jax.data.prefetch import Prefetcher
+from tfm_jax.errors import UserError
+from tfm_jax.evals.base import Context, Evaluate
+from tfm_jax.parallel.multihost import global_batch
+from tfm_jax.tasks.base import bind
+
+
+def make(
+    context: Context, *, split: str = "validation", batch_size: int | None = None, max_batches: int | None = None
+) -> Evaluate:
+    """An evaluator of a training state.
+
+    Args:
+      split: of the data set.
+      batch_size: rows at a time; the training batch if None.
+      max_batches: stop after this many; the whole split if None.
+
+    Returns:
+      A function from a `TrainState` to `loss` (nats a token), each other metric of the task, `perplexity`, `tokens`,
+      and `bits_per_byte` where the data set knows its bytes: loss / ln 2 times predicted tokens a byte of the split.
+    """
+    if max_batches is not None and max_batches < 1:
+        raise UserError(f"evals: max_batches={max_batches}: must be at least 1, or None for the whole split.")
+    dataset = context.data.evals(split, context.rows(batch_size))
+    count = min(dataset.num_batches, max_batches or dataset.num_batches)
+    step = context.jitted("loss", lambda: _step(context))
+    facts = context.data.facts.get(split, {})
+
+    def evaluate(state: Any) -> dict[str, float]:
+        params = context.task.eval_params(state.params, state.extra)
+        sums: dict[str, list[float]] = {}
+        with Prefetcher(lambda i: global_batch(dataset, i, context.layout.batch()), 0, count) as batches:
+            pending: Any = None
+            for _, batch in batches:
+                # The previous batch's sums are read while this one computes.
+                result = step(params, state.extra, state.mutables, batch)
+                _add(sums, pending)
+                pending = result
+            _add(sums, pending)
+        if sums["loss"][1] <= 0:
+            raise UserError(f"evals: the split {split!r} has no token to predict in its first {count} batches.")
+        out = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
+        out["perplexity"] = math.exp(min(out["loss"], 700.0))
+        out["tokens"] = sums["loss"][1]
+        if facts.get("bytes"):
+            out["bits_per_byte"] = out["loss"] / math.log(2) * (facts["tokens"] - 1) / facts["bytes"]
+        return out
+
+    return evaluate
+
+
+def _step(context: Context) -> Callable[..., Any]:
+    """`(params, extra, mutables, batch) -> {name: (sum, count)}`, without dropout."""
+
+    def step(params: Any, extra: Any, mutables: Any, batch: Any) -> dict[str, Any]:
+        return context.task.loss(bind(context.model, mutables), params, extra, batch, None, False).metrics
+
+    return step
+
+
+def _add(sums: dict[str, list[float]], metrics: Any) -> None:
+    for name, (total, weight) in (jax.device_get(metrics) or {}).items():
+        entry = sums.setdefault(name, [0.0, 0.0])
+        entry[0] += float(total)
+        entry[1] += float(weight)

@@ -1,0 +1,77 @@
+"""Matrix products and norms. B batch, T length, D input width, F output width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tfm_jax.nn.spec import BlockSpec
+
+Init = Callable[..., jax.Array]
+
+
+def matmul(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    """`x @ kernel` over the last dimension, (..., D) x (D, F) -> (..., F).
+
+    Leading dimensions are merged first: with them apart, XLA's CPU backend transposes the kernel's gradient, and a
+    whole train step takes 1.1 to 1.4 times as long (`experiments/benchmark.py` has the shapes).
+    """
+    y = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel_DF)
+    return y.reshape(*x.shape[:-1], kernel_DF.shape[-1])
+
+
+class Dense(nn.Module):
+    """`x W + b` in `dtype`, with float32 parameters `kernel` (D, F) and, if asked for, `bias` (F,)."""
+
+    features: int
+    bias: str
+    dtype: jnp.dtype
+    kernel_init: Init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.bias == "all":
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+class Norm(nn.Module):
+    """Layer norm or RMS norm over the last dimension, computed in float32, returned in the compute dtype."""
+
+    spec: BlockSpec
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        spec, shape = self.spec, (1,) * (x.ndim - 1) + (-1,)
+        y = x.astype(jnp.float32)
+        if spec.norm == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + spec.norm_eps)
+        y = y * self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32).reshape(shape)
+        if spec.norm == "layer" and spec.bias == "all":
+            y = y + self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32).reshape(shape)
+        return y.astype(spec.compute_dtype)
+
+
+class Embedding(nn.Module):
+    """A table (V, D) in float32, looked up in `dtype`."""
+
+    entries: int
+    width: int
+    dtype: Any
+    init_std: float
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(self.init_std), (self.entries, self.width), jnp.float32
+        )
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)

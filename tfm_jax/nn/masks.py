@@ -1,0 +1,66 @@
+"""Who may attend to whom, kept as a description so that no implementation has to build the (T, S) array.
+
+B batch, T query length, S key length.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Mask:
+    """The conjunction of everything that is set.
+
+    Attributes:
+      causal: a query sees keys at its own and earlier positions.
+      window: with `causal`, only the last `window` positions, its own included (Mistral, Longformer).
+      query_positions: (B, T) int32, where the queries stand among the keys; 0..T-1 if None. Set when decoding
+        with a cache whose slots 0..S-1 are the positions.
+      key_valid: (B, S) bool, False for padding.
+      query_segments, key_segments: (B, T) and (B, S) int32; a query sees only keys of its own segment (packed
+        documents).
+    """
+
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+    query_positions: jax.Array | None = None
+    key_valid: jax.Array | None = None
+    query_segments: jax.Array | None = None
+    key_segments: jax.Array | None = None
+
+    def block(self, queries: slice, keys: slice) -> jax.Array | None:
+        """The (B or 1, t, s) boolean mask of a block of queries and keys; None when everything is allowed."""
+        parts = []
+        if self.causal:
+            q_pos = (
+                jnp.arange(queries.start, queries.stop)[None]
+                if self.query_positions is None
+                else self.query_positions[:, queries]
+            )[:, :, None]
+            k_pos = jnp.arange(keys.start, keys.stop)[None, None]
+            parts.append(q_pos >= k_pos)
+            if self.window is not None:
+                parts.append(q_pos - k_pos < self.window)
+        if self.key_valid is not None:
+            parts.append(self.key_valid[:, None, keys])
+        if self.query_segments is not None and self.key_segments is not None:
+            parts.append(self.query_segments[:, queries, None] == self.key_segments[:, None, keys])
+        if not parts:
+            return None
+        allowed = parts[0]
+        for part in parts[1:]:
+            allowed = jnp.logical_and(*_equal_shapes(allowed, part))
+        return allowed
+
+    @property
+    def skips_future(self) -> bool:
+        """Whether keys after a query's index can be left out of the computation altogether."""
+        return self.causal and self.query_positions is None
+
+
+def _equal_shapes(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shape = jnp.broadcast_shapes(a.shape, b.shape)
+    return jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)

@@ -1,0 +1,98 @@
+"""What the blocks of a Transformer share, whatever the family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+
+from tfm_jax.errors import UserError
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block: sizes, and the choices in which families differ.
+
+    Args:
+      width: size of the residual stream.
+      heads: query heads.
+      kv_heads: key and value heads, shared by groups of query heads (Ainslie et al. 2023); as many as `heads` if None.
+      head_dim: size of one head; `width / heads` if None.
+      mlp_width: hidden size of the MLP; `4 * width` if None.
+      mlp: `plain` is act(x W1) W2; `gated` is (act(x Wg) * (x W1)) W2 (Shazeer 2020, "GLU variants").
+      activation: `gelu` is exact, `gelu_tanh` its tanh approximation (GPT-2), `silu` makes `gated` SwiGLU.
+      norm: `layer` (Ba et al. 2016) or `rms` (Zhang and Sennrich 2019).
+      norm_position: `pre` normalises a sublayer's input, `post` the sum after it (Vaswani et al. 2017).
+      position: `learned` adds a table to the embeddings, `rotary` turns queries and keys (Su et al. 2021), or `none`.
+      bias: `all` linear layers and norms carry one, or `none`.
+      dropout: on embeddings, and on each sublayer's output.
+      attention_dropout: on the attention weights; needs the materialised `xla` attention.
+      dtype: of activations and matrix products; parameters, norms, softmax and losses stay in float32.
+      attention: implementation, see `nn.attention.IMPLEMENTATIONS`; `auto` chooses by platform and says what.
+      init_std: standard deviation of the normal initialisation; projections into the residual stream get
+        `init_std / sqrt(2 * layers)` (Radford et al. 2019, section 2.3).
+    """
+
+    width: int = 256
+    heads: int = 4
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_width: int | None = None
+    mlp: Literal["plain", "gated"] = "plain"
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-5
+    norm_position: Literal["pre", "post"] = "pre"
+    position: Literal["learned", "rotary", "none"] = "learned"
+    rope_theta: float = 10_000.0
+    bias: Literal["all", "none"] = "all"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    dtype: DType = "float32"
+    attention: str = "auto"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("width", "heads", "kv_heads", "head_dim", "mlp_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"model.{name}={value}: must be at least 1.")
+        if self.head_dim is None and self.width % self.heads:
+            raise UserError(
+                f"model.heads={self.heads} does not divide model.width={self.width}."
+                f" Nearest that do: {_nearest_divisors(self.width, self.heads)}; or set model.head_dim."
+            )
+        if self.heads % self.groups:
+            raise UserError(
+                f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}."
+                f" Nearest that do: {_nearest_divisors(self.heads, self.groups)}."
+            )
+        if self.position == "rotary" and self.key_size % 2:
+            raise UserError(f"model.position='rotary' turns pairs, so the head size must be even; it is {self.key_size}.")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)}: a probability in [0, 1).")
+
+    @property
+    def groups(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def key_size(self) -> int:
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def hidden(self) -> int:
+        return 4 * self.width if self.mlp_width is None else self.mlp_width
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+def _nearest_divisors(total: int, wanted: int) -> str:
+    divisors = sorted((d for d in range(1, total + 1) if total % d == 0), key=lambda d: abs(d - wanted))
+    return ", ".join(map(str, sorted(divisors[:2])))

@@ -1,0 +1,66 @@
+"""The device mesh, from sizes in a config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+
+from tfm_jax.errors import UserError
+from tfm_jax.parallel.sharding import Layout, Rule
+
+
+def make(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    rules: Sequence[Any] = (),
+    devices: Sequence[jax.Device] | None = None,
+) -> Layout:
+    """The config section `mesh`: axis sizes, one of which may be -1 to take what is left.
+
+    Args:
+      data: copies of the model, each on its own part of the batch.
+      fsdp: ways in which the batch *and* the parameters are split; parameters are gathered when used.
+      tensor: ways in which heads, MLP width and vocabulary are split within one copy.
+      rules: `(regex, axes of the last dimensions)` tried before the model family's own.
+      devices: all of them by default.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for axis, size in sizes.items():
+        if size != -1 and size < 1:
+            raise UserError(f"mesh.{axis}={size}: an axis has a size of at least 1, or -1 for what is left.")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"mesh: only one axis can be -1, these are: {', '.join(free)}.")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if free:
+        if len(found) % fixed:
+            raise UserError(f"mesh: {asked}: {fixed} does not divide the {len(found)} devices, so {free[0]}=-1 has no size.")
+        sizes[free[0]] = len(found) // fixed
+    elif fixed != len(found):
+        raise UserError(f"mesh: {asked} = {fixed} devices, but there are {len(found)}. Set one axis to -1 to fill up.")
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=found)
+    return Layout(mesh, tuple(_rule(rule, tuple(sizes)) for rule in rules))
+
+
+def _rule(rule: Any, axes: tuple[str, ...]) -> Rule:
+    try:
+        pattern, dims = rule
+        dims = tuple(tuple(d) if isinstance(d, list | tuple) else d for d in dims)
+    except (TypeError, ValueError):
+        raise UserError(f"mesh.rules: {rule!r} is not a pair (regex, axes of the last dimensions).") from None
+    for dim in dims:
+        for name in dim if isinstance(dim, tuple) else (dim,):
+            if name is not None and name not in axes:
+                raise UserError(f"mesh.rules: {rule!r} names the axis {name!r}; the mesh has {', '.join(axes)}.")
+    return str(pattern), dims

@@ -1,0 +1,95 @@
+"""What an objective is: a frozen dataclass of pure functions, with no arrays inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+
+Params = Any
+Extra = Any
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Apply(Protocol):
+    """A model as a function: `apply(params, **inputs, train=..., rngs=...) -> dict of named arrays`.
+
+    A model with mutable collections (batch statistics) also returns them, under the name `mutables`.
+    """
+
+    def __call__(self, params: Params, /, *, train: bool, rngs: Any = None, **inputs: Any) -> dict[str, Any]: ...
+
+
+def bind(model: nn.Module, mutables: Any) -> Apply:
+    """The model as a function of its parameters; see `Apply`."""
+
+    def apply(params: Any, /, *, train: bool, rngs: Any = None, **inputs: Any) -> dict[str, Any]:
+        variables = {"params": params, **mutables}
+        if mutables and train:
+            out, changed = model.apply(variables, **inputs, train=train, rngs=rngs, mutable=list(mutables))
+            return {**out, "mutables": changed}
+        result: dict[str, Any] = model.apply(variables, **inputs, train=train, rngs=rngs)
+        return result
+
+    return apply
+
+
+class LossOut(NamedTuple):
+    """What a loss says about a batch, all as sums, so that the step can divide once for every device and microbatch.
+
+    Attributes:
+      total: summed loss, () float32.
+      weight: what to divide by, () float32; 0 is allowed.
+      metrics: `{name: (sum, count)}`, each () float32.
+      aux: anything `update_extra` needs; the key `mutables` replaces the model's mutable collections.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    metrics: Metrics
+    aux: Mapping[str, Any]
+
+
+class LossFn(Protocol):
+    """`loss(apply, params, extra, batch, rng, train) -> LossOut`."""
+
+    def __call__(
+        self, apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool
+    ) -> LossOut: ...
+
+
+def _nothing(params: Params) -> Extra:
+    return {}
+
+
+def _keep(params: Params, extra: Extra, aux: Mapping[str, Any]) -> Extra:
+    return extra
+
+
+def _own(params: Params, extra: Extra) -> Params:
+    return params
+
+
+@dataclass(frozen=True)
+class Task:
+    """An objective. Wrappers (`ema`, distillation) take a task and return another, with `dataclasses.replace`.
+
+    Attributes:
+      loss: see `LossFn`.
+      init_extra: from the initial parameters, what the task carries besides them: teachers, averages, memory, queues.
+      update_extra: called once after each update with the new parameters and the loss's `aux`.
+      eval_params: which parameters evaluation and generation use.
+      splittable: whether the loss of a batch is the sum over its rows; contrastive losses are not, and refuse
+        accumulation.
+      predict_fns: named functions `(apply, params, extra, batch) -> dict` that evaluators may call.
+    """
+
+    loss: LossFn
+    init_extra: Callable[[Params], Extra] = _nothing
+    update_extra: Callable[[Params, Extra, Mapping[str, Any]], Extra] = _keep
+    eval_params: Callable[[Params, Extra], Params] = _own
+    splittable: bool = True
+    predict_fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

@@ -1,0 +1,177 @@
+"""From a resolved config to the parts of an experiment. The last place, with `run.py`, that sees a config."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from tfm_jax import config as configs
+from tfm_jax.errors import UserError
+from tfm_jax.evals.base import Context, Evaluate
+from tfm_jax.names import resolve
+from tfm_jax.nn.attention import choose
+from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.parallel import mesh
+from tfm_jax.parallel.multihost import global_batch
+from tfm_jax.parallel.sharding import Layout
+from tfm_jax.tasks.base import Task
+from tfm_jax.tasks.ema import with_ema
+from tfm_jax.train import optim, schedules, settings
+from tfm_jax.train.state import TrainState, initialiser
+from tfm_jax.train.step import StepFn, make_train_step
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run is made of. `config` has the data set's vocabulary filled in."""
+
+    config: configs.Config
+    train: settings.Train
+    checkpoint: settings.Checkpoint
+    log: settings.Log
+    layout: Layout
+    data: Any
+    model: nn.Module
+    task: Task
+    optimizer: optim.Optimizer
+    init: Callable[[], TrainState]
+    step: StepFn
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state; nothing is allocated."""
+        shapes = jax.eval_shape(self.init)
+        placed = self.layout.place(shapes)
+        abstract: TrainState = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+        )
+        return abstract
+
+    def fresh_state(self) -> TrainState:
+        """The initial state, each array made where it lives."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        state: TrainState = jax.jit(self.init, out_shardings=shardings)()
+        return state
+
+    def jitted_step(self) -> Callable[..., Any]:
+        """The update, jitted on the layout; it takes over the old state's memory."""
+        state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        batch = self.layout.batch()
+        return jax.jit(self.step, in_shardings=(state, batch), out_shardings=(state, None), donate_argnums=0)
+
+    def batch(self, step: int) -> Any:
+        """The training batch of a step, on the devices."""
+        return global_batch(self.data.train, step, self.layout.batch())
+
+    def evaluators(self) -> dict[str, Evaluate]:
+        """The config's evaluators by name."""
+        context = Context(self.task, self.model, self.layout, self.data, self.data.train.batch_size)
+        made = {}
+        for name, section in self.config["evals"].items():
+            arguments = dict(section)
+            make = resolve(
+                arguments.pop("name"), package="tfm_jax.evals", attribute="make", setting=f"evals.{name}.name"
+            )
+            made[name] = make(context, **arguments)
+        return made
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(self.init).params))
+
+
+def build(config: configs.Config, *, tokenizer_dir: Path | None = None) -> Experiment:
+    """Check everything that can be checked without data, then open the data, then describe the rest.
+
+    Nothing large is allocated: parameters are made by `fresh_state`, or read by a checkpoint.
+
+    Args:
+      tokenizer_dir: a run's saved tokenizer, used instead of making one.
+
+    Raises:
+      UserError: whatever does not fit together, by the config's own names.
+    """
+    train, checkpoint = settings.Train(**config["train"]), settings.Checkpoint(**config["checkpoint"])
+    layout = mesh.make(**config["mesh"])
+    check(config, layout)
+    data = _open_data(config["data"], tokenizer_dir)
+    config = _fill_vocabulary(config, data)
+    model = configs.build_model(config["model"])
+    layout = layout.with_rules(configs.family(config["model"]["name"], "RULES", ()))
+    section = dict(config["task"])
+    make = resolve(section.pop("name"), package="tfm_jax.tasks", attribute="make", setting="task.name")
+    task = make(**section)
+    if train.ema is not None:
+        task = with_ema(task, train.ema)
+    inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs, train=False))
+    optimizer = optim.make(shapes["params"], steps=train.steps, **config["optim"])
+    return Experiment(
+        config=config,
+        train=train,
+        checkpoint=checkpoint,
+        log=settings.Log(**config["log"]),
+        layout=layout,
+        data=data,
+        model=model,
+        task=task,
+        optimizer=optimizer,
+        init=initialiser(model, task, optimizer.tx, inputs, train.seed),
+        step=make_train_step(task, model, optimizer.tx, accum=train.accum, seed=train.seed),
+    )
+
+
+def check(config: configs.Config, layout: Layout) -> None:
+    """Combinations of settings that cannot work, found before any data is read."""
+    train, batch = settings.Train(**config["train"]), config["data"].get("batch_size")
+    schedules.make(steps=train.steps, **{k: config["optim"][k] for k in inspect.signature(schedules.make).parameters if k != "steps"})
+    if batch is not None:
+        ways, sizes = layout.batch_ways, dict(layout.mesh.shape)
+        if batch < 1:
+            raise UserError(f"data.batch_size={batch}: must be at least 1.")
+        if batch % train.accum:
+            raise UserError(f"train.accum={train.accum} does not divide data.batch_size={batch}.")
+        if (batch // train.accum) % ways:
+            step = ways * train.accum
+            near = sorted({max(step, batch // step * step), (batch // step + 1) * step})
+            micro = f" / train.accum={train.accum} = {batch // train.accum} rows" if train.accum > 1 else ""
+            raise UserError(
+                f"data.batch_size={batch}{micro} does not divide over the mesh: data={sizes['data']} x"
+                f" fsdp={sizes['fsdp']} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
+            )
+    length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
+    if length is not None and limit is not None and length > limit:
+        raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")
+    block = getattr(configs.build_model(config["model"]), "block", None)
+    if isinstance(block, BlockSpec):
+        choose(block, jax.default_backend())
+
+
+def _open_data(section: dict[str, Any], tokenizer_dir: Path | None) -> Any:
+    arguments = dict(section)
+    make = resolve(arguments.pop("name"), package="tfm_jax.data", attribute="make", setting="data.name")
+    if "tokenizer_dir" in inspect.signature(make).parameters and tokenizer_dir is not None and tokenizer_dir.is_dir():
+        arguments["tokenizer_dir"] = str(tokenizer_dir)
+    return make(**arguments)
+
+
+def _fill_vocabulary(config: configs.Config, data: Any) -> configs.Config:
+    """Give the model the data's vocabulary, or refuse one that is too small for it."""
+    model = config["model"]
+    if "vocab_size" not in model or data.vocab_size is None:
+        return config
+    if model["vocab_size"] is None:
+        return {**config, "model": {**model, "vocab_size": data.vocab_size}}
+    if model["vocab_size"] < data.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model['vocab_size']} is too small for the tokenizer's {data.vocab_size} entries."
+            f" Set at least {data.vocab_size}, or leave it out."
+        )
+    return config
+

@@ -1,0 +1,104 @@
+"""What the loop knows about itself: sums of metrics since the last report, speed, and time left."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from tfm_jax.data.prefetch import Prefetcher
+from tfm_jax.parallel.devices import peak_flops
+from tfm_jax.train.build import Experiment
+from tfm_jax.train.log import Metrics
+
+# Metrics of the step that are not the task's own, with the tag each is logged under.
+_TAGS = {"grad_norm": "train/grad_norm"}
+
+
+class Meter:
+    """Adds up steps. Its clock stops during evaluation and saving, so speed means training speed."""
+
+    def __init__(self, experiment: Experiment, *, seconds: float) -> None:
+        self.experiment = experiment
+        self.compile_seconds = 0.0
+        self.bad_in_a_row = 0
+        self.skipped = 0
+        self.last: Metrics = {}
+        self._total = seconds  # over all starts of this run, up to the last pause
+        self._resumed_at: float | None = None
+        self._batches: Any = None
+        flops = getattr(experiment.model, "train_flops_per_token", None)
+        length = experiment.config["data"].get("seq_len")
+        self._flops_per_token = flops(length) if flops is not None and length is not None else None
+        self._clear()
+
+    def start(self, step: int, batches: Prefetcher[Any]) -> None:
+        self._batches, self._waited = batches, batches.wait_seconds
+        self._first_step = step
+        self._resumed_at = time.perf_counter()
+        self._began = self.train_seconds
+        self._since = self.train_seconds
+
+    def pause(self) -> None:
+        self._total, self._resumed_at = self.train_seconds, None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        running = self._resumed_at is not None
+        self.pause()
+        try:
+            yield
+        finally:
+            if running:
+                self._resumed_at = time.perf_counter()
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training in all starts of this run, without compiling, evaluating and saving."""
+        running = 0.0 if self._resumed_at is None else time.perf_counter() - self._resumed_at
+        return self._total + running
+
+    def add(self, step: int, metrics: dict[str, tuple[Any, Any]]) -> None:
+        bad = float(metrics["skipped"][0]) > 0
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        self.skipped += bad
+        self._steps += 1
+        self._tokens += float(metrics["weight"][0])
+        for name, (total, count) in metrics.items():
+            if name not in ("skipped", "weight"):
+                entry = self._sums.setdefault(name, [0.0, 0.0])
+                entry[0] += float(total)
+                entry[1] += float(count)
+
+    def report(self, step: int) -> Metrics:
+        """Means and rates since the last report, under the tags of the run's log."""
+        seconds = max(self.train_seconds - self._since, 1e-9)
+        waited = self._batches.wait_seconds
+        out = {_TAGS.get(n, f"train/{n}"): t / c if c else float("nan") for n, (t, c) in self._sums.items()}
+        per_device = self._tokens / seconds / jax.device_count()
+        out |= {
+            "train/skipped_steps": float(self.skipped),
+            "optim/lr": float(self.experiment.optimizer.schedule(step - 1)),
+            "perf/steps_per_sec": self._steps / seconds,
+            "perf/tokens_per_sec": self._tokens / seconds,
+            "perf/tokens_per_sec_per_device": per_device,
+            "perf/data_wait_frac": (waited - self._waited) / seconds,
+            "perf/compile_s": self.compile_seconds,
+        }
+        peak = peak_flops()
+        if self._flops_per_token is not None and peak is not None:
+            out["perf/mfu"] = per_device * self._flops_per_token / peak
+        self._since, self._waited, self.last = self.train_seconds, waited, out
+        self._clear()
+        return out
+
+    def seconds_left(self, step: int) -> float:
+        done = max(step - self._first_step, 1)
+        return (self.train_seconds - self._began) / done * (self.experiment.train.steps - step)
+
+    def _clear(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+        self._steps, self._tokens = 0, 0.0

@@ -1,0 +1,310 @@
+"""The loop. It is the one place where order matters, and it is never copied.
+
+ 1. build, 2. agree across hosts, 3. restore; then, at each step,
+ 4. evaluate if due, 5. save if due, 6. take the batch, 7. dispatch the update, 8. read the *previous* step's metrics
+    (so the device never waits for the host), 9. log; at the end, or when told to stop,
+10. write what remains, in the order checkpoint, picture, result, status: a crash in between loses nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+
+from tfm_jax import config as configs
+from tfm_jax.data.prefetch import Prefetcher
+from tfm_jax.errors import UserError
+from tfm_jax.parallel import multihost
+from tfm_jax.train import rundir
+from tfm_jax.train.build import Experiment, build
+from tfm_jax.train.checkpoint import Checkpointer, Restored, first_state
+from tfm_jax.train.log import Metrics, Progress, Writers
+from tfm_jax.train.meter import Meter
+from tfm_jax.train.plots import loss_picture
+from tfm_jax.train.restore import load_donor, open_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """How a run ended: `finished` or `preempted`, with the final metrics."""
+
+    status: str
+    result: dict[str, Any]
+
+
+def train(config: configs.Config, run: Path, *, profile: tuple[int, int] | None = None) -> Outcome:
+    """Train a resolved config in a run directory, going on from what is there.
+
+    Args:
+      profile: first step and number of steps to trace into `RUN/profile`.
+
+    Raises:
+      UserError: anything the user can mend; `status.json` then says `failed` and why.
+    """
+    if not multihost.is_main():
+        return _train(config, run, profile)
+    with rundir.claim(run):
+        try:
+            return _train(config, run, profile)
+        except BaseException as error:
+            if (run / "config.json").is_file() and not isinstance(error, _ForeignRun):
+                rundir.write_status(run, "failed", f"{type(error).__name__}: {error}")
+            raise
+
+
+class _ForeignRun(UserError):
+    """The run directory belongs to another config: its status is not ours to write."""
+
+
+def _train(config: configs.Config, run: Path, profile: tuple[int, int] | None) -> Outcome:
+    experiment = build(config, tokenizer_dir=run / "tokenizer")  # 1
+    main = multihost.is_main()
+    facts = {"config": configs.digest(experiment.config), "revision": rundir.revision()}
+    multihost.agree({**facts, "data": experiment.data.fingerprint})  # 2
+    try:
+        rundir.check_config(run, experiment.config)
+    except UserError as error:
+        raise _ForeignRun(str(error)) from None
+    if main:
+        _begin(run, experiment)
+    with jax.set_mesh(experiment.layout.mesh):
+        checkpoints = Checkpointer(
+            run / "checkpoints", keep=experiment.checkpoint.keep, asynchronous=experiment.checkpoint.asynchronous
+        )
+        try:
+            start = _restore(experiment, checkpoints, main)  # 3
+            return _Loop(experiment, run, checkpoints, start, facts, profile, main).run()
+        finally:
+            checkpoints.close()
+
+
+def _begin(run: Path, experiment: Experiment) -> None:
+    if not (run / "tokenizer").is_dir() and experiment.data.tokenizer is not None:
+        temporary = run / f".tokenizer.{os.getpid()}"
+        experiment.data.tokenizer.save(temporary)
+        temporary.rename(run / "tokenizer")
+    rundir.write_atomic(run / "config.json", configs.to_json(experiment.config))
+    rundir.write_status(run, "running", pid=os.getpid())
+
+
+def _restore(experiment: Experiment, checkpoints: Checkpointer, main: bool) -> Restored:
+    settings, abstract = experiment.checkpoint, experiment.abstract_state()
+
+    def resume() -> Restored:
+        source, step = open_checkpoint(Path(str(settings.resume)))
+        return source.restore(step, abstract)
+
+    def init_from(state: Any) -> Any:
+        params, report = load_donor(
+            Path(str(settings.init_from)), state.params, rename=settings.rename, resize_positions=settings.resize_positions
+        )
+        if main:
+            log.warning("init_from %s: %s", settings.init_from, report)
+        return state._replace(params=params, extra=experiment.task.init_extra(params))
+
+    start, origin = first_state(
+        checkpoints,
+        abstract,
+        resume=resume if settings.resume else None,
+        initialise=experiment.fresh_state,
+        init_from=init_from if settings.init_from else None,
+    )
+    saved = start.meta.get("data", experiment.data.fingerprint)
+    if saved != experiment.data.fingerprint:
+        raise UserError(
+            f"The data has changed since this run's checkpoint was written (fingerprint {saved} then,"
+            f" {experiment.data.fingerprint} now), so going on would not be the same run. Restore the data, or start"
+            " another run with checkpoint.init_from."
+        )
+    if main and origin != "scratch":
+        log.info("%s at step %d.", origin, start.step)
+    return start
+
+
+class _Loop:
+    """The state of the loop between its steps."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run: Path,
+        checkpoints: Checkpointer,
+        start: Restored,
+        facts: dict[str, str],
+        profile: tuple[int, int] | None,
+        main: bool,
+    ) -> None:
+        self.experiment, self.run_dir, self.checkpoints, self.facts, self.main = experiment, run, checkpoints, facts, main
+        self.state, self.first = start.state, start.step
+        self.total = experiment.train.steps
+        self.evaluators = experiment.evaluators()
+        self.meter = Meter(experiment, seconds=float(start.meta.get("train_seconds", 0.0)))
+        self.profile = profile
+        self.finals: Metrics = {}
+        self.stop = _StopRequest()
+        settings = experiment.log
+        self.writers = (
+            Writers(run, start=self.first, tensorboard=settings.tensorboard, wandb=settings.wandb, config=experiment.config)
+            if main
+            else None
+        )
+
+    def run(self) -> Outcome:
+        experiment = self.experiment
+        began = time.perf_counter()
+        compiled = experiment.jitted_step().lower(self.state, experiment.batch(self.first)).compile()
+        self.meter.compile_seconds = time.perf_counter() - began
+        progress = Progress(start=self.first, total=self.total, shown=self.main)
+        batches = Prefetcher(experiment.batch, self.first, self.total)
+        pending: tuple[int, Any] | None = None
+        try:
+            with self.stop, progress, batches:
+                self.progress = progress
+                self.meter.start(self.first, batches)
+                for step, batch in batches:
+                    if step > self.first:
+                        if self._due(step, experiment.train.eval_every):
+                            pending = self._read(pending)
+                            self._evaluate(step)  # 4
+                        if self._due(step, experiment.checkpoint.every):
+                            pending = self._read(pending)
+                            self._save(step)  # 5
+                        if self._told_to_stop(step):
+                            return self._preempted(step)
+                    self._trace(step)
+                    self.state, metrics = compiled(self.state, batch)  # 6, 7
+                    self._read(pending)  # 8, 9
+                    pending = (step + 1, metrics)
+                    progress.advance()
+                self._read(pending)
+                self._trace(None)
+                self.meter.pause()
+                self._evaluate(self.total)
+                return self._finish()  # 10
+        finally:
+            if self.writers is not None:
+                self.writers.close()
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _read(self, pending: tuple[int, Any] | None) -> None:
+        """Wait for a step's metrics; count, check and perhaps log them."""
+        if pending is None:
+            return
+        step, metrics = pending
+        self.meter.add(step, jax.device_get(metrics))
+        if self.meter.bad_in_a_row >= self.experiment.train.max_bad_steps:
+            raise UserError(
+                f"{self.meter.bad_in_a_row} updates in a row, up to step {step}, had a loss or gradient that was not"
+                " finite. None of them changed the parameters. Lower optim.lr, warm up for longer, or clip harder"
+                " (optim.clip_norm); train.max_bad_steps sets how many are allowed."
+            )
+        if step % self.experiment.log.every == 0 or step == self.total:
+            line = self.meter.report(step)
+            self._write(step, line)
+            self.progress.report(step, line, self.meter.seconds_left(step))
+
+    def _evaluate(self, step: int) -> None:
+        with self.meter.paused():
+            for name, evaluate in self.evaluators.items():
+                found = {f"eval/{name}/{key}": value for key, value in evaluate(self.state).items()}
+                self.finals |= found
+                self._write(step, found)
+                shown = "  ".join(f"{k.rpartition('/')[2]} {v:.4f}" for k, v in found.items() if not k.endswith("tokens"))
+                self.progress.say(f"step {step}/{self.total}  eval {name}: {shown}")
+
+    def _save(self, step: int) -> None:
+        if step in self.checkpoints.steps():
+            return
+        with self.meter.paused():
+            meta = {
+                **self.facts,
+                "data": self.experiment.data.fingerprint,
+                "examples": step * self.experiment.data.train.batch_size,
+                "train_seconds": self.meter.train_seconds,
+                "layer_loop": self.experiment.config["model"].get("layer_loop"),
+                "versions": rundir.versions(),
+            }
+            blocked = self.checkpoints.save(step, self.state, meta)
+        self._write(step, {"ckpt/blocking_s": blocked})
+
+    def _told_to_stop(self, step: int) -> bool:
+        # Processes ask each other only now and then: the answer costs a collective.
+        if jax.process_count() > 1 and step % self.experiment.log.every:
+            return False
+        return multihost.any_process(self.stop.asked)
+
+    def _preempted(self, step: int) -> Outcome:
+        self.meter.pause()
+        self._save(step)
+        self.checkpoints.wait()
+        if self.main:
+            rundir.write_status(self.run_dir, "preempted", f"stopped by {self.stop.name} after step {step}", step=step)
+        self.progress.say(f"Stopped after step {step}, checkpoint saved. The same command goes on from here.")
+        return Outcome("preempted", {"step": step})
+
+    def _finish(self) -> Outcome:
+        self._save(self.total)
+        self.checkpoints.wait()
+        result: dict[str, Any] = {
+            "step": self.total,
+            "train_seconds": self.meter.train_seconds,
+            "parameters": self.experiment.parameter_count,
+            **self.meter.last,
+            **self.finals,
+        }
+        if self.main:
+            self.writers.close()  # type: ignore[union-attr]
+            loss_picture(self.run_dir)
+            rundir.write_atomic(self.run_dir / "result.json", configs.to_json(result))
+            rundir.write_status(self.run_dir, "finished", step=self.total)
+        return Outcome("finished", result)
+
+    def _write(self, step: int, metrics: Metrics) -> None:
+        if self.writers is not None:
+            self.writers.write(step, metrics)
+
+    def _trace(self, step: int | None) -> None:
+        if self.profile is None or not self.main:
+            return
+        first, count = self.profile
+        if step == max(first, self.first):
+            jax.profiler.start_trace(str(self.run_dir / "profile"))
+        elif step is None or step == max(first, self.first) + count:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.profile = None
+
+
+class _StopRequest:
+    """SIGTERM and Ctrl-C as a flag that the loop looks at between steps; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked, self.name = False, ""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        # Only the main thread may set handlers; a sweep that runs trials in threads keeps its own.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self.asked, self.name = True, signal.Signals(number).name
+        signal.signal(number, self._previous[number])
+

@@ -1,0 +1,105 @@
+"""The run directory: who may write in it, which config it belongs to, and how its small files are written."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tfm_jax import config as configs
+from tfm_jax.errors import UserError, nearest
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, sees the old text or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)
+
+
+def write_status(run: Path, state: str, reason: str = "", **more: Any) -> None:
+    """`status.json`: running, finished, preempted or failed, with the reason."""
+    record = {"state": state, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
+    write_atomic(run / "status.json", json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def claim(run: Path) -> Iterator[None]:
+    """Hold the run directory against other processes; the kernel lets go when this one ends, however it ends."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise UserError(
+                f"Another process (pid {holder}) is training in {run}. Wait for it, stop it, or use another --workdir."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def check_config(run: Path, config: configs.Config) -> None:
+    """Refuse a run directory that belongs to another config, naming the keys that differ."""
+    path = run / "config.json"
+    if not path.is_file():
+        return
+    if lines := configs.differences(json.loads(path.read_text()), config):
+        raise UserError(
+            f"{run} belongs to another config. What differs (its own -> asked for):\n  "
+            + "\n  ".join(lines)
+            + "\nUse another --workdir, or delete this one."
+        )
+
+
+def read_config(run: Path) -> configs.Config:
+    """The resolved config of a run.
+
+    Raises:
+      UserError: the folder is no run, with the runs that stand beside it.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        beside = sorted(p.parent.as_posix() for p in run.parent.glob("*/config.json")) if run.parent.is_dir() else []
+        raise UserError(f"{run} is not a run directory: it has no config.json.{nearest(run.as_posix(), beside)}")
+    loaded: configs.Config = json.loads(path.read_text())
+    return loaded
+
+
+def revision() -> str:
+    """The code's git commit, with `+changes` if the tree is not clean; `unknown` outside a git checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a checkpoint's numbers depend on."""
+    import flax
+    import jax
+    import optax
+    import orbax.checkpoint
+
+    modules = {"jax": jax, "flax": flax, "optax": optax, "orbax-checkpoint": orbax.checkpoint}
+    return {"python": sys.version.split()[0], **{name: str(module.__version__) for name, module in modules.items()}}

@@ -1,0 +1,85 @@
+"""The config sections that belong to the loop itself: their names, defaults and meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tfm_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Train:
+    """Section `train`.
+
+    Args:
+      steps: updates in the whole run.
+      seed: of parameters and dropout (data has its own).
+      accum: microbatches an update; the batch stays `data.batch_size`.
+      ema: decay of an exponential moving average of the parameters, used for evaluation; None for none.
+      eval_every: steps between evaluations; 0 for only at the end.
+      max_bad_steps: stop after this many updates in a row whose loss or gradient was not finite.
+    """
+
+    steps: int
+    seed: int = 0
+    accum: int = 1
+    ema: float | None = None
+    eval_every: int = 0
+    max_bad_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("accum", 1), ("eval_every", 0), ("max_bad_steps", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Section `checkpoint`.
+
+    Args:
+      every: steps between checkpoints; 0 for only at the end.
+      keep: how many to keep.
+      asynchronous: write in a background thread.
+      resume: a run or checkpoint folder of the same config to start from, if this run has no checkpoint yet.
+      init_from: a run or checkpoint folder whose parameters start this run, if it has no checkpoint yet.
+      rename: `(regex, replacement)` pairs applied to the donor's parameter paths.
+      resize_positions: stretch or cut the donor's position tables to this model's length, by linear interpolation.
+    """
+
+    every: int = 500
+    keep: int = 3
+    asynchronous: bool = True
+    resume: str | None = None
+    init_from: str | None = None
+    rename: Sequence[Any] = ()
+    resize_positions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise UserError(f"checkpoint.every={self.every}: must be at least 0.")
+        if self.keep < 1:
+            raise UserError(f"checkpoint.keep={self.keep}: must be at least 1.")
+        if self.resume and self.init_from:
+            raise UserError("checkpoint.resume and checkpoint.init_from exclude each other: give one.")
+
+
+@dataclass(frozen=True)
+class Log:
+    """Section `log`.
+
+    Args:
+      every: steps between lines.
+      tensorboard: write event files.
+      wandb: Weights & Biases project to log to, `project` or `entity/project`; needs `pip install 'tfm_jax[wandb]'`.
+    """
+
+    every: int = 10
+    tensorboard: bool = True
+    wandb: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"log.every={self.every}: must be at least 1.")

@@ -1,0 +1,48 @@
+"""What a training run is at a step, as one plain pytree, and how it comes to be on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from tfm_jax.tasks.base import Task
+
+
+class TrainState(NamedTuple):
+    """Attributes:
+    step: () int32, updates attempted.
+    params: the model's parameters, float32.
+    opt: the optimizer's state.
+    extra: what the task carries (averages, teachers, memory).
+    mutables: the model's other collections (batch statistics); empty for most Transformers.
+    """
+
+    step: jax.Array
+    params: Any
+    opt: Any
+    extra: Any
+    mutables: Any
+
+
+def initialiser(
+    model: nn.Module, task: Task, tx: optax.GradientTransformation, inputs: Any, seed: int
+) -> Callable[[], TrainState]:
+    """A function that makes the initial state; jit it with shardings, so that parameters are born split.
+
+    Args:
+      inputs: one batch's `inputs`, abstract or not; only shapes and dtypes matter.
+    """
+
+    def init() -> TrainState:
+        blank = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), inputs)
+        # Key 0 of the seed makes the parameters; training steps fold in step + 1.
+        variables = dict(model.init(jax.random.fold_in(jax.random.key(seed), 0), **blank, train=False))
+        params = variables.pop("params")
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), task.init_extra(params), variables)
+
+    return init

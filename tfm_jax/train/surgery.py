@@ -1,0 +1,118 @@
+"""Start a model from another one's parameters: rename, restack, resize, and say what did not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tfm_jax.errors import UserError
+from tfm_jax.paths import compile_patterns, flatten, map_with_path
+
+_BLOCK = re.compile(r"(^|/)block_(\d+)/")
+_BLOCKS = re.compile(r"(^|/)blocks/")
+_POSITIONS = re.compile(r"position_embedding/embedding$")
+
+
+class Report(NamedTuple):
+    """What `transfer` did, by parameter path."""
+
+    taken: list[str]
+    missing: list[str]  # in the model, not in the donor: left as initialised
+    extra: list[str]  # in the donor, not in the model: left out
+    resized: list[str]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.taken)} parameters taken"]
+        for name in ("resized", "missing", "extra"):
+            paths = getattr(self, name)
+            if paths:
+                shown = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
+                parts.append(f"{len(paths)} {name}: {shown}")
+        return "; ".join(parts)
+
+
+def transfer(
+    donor: dict[str, jax.Array], params: Any, *, rename: Sequence[Any] = (), resize_positions: bool = False
+) -> tuple[Any, Report]:
+    """The model's parameters with the donor's values where paths agree.
+
+    Args:
+      donor: `{path: array}`; layers may be stacked (`blocks/`) or not (`block_0/`) on either side.
+      params: the freshly initialised tree; its shapes, dtypes and shardings stay.
+      rename: `(regex, replacement)` pairs, applied in order to the donor's paths.
+      resize_positions: interpolate position tables of another length linearly.
+
+    Raises:
+      UserError: shapes differ (all are listed), or nothing at all fits.
+    """
+    target = flatten(params)
+    source = _restack(_rename(donor, rename), stacked=any(_BLOCKS.search(path) for path in target))
+    resized, wrong, values = [], [], {}
+    for path, leaf in target.items():
+        if path not in source:
+            continue
+        value = source[path]
+        if value.shape != leaf.shape:
+            same_but_length = value.ndim == 2 and leaf.ndim == 2 and value.shape[1] == leaf.shape[1]
+            if _POSITIONS.search(path) and same_but_length and resize_positions:
+                value = jax.image.resize(value, leaf.shape, "linear", antialias=False)
+                resized.append(path)
+            else:
+                hint = " (checkpoint.resize_positions=True would interpolate)" if _POSITIONS.search(path) else ""
+                wrong.append(f"  {path}: donor {value.shape}, model {leaf.shape}{hint}")
+                continue
+        values[path] = value
+    if wrong:
+        raise UserError("checkpoint.init_from: these parameters have another shape:\n" + "\n".join(wrong))
+    if not values:
+        raise UserError(
+            "checkpoint.init_from: no parameter of the donor fits this model. Donor: "
+            f"{', '.join(list(source)[:5])} ...; model: {', '.join(list(target)[:5])} ... Use checkpoint.rename."
+        )
+    report = Report(
+        sorted(values), sorted(set(target) - set(source)), sorted(set(source) - set(target)), sorted(resized)
+    )
+
+    def place(path: str, leaf: jax.Array) -> jax.Array:
+        if path not in values:
+            return leaf
+        return jax.device_put(jnp.asarray(values[path], leaf.dtype), leaf.sharding)
+
+    return map_with_path(place, params), report
+
+
+def _rename(donor: dict[str, jax.Array], rules: Sequence[Any]) -> dict[str, jax.Array]:
+    for rule in rules:
+        if len(rule) != 2:
+            raise UserError(f"checkpoint.rename: {rule!r} is not a pair (regex, replacement).")
+        (pattern,) = compile_patterns([rule[0]], setting="checkpoint.rename")
+        renamed = {pattern.sub(rule[1], path): value for path, value in donor.items()}
+        if list(renamed) == list(donor):
+            raise UserError(f"checkpoint.rename: {rule[0]!r} matches no parameter of the donor.")
+        if len(renamed) < len(donor):
+            raise UserError(f"checkpoint.rename: {rule!r} gives several parameters the same name.")
+        donor = renamed
+    return donor
+
+
+def _restack(donor: dict[str, jax.Array], *, stacked: bool) -> dict[str, jax.Array]:
+    """Layers as one array with a leading axis, or as one array each."""
+    out: dict[str, jax.Array] = {}
+    layers: dict[str, dict[int, jax.Array]] = {}
+    for path, value in donor.items():
+        if stacked and (found := _BLOCK.search(path)):
+            layers.setdefault(_BLOCK.sub(r"\1blocks/", path), {})[int(found[2])] = value
+        elif not stacked and _BLOCKS.search(path):
+            for i in range(value.shape[0]):
+                out[_BLOCKS.sub(rf"\g<1>block_{i}/", path)] = value[i]
+        else:
+            out[path] = value
+    for path, by_index in layers.items():
+        if sorted(by_index) != list(range(len(by_index))):
+            raise UserError(f"checkpoint.init_from: layers {sorted(by_index)} of {path} have gaps; they cannot be stacked.")
+        out[path] = jnp.stack([by_index[i] for i in range(len(by_index))])
+    return out
