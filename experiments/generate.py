@@ -55,7 +55,7 @@ class Loaded:
     def __init__(self, path: Path, step: int | None = None) -> None:
         from tfm_jax.data.tokenizers import load_tokenizer
         from tfm_jax.train import rundir
-        from tfm_jax.train.restore import restore_params
+        from tfm_jax.train.restore import load_params
 
         config = rundir.read_config(path)
         if not (path / "tokenizer").is_dir():
@@ -64,7 +64,7 @@ class Loaded:
         self.model = configs.build_model(config["model"])
         if not hasattr(self.model, "init_caches"):
             raise UserError(f"model.name={config['model']['name']!r} cannot generate: it has no init_caches.")
-        self.params, self.step = restore_params(path, step)
+        self.params, self.step = load_params(path, step)
 
     def continue_text(
         self, prompt: str, sampling: Any, max_new: int, seed: int, out: Any = None
@@ -95,6 +95,8 @@ class Loaded:
             seed=seed,
             on_token=on_token if out is not None else None,
         )[0]
+        if out is not None:
+            print(stream.flush(), end="", file=out, flush=True)
         return self.tokenizer.decode(made), len(made)
 
 

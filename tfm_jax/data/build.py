@@ -140,7 +140,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, workers: int, sha
 
 
 def _plan(folder: Path, split: str, pieces: Sequence[Piece], shard_bytes: int) -> list[_Job]:
-    """Consecutive units, up to a shard's worth of text in each; the same whatever the number of workers."""
+    """Consecutive pieces, up to a shard's worth of text in each; the same whatever the number of workers."""
     groups: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
@@ -181,12 +181,14 @@ def _write_shard(job: _Job, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
 
         if job.leads:
             put(end)
-        texts = itertools.chain.from_iterable(unit.documents() for piece in job.pieces)
-        while batch := list(itertools.islice(texts, _DOCUMENTS_AT_ONCE)):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+        found = itertools.chain.from_iterable(piece.documents() for piece in job.pieces)
+        while batch := list(itertools.islice(found, _DOCUMENTS_AT_ONCE)):
+            for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
                 put(ids)
-                put(end)
-                documents, size = documents + 1, size + len(text.encode("utf-8"))
+                size += len(document.text.encode("utf-8"))
+                if document.ends:
+                    put(end)
+                    documents += 1
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, job.path)

@@ -86,13 +86,14 @@ class Experiment:
         return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(self.init).params))
 
 
-def build(config: configs.Config, *, tokenizer_dir: Path | None = None) -> Experiment:
+def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_training: bool = True) -> Experiment:
     """Check everything that can be checked without data, then open the data, then describe the rest.
 
     Nothing large is allocated: parameters are made by `fresh_state`, or read by a checkpoint.
 
     Args:
       tokenizer_dir: a run's saved tokenizer, used instead of making one.
+      for_training: whether the training batch must divide over the mesh; evaluation pads its own.
 
     Raises:
       UserError: whatever does not fit together, by the config's own names.
@@ -100,6 +101,8 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None) -> Exper
     train, checkpoint = settings.Train(**config["train"]), settings.Checkpoint(**config["checkpoint"])
     layout = mesh.make(**config["mesh"])
     check(config, layout)
+    if for_training:
+        check_batch(config, layout)
     data = _open_data(config["data"], tokenizer_dir)
     config = _fill_vocabulary(config, data)
     model = configs.build_model(config["model"])
@@ -129,28 +132,34 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None) -> Exper
 
 def check(config: configs.Config, layout: Layout) -> None:
     """Combinations of settings that cannot work, found before any data is read."""
-    train, batch = settings.Train(**config["train"]), config["data"].get("batch_size")
-    schedules.make(steps=train.steps, **{k: config["optim"][k] for k in inspect.signature(schedules.make).parameters if k != "steps"})
-    if batch is not None:
-        ways, sizes = layout.batch_ways, dict(layout.mesh.shape)
-        if batch < 1:
-            raise UserError(f"data.batch_size={batch}: must be at least 1.")
-        if batch % train.accum:
-            raise UserError(f"train.accum={train.accum} does not divide data.batch_size={batch}.")
-        if (batch // train.accum) % ways:
-            step = ways * train.accum
-            near = sorted({max(step, batch // step * step), (batch // step + 1) * step})
-            micro = f" / train.accum={train.accum} = {batch // train.accum} rows" if train.accum > 1 else ""
-            raise UserError(
-                f"data.batch_size={batch}{micro} does not divide over the mesh: data={sizes['data']} x"
-                f" fsdp={sizes['fsdp']} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
-            )
+    names = set(inspect.signature(schedules.make).parameters) - {"steps"}
+    schedules.make(steps=config["train"]["steps"], **{name: config["optim"][name] for name in names})
     length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
     if length is not None and limit is not None and length > limit:
         raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")
     block = getattr(configs.build_model(config["model"]), "block", None)
     if isinstance(block, BlockSpec):
         choose(block, jax.default_backend())
+
+
+def check_batch(config: configs.Config, layout: Layout) -> None:
+    """The training batch must divide into microbatches, and those over the mesh."""
+    train, batch = settings.Train(**config["train"]), config["data"].get("batch_size")
+    if batch is None:
+        return
+    ways, sizes = layout.batch_ways, dict(layout.mesh.shape)
+    if batch < 1:
+        raise UserError(f"data.batch_size={batch}: must be at least 1.")
+    if batch % train.accum:
+        raise UserError(f"train.accum={train.accum} does not divide data.batch_size={batch}.")
+    if (batch // train.accum) % ways:
+        step = ways * train.accum
+        near = sorted({max(step, batch // step * step), (batch // step + 1) * step})
+        micro = f" / train.accum={train.accum} = {batch // train.accum} rows" if train.accum > 1 else ""
+        raise UserError(
+            f"data.batch_size={batch}{micro} does not divide over the mesh: data={sizes['data']} x"
+            f" fsdp={sizes['fsdp']} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
+        )
 
 
 def _open_data(section: dict[str, Any], tokenizer_dir: Path | None) -> Any:

@@ -54,25 +54,39 @@ def restore_for_evaluation(experiment: Experiment, path: Path, step: int | None 
     return restored.state, found
 
 
-def load_donor(path: Path, params: Any, *, rename: Sequence[Any], resize_positions: bool) -> tuple[Any, Report]:
-    """The parameters of another run (their average, if it kept one) in the place of `params`."""
-    checkpoints, step = open_checkpoint(path)
-    shapes = checkpoints.shapes(step)
+def load_params(path: Path, step: int | None = None, *, sharding: Any = None) -> tuple[Any, int]:
+    """The parameters that evaluation uses (their average, if the run kept one) as a plain tree, and their step.
+
+    Args:
+      sharding: a function from `(path, abstract array)` to a sharding; the first device holds all if None.
+
+    Raises:
+      UserError: no such checkpoint, or it is damaged.
+    """
+    checkpoints, found = open_checkpoint(path, step)
+    shapes = checkpoints.shapes(found)
     averaged = "ema" in (shapes.get("extra") or {})
-    placed = {leaf_path: leaf.sharding for leaf_path, leaf in flatten(params).items()}
-    # Where the names agree the donor is read straight onto its place; the rest is whole on every device until moved.
-    whole = jax.sharding.NamedSharding(next(iter(placed.values())).mesh, jax.sharding.PartitionSpec())
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def place(leaf_path: str, leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed.get(leaf_path, whole))
+        where = here if sharding is None else sharding(leaf_path, leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     wanted = map_with_path(place, shapes["extra"]["ema"] if averaged else shapes["params"])
     abstract = {"extra": {"ema": wanted}} if averaged else {"params": wanted}
     try:
-        state = checkpoints.restore(step, abstract, partial=True).state
+        state = checkpoints.restore(found, abstract, partial=True).state
     except CorruptCheckpoint as error:
-        raise UserError(f"checkpoint.init_from: checkpoint {step} of {path} is damaged: {error}.") from None
+        raise UserError(f"Checkpoint {found} of {path} is damaged: {error}.") from None
     finally:
         checkpoints.close()
-    found = state["extra"]["ema"] if averaged else state["params"]
-    return transfer(flatten(found), params, rename=rename, resize_positions=resize_positions)
+    return (state["extra"]["ema"] if averaged else state["params"]), found
+
+
+def load_donor(path: Path, params: Any, *, rename: Sequence[Any], resize_positions: bool) -> tuple[Any, Report]:
+    """Another run's parameters in the place of `params`; see `surgery.transfer`."""
+    placed = {leaf_path: leaf.sharding for leaf_path, leaf in flatten(params).items()}
+    # Where the names agree a parameter is read straight onto its place; the others are whole until they are moved.
+    whole = jax.sharding.NamedSharding(next(iter(placed.values())).mesh, jax.sharding.PartitionSpec())
+    donor, _ = load_params(path, sharding=lambda leaf_path, _: placed.get(leaf_path, whole))
+    return transfer(flatten(donor), params, rename=rename, resize_positions=resize_positions)

@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -262,10 +264,11 @@ class _Loop:
             "parameters": self.experiment.parameter_count,
             **self.meter.last,
             **self.finals,
+            **{f"reference/{name}": rate for name, rate in compressors(self.experiment.data.facts).items()},
         }
         if self.main:
             self.writers.close()  # type: ignore[union-attr]
-            loss_picture(self.run_dir)
+            loss_picture(self.run_dir, _as_loss(self.experiment.data.facts))
             rundir.write_atomic(self.run_dir / "result.json", configs.to_json(result))
             rundir.write_status(self.run_dir, "finished", step=self.total)
         return Outcome("finished", result)
@@ -284,6 +287,20 @@ class _Loop:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
             self.profile = None
+
+
+def compressors(facts: Mapping[str, Mapping[str, Any]], split: str = "validation") -> dict[str, float]:
+    """Bits per byte of general compressors on a split, where the data set knows them."""
+    found = facts.get(split, {})
+    return {f"{tool} -9": 8 * found[f"{tool}_bytes"] / found["bytes"] for tool in ("gzip", "xz") if f"{tool}_bytes" in found}
+
+
+def _as_loss(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The same rates in nats a token, the unit of the loss."""
+    found = facts.get("validation", {})
+    return {
+        name: rate * math.log(2) * found["bytes"] / (found["tokens"] - 1) for name, rate in compressors(facts).items()
+    }
 
 
 class _StopRequest:
