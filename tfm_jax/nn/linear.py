@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.parallel.sharding import constrain
 
 Init = Callable[..., jax.Array]
 
@@ -74,4 +75,6 @@ class Embedding(nn.Module):
         )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        # Gathering rows of a table whose width is split too has no efficient program: bring the width together first.
+        table = constrain(self.embedding, ("vocab", None))
+        return jnp.take(table, ids, axis=0).astype(self.dtype)

@@ -134,6 +134,7 @@ def check(config: configs.Config, layout: Layout) -> None:
     """Combinations of settings that cannot work, found before any data is read."""
     names = set(inspect.signature(schedules.make).parameters) - {"steps"}
     schedules.make(steps=config["train"]["steps"], **{name: config["optim"][name] for name in names})
+    optim.rule(config["optim"]["name"], config["optim"]["options"] or {})
     length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
     if length is not None and limit is not None and length > limit:
         raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")

@@ -70,7 +70,7 @@ def make(
     if clip_norm is not None and clip_norm <= 0:
         raise UserError(f"optim.clip_norm={clip_norm}: must be above 0, or None for no clipping.")
     parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    parts += [_rule(name, dict(options or {}))]
+    parts += [rule(name, options or {})]
     if weight_decay:
         decayed = values_by_pattern(params, [(decay_pattern, True)], False, setting="optim.decay_pattern")
         # Frozen parameters reach the chain as masked nodes, so the mask is looked up by path and not given as a tree.
@@ -137,7 +137,8 @@ _RULES: dict[str, tuple[Callable[..., optax.GradientTransformation], Callable[..
 }
 
 
-def _rule(name: str, options: dict[str, Any]) -> optax.GradientTransformation:
+def rule(name: str, options: Mapping[str, Any]) -> optax.GradientTransformation:
+    """The update rule by itself; an unknown name or option is a `UserError` with the nearest valid one."""
     if name not in _RULES:
         raise UserError(f"optim.name={name!r} does not exist.{nearest(name, _RULES)}")
     build, signature, more = _RULES[name]

@@ -45,13 +45,15 @@ def restore_for_evaluation(experiment: Experiment, path: Path, step: int | None 
     """
     checkpoints, found = open_checkpoint(path, step)
     abstract = experiment.abstract_state()._replace(opt={})
+    # Orbax keeps no node for an empty tree.
+    wanted = {name: tree for name, tree in abstract._asdict().items() if jax.tree.leaves(tree)}
     try:
-        restored = checkpoints.restore(found, abstract, partial=True)
+        restored = checkpoints.restore(found, wanted, partial=True)
     except CorruptCheckpoint as error:
         raise UserError(f"Checkpoint {found} of {path} is damaged: {error}.{nearest('', checkpoints.steps())}") from None
     finally:
         checkpoints.close()
-    return restored.state, found
+    return abstract._replace(**restored.state), found
 
 
 def load_params(path: Path, step: int | None = None, *, sharding: Any = None) -> tuple[Any, int]:
