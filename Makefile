@@ -59,7 +59,7 @@ parity: $(VENV)/.parity  ## compare with PyTorch live
 	@$(BIN)/python -m pytest -m parity tests/parity $(ARGS)
 
 reproduce-shakespeare: $(VENV)/.ready  ## nanoGPT's CPU figure; DATA=path/to/input.txt (about 2 minutes)
-	@$(BIN)/python -m experiments.reproduce.shakespeare --data $(DATA) $(ARGS)
+	@$(BIN)/python -m experiments.reproduce.shakespeare --data $(or $(DATA),$(error give DATA=path/to/input.txt)) $(ARGS)
 
 reproduce-kills: $(VENV)/.ready  ## kill a run 20 times and compare with an undisturbed one (about 10 minutes)
 	@$(BIN)/python -m experiments.reproduce.kills $(ARGS)

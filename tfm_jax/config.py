@@ -229,7 +229,14 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         ) from None
     if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
         return float(value)
-    return list(value) if isinstance(value, tuple) else value
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back, tuples being lists: a run's own config must equal the one in its folder."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _describe(hint: Any) -> str:
@@ -273,7 +280,8 @@ def _parse(text: str, hint: Any) -> Any:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        # `none` is also a choice of some settings, so the annotation decides below.
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     if hint is not Any:
         try:
             typeguard.check_type(tuple(value) if isinstance(value, list) else value, hint)

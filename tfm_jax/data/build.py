@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +101,9 @@ def open_split(folder: Path, meta: dict[str, Any], split: str) -> TokenStream:
         path = folder / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["tokens"] * dtype.itemsize:
             raise UserError(f"{path} is missing or truncated. Delete {folder} and start again: it is built anew.")
-        shards.append(np.memmap(path, dtype, mode="r"))
-        sizes.append(shard["tokens"])
+        if shard["tokens"]:  # an empty file cannot be mapped; a hash may hold out no record of a shard
+            shards.append(np.memmap(path, dtype, mode="r"))
+            sizes.append(shard["tokens"])
     return TokenStream(tuple(shards), np.cumsum(sizes))
 
 

@@ -167,7 +167,9 @@ def _unigram(size: int, texts: Iterable[str]) -> Engine:
     )
     engine.decoder = decoders.Metaspace(prepend_scheme="never")
     trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=[END_MARK, "<unk>"], unk_token="<unk>", show_progress=False
+        vocab_size=size - 1, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
     )
     engine.train_from_iterator(sample, trainer)
+    # Not one of the model's own pieces: those are found in plain text too.
+    engine.add_special_tokens([END_MARK])
     return engine

@@ -76,9 +76,9 @@ def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Call
     out = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        first, last = 0, stop if mask.skips_future else size
+        first, last = 0, min(stop, size) if mask.skips_future else size
         if mask.skips_future and mask.window is not None:
-            first = max(0, start - mask.window + 1)
+            first = max(0, min(start - mask.window + 1, last - 1))
         weights = _weights(q[..., start:stop, :], k[:, :, first:last], mask.block(slice(start, stop), slice(first, last)))
         out.append(jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(v.dtype), v[:, :, first:last]))
     return _ungrouped(jnp.concatenate(out, axis=3))

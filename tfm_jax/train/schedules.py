@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax.numpy as jnp
 import optax
 
 from tfm_jax.errors import UserError
@@ -39,7 +40,8 @@ def make(
         main = optax.linear_schedule(lr, lr * end_factor, after)
     elif schedule == "rsqrt":
         knee = max(warmup_steps, 1)
-        main = lambda step: lr * (knee / (step + knee)) ** 0.5  # noqa: E731
+        # join_schedules also evaluates it before the warm-up is over, at negative steps.
+        main = lambda step: lr * (knee / (jnp.maximum(step, 0) + knee)) ** 0.5  # noqa: E731
     else:
         fall = max(1, round(decay_fraction * steps))
         if fall > after:

@@ -1,0 +1,254 @@
+"""Speed, stated as ratios measured side by side in one run on this machine.
+
+`step`        one training step (forward, backward, clipping, AdamW) beside a PyTorch model of the same shape; needs the
+              extra `parity`.
+`overhead`    the whole loop (logging, prefetch, checkpoints due) beside the bare compiled step, and the data wait.
+`checkpoint`  how long a save of 124 M parameters with Adam's moments blocks the loop, asynchronous beside synchronous.
+`startup`     seconds from start to the first step, with the compile cache cold and warm, the data being built.
+
+Writes `results/benchmark.json`; what was not run keeps its last figures there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import cli
+from experiments.reproduce.record import RESULTS, write_result
+from tfm_jax.errors import UserError, nearest
+
+EXAMPLES = """\
+  python -m experiments.benchmark
+  python -m experiments.benchmark --only step --shapes A B --rounds 30
+  python -m experiments.benchmark --only overhead checkpoint startup --json"""
+
+# Layers, width, heads, length, batch, vocabulary.
+SHAPES = {"A": (4, 128, 4, 64, 12, 65), "B": (6, 384, 6, 256, 8, 65), "C": (4, 512, 8, 256, 4, 50304)}
+ROUNDS = {"A": 60, "B": 8, "C": 8}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = cli.parser(str(__doc__), EXAMPLES)
+    parts: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "step": _steps, "overhead": _overhead, "checkpoint": _checkpoint, "startup": _startup,
+    }  # fmt: skip
+    made.add_argument("--only", nargs="+", default=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
+    made.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
+    made.add_argument("--rounds", type=int, help="measured steps of each side; by default enough for a steady median")
+    flags, _ = cli.parse(made, argv)
+    for name, known in (("only", parts), ("shapes", SHAPES)):
+        for value in getattr(flags, name):
+            if value not in known:
+                raise UserError(f"--{name} {value}: does not exist.{nearest(value, known)}")
+    cli.setup()
+    path = RESULTS / "benchmark.json"
+    figures = json.loads(path.read_text())["figures"] if path.is_file() else {}
+    for name in flags.only:
+        figures |= parts[name](flags)
+        write_result("benchmark", figures, config=SHAPES)
+    if flags.json:
+        cli.print_json(figures)
+    return 0
+
+
+# ---- step ----------------------------------------------------------------------------------------------------------
+
+
+def _steps(flags: Any) -> dict[str, Any]:
+    """Both sides in turn, A B A B ..., so that a machine whose speed drifts favours neither."""
+    from experiments.reproduce import torch_gpt
+
+    out: dict[str, Any] = {}
+    rows = [("shape", "tfm_jax ms", "PyTorch ms", "speed ratio", "tokens/s")]
+    for shape in flags.shapes:
+        ours, theirs = our_step(*SHAPES[shape]), torch_gpt.step(*SHAPES[shape])
+        first, second = side_by_side(ours, theirs, flags.rounds or ROUNDS[shape])
+        mine, other = statistics.median(first), statistics.median(second)
+        ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
+        tokens = SHAPES[shape][3] * SHAPES[shape][4] / mine
+        out[f"step/{shape}"] = {"tfm_jax_ms": 1e3 * mine, "pytorch_ms": 1e3 * other, "speed_ratio": ratio}
+        rows.append((shape, f"{1e3 * mine:.1f}", f"{1e3 * other:.1f}", f"{ratio:.2f}", f"{tokens:,.0f}"))
+    print(cli.table(rows))
+    return out
+
+
+def our_step(layers: int, width: int, heads: int, length: int, batch: int, vocab: int) -> Callable[[], float]:
+    """A training step of the library, exactly as `train` compiles it, as a function that runs one and returns its loss."""
+    import jax
+
+    from tfm_jax.models.gpt import Model
+    from tfm_jax.nn.spec import BlockSpec
+    from tfm_jax.tasks import token_prediction
+    from tfm_jax.train import optim
+    from tfm_jax.train.state import initialiser
+    from tfm_jax.train.step import make_train_step
+
+    spec = BlockSpec(width=width, heads=heads, bias="none", activation="gelu")
+    model = Model(block=spec, vocab_size=vocab, max_len=length, layers=layers)
+    random = np.random.default_rng(0)
+    tokens, targets = (random.integers(0, vocab, (batch, length), dtype=np.int32) for _ in range(2))
+    data = jax.device_put(
+        {"inputs": {"tokens": tokens}, "targets": targets, "weights": np.ones((batch, length), np.float32)}
+    )
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
+    optimizer = optim.make(shapes, steps=1000, schedule="constant", options={"b2": 0.99})
+    task = token_prediction.make()
+    state = jax.jit(initialiser(model, task, optimizer.tx, data["inputs"], 0))()
+    step = jax.jit(make_train_step(task, model, optimizer.tx), donate_argnums=0).lower(state, data).compile()
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, data)
+        return float(metrics["loss"][0])
+
+    return run
+
+
+def side_by_side(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of each call, the two in turn, after three of each that do not count."""
+    for _ in range(3):
+        a()
+        b()
+    first, second = [], []
+    for _ in range(rounds):
+        for call, seconds in ((a, first), (b, second)):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+    return first, second
+
+
+# ---- the loop's overhead -------------------------------------------------------------------------------------------
+
+
+def _overhead(flags: Any) -> dict[str, Any]:
+    """The same number of steps, bare and in the loop, in alternating blocks; shape A is about 40 ms a step here."""
+    from tfm_jax import config as configs
+    from tfm_jax.train.build import build
+    from tfm_jax.train.run import train
+
+    steps, every = 300, 100
+    ratios, waits = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus.txt"
+        corpus.write_text("".join(p.read_text(errors="replace") for p in sorted(Path("tfm_jax").rglob("*.py"))))
+        overrides = {
+            "data.source": f"text:{corpus}", "data.tokenizer": "bytes", "train.steps": str(steps),
+            "checkpoint.every": str(every), "data.cache_dir": f"{folder}/cache", "log.every": "10",
+        }  # fmt: skip
+        config = configs.resolve(configs.load("configs/gpt_chars.py"), list(overrides.items()))
+        for number in range(3):
+            experiment = build(config)
+            state = experiment.fresh_state()
+            batch = experiment.batch(0)
+            step = experiment.jitted_step().lower(state, batch).compile()
+            state, metrics = step(state, batch)
+            float(metrics["loss"][0])
+            start = time.perf_counter()
+            for _ in range(steps):
+                state, metrics = step(state, batch)
+            float(metrics["loss"][0])
+            bare = time.perf_counter() - start
+            # Evaluation is work that was asked for, and not overhead: the loop's clock stops for it. Checkpoints count.
+            result = train(config, Path(folder) / f"run{number}").result
+            lines = [json.loads(x) for x in (Path(folder) / f"run{number}" / "metrics.jsonl").read_text().splitlines()]
+            blocked = sum(line.get("ckpt/blocking_s", 0.0) for line in lines if line["step"] < steps)
+            ratios.append((result["train_seconds"] + blocked) / bare)
+            waits += [line["perf/data_wait_frac"] for line in lines if "perf/data_wait_frac" in line][1:]
+    out = {
+        "overhead/loop_over_bare": statistics.median(ratios),
+        "overhead/bare_step_ms": 1e3 * bare / steps,
+        "overhead/data_wait_frac": statistics.median(waits),
+    }
+    print(
+        f"loop over bare step: {out['overhead/loop_over_bare']:.3f} at {out['overhead/bare_step_ms']:.0f} ms a step,"
+        f" {steps // every} checkpoints; data wait {100 * out['overhead/data_wait_frac']:.2f} %"
+    )
+    return out
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(flags: Any) -> dict[str, Any]:
+    """124 M random parameters with two moments each: random, because constant arrays compress to nothing."""
+    import jax
+
+    from tfm_jax.train.checkpoint import Checkpointer
+
+    keys = iter(jax.random.split(jax.random.key(0), 64))
+    shapes = {f"layer{i}": (768, 9216) for i in range(12)} | {"embedding": (50257, 768)}
+    state = {
+        part: {name: jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
+        for part in ("params", "mu", "nu")
+    }
+    count = sum(x.size for x in jax.tree.leaves(state["params"]))
+    seconds: dict[str, list[float]] = {"asynchronous": [], "synchronous": []}
+    with tempfile.TemporaryDirectory() as folder:
+        writers = {kind: Checkpointer(Path(folder) / kind, keep=1, asynchronous=kind == "asynchronous") for kind in seconds}
+        for step in range(1, 5):
+            for kind, writer in writers.items():
+                blocked = writer.save(step, state, {})
+                writer.wait()
+                if step > 1:  # the first save makes threads and folders
+                    seconds[kind].append(blocked)
+        for writer in writers.values():
+            writer.close()
+    medians = {kind: statistics.median(found) for kind, found in seconds.items()}
+    ratio = medians["asynchronous"] / medians["synchronous"]
+    print(
+        f"saving {count / 1e6:.0f} M parameters with moments blocks for {medians['asynchronous']:.2f} s asynchronous,"
+        f" {medians['synchronous']:.2f} s synchronous: ratio {ratio:.3f}"
+    )
+    return {"checkpoint/blocking_ratio": ratio, **{f"checkpoint/{k}_s": v for k, v in medians.items()}}
+
+
+# ---- start-up ------------------------------------------------------------------------------------------------------
+
+
+def _startup(flags: Any) -> dict[str, Any]:
+    """The main job, one step, from the command to the first loss line, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "experiments.train", "--config=configs/gpt_stdlib.py", "--config.log.every=1",
+            f"--config.data.cache_dir={folder}/data", "--config.checkpoint.every=0",
+        ]  # fmt: skip
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
+        _first_step([*command, f"--workdir={folder}/build"], environment)  # builds the data
+        shutil.rmtree(f"{folder}/compiled")
+        cold = _first_step([*command, f"--workdir={folder}/cold"], environment)
+        warm = statistics.median(
+            _first_step([*command, f"--workdir={folder}/warm{i}"], environment) for i in range(3)
+        )
+    print(f"start to first step: {cold:.1f} s cold, {warm:.1f} s with the compile cache warm")
+    return {"startup/cold_s": cold, "startup/warm_s": warm}
+
+
+def _first_step(command: list[str], environment: dict[str, str]) -> float:
+    start = time.perf_counter()
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("step 1/"):
+                seconds = time.perf_counter() - start
+                process.kill()
+                return seconds
+    raise RuntimeError("The run ended before its first step:\n" + "".join(said))
+
+
+if __name__ == "__main__":
+    cli.run(main)

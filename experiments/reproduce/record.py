@@ -1,0 +1,32 @@
+"""Figures with what they were measured on: `results/NAME.json`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from tfm_jax import config as configs
+from tfm_jax.train import rundir
+
+RESULTS = Path("results")
+
+
+def write_result(name: str, figures: dict[str, Any], *, config: Any, seed: int | None = None) -> Path:
+    """Write figures beside the config, seed, code revision, date and machine that they came from."""
+    record = {
+        "name": name,
+        "figures": figures,
+        "config": config,
+        "seed": seed,
+        "revision": rundir.revision(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "versions": rundir.versions(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    rundir.write_atomic(path, configs.to_json(record))
+    return path

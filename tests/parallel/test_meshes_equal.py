@@ -1,0 +1,130 @@
+"""The mesh is a matter of speed: losses, gradients and checkpoints are the same on every one.
+
+Against one device, on 8 simulated ones: GPT-2-like and Llama-like, unrolled and scanned.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from tfm_jax.parallel import mesh
+from tfm_jax.paths import flatten
+from tfm_jax.tasks.base import bind
+from tfm_jax.train import build as build_module
+from tfm_jax.train.checkpoint import Checkpointer
+
+MESHES = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2), "1x1x8": (1, 1, 8)}
+ONE = (1, 1, 1)
+FAMILIES = {
+    "gpt2": {},
+    "llama": {
+        "model.norm": "rms", "model.mlp": "gated", "model.activation": "silu", "model.position": "rotary",
+        "model.bias": "'none'", "model.output": "free", "model.mlp_width": 64,
+    },
+}  # fmt: skip
+SIZES = {"model.width": 32, "model.heads": 8, "model.layers": 2, "model.vocab_size": 264}
+COMMON = SIZES | {"model.init_std": 0.1, "optim.warmup_steps": 0, "train.steps": 20}
+
+
+@pytest.fixture(scope="module")
+def build_on(make_config):
+    """`build_on((data, fsdp, tensor), changes)`: the experiment on as many devices as the sizes ask for."""
+
+    def make(sizes, changes):
+        axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+        config = make_config(COMMON | changes | {f"mesh.{k}": v for k, v in axes.items()})
+        whole = mesh.make
+        with pytest.MonkeyPatch.context() as patch:
+            devices = jax.devices()[: int(np.prod(sizes))]
+            patch.setattr(mesh, "make", lambda **section: whole(**section, devices=devices))
+            return build_module.build(config)
+
+    return make
+
+
+def loss_and_grads(built, params):
+    def mean(params, batch):
+        out = built.task.loss(bind(built.model, {}), params, {}, batch, None, True)
+        return out.total / out.weight
+
+    with jax.set_mesh(built.layout.mesh):
+        shardings = jax.tree.map(lambda x: x.sharding, built.abstract_state().params)
+        placed = jax.device_put(params, shardings)
+        value, grads = jax.jit(jax.value_and_grad(mean), out_shardings=(None, shardings))(placed, built.batch(0))
+    return float(value), jax.device_get(flatten(grads))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(build_on):
+    made = {}
+
+    def get(family, loop):
+        if (family, loop) not in made:
+            built = build_on(ONE, FAMILIES[family] | {"model.layer_loop": loop})
+            params = jax.device_get(jax.jit(built.init)().params)
+            made[family, loop] = (params, *loss_and_grads(built, params))
+        return made[family, loop]
+
+    return get
+
+
+@pytest.mark.parametrize("loop", ["loop", "scan"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_loss_and_gradients(build_on, on_one_device, sizes, family, loop):
+    params, value, grads = on_one_device(family, loop)
+    built = build_on(sizes, FAMILIES[family] | {"model.layer_loop": loop})
+    kernels = [r for r in built.layout.table(built.abstract_state().params) if r.path.endswith("kernel")]
+    assert all(r.note == "" for r in kernels)
+    got_value, got_grads = loss_and_grads(built, params)
+    assert got_value == pytest.approx(value, rel=1e-5)
+    norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in grads.values()))
+    assert norm > 0.1
+    for path, want in grads.items():
+        scale = max(np.max(np.abs(want)), 1e-3 * norm)
+        np.testing.assert_allclose(got_grads[path] / scale, want / scale, rtol=0, atol=1e-5, err_msg=path)
+
+
+def steps(built, state, first, count):
+    """The state after some updates and their losses."""
+    losses = []
+    with jax.set_mesh(built.layout.mesh):
+        update = built.jitted_step()
+        for step in range(first, first + count):
+            state, metrics = update(state, built.batch(step))
+            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    return state, losses
+
+
+TARGETS = {**MESHES, "1 device": ONE, "2 devices": (1, 2, 1), "4 devices": (1, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def targets(build_on):
+    return {name: build_on(sizes, FAMILIES["llama"]) for name, sizes in TARGETS.items()}
+
+
+@pytest.mark.parametrize("origin", MESHES)
+def test_checkpoints_go_from_any_mesh_to_any_mesh(targets, tmp_path, origin):
+    built = targets[origin]
+    with jax.set_mesh(built.layout.mesh):
+        state, _ = steps(built, built.fresh_state(), 0, 2)
+        checkpoints = Checkpointer(tmp_path / "checkpoints")
+        checkpoints.save(2, state, {})
+        checkpoints.wait()
+    saved = jax.device_get(state)
+    _, losses = steps(built, state, 2, 2)
+    batch = jax.device_get(built.batch(2))
+    # Each pair once: later meshes, and the three smaller machines.
+    names = list(TARGETS)
+    for name in names[names.index(origin) + 1 :] + names[: names.index(origin)]:
+        other = targets[name]
+        with jax.set_mesh(other.layout.mesh):
+            restored = checkpoints.restore(2, other.abstract_state()).state
+        for want, have in zip(jax.tree.leaves(saved), jax.tree.leaves(restored), strict=True):
+            np.testing.assert_array_equal(np.asarray(have), want)
+        for want, have in zip(jax.tree.leaves(batch), jax.tree.leaves(other.batch(2)), strict=True):
+            np.testing.assert_array_equal(np.asarray(have), want)
+        _, again = steps(other, restored, 2, 2)
+        np.testing.assert_allclose(again, losses, rtol=1e-5, err_msg=f"{origin} -> {name}")
+    checkpoints.close()
