@@ -1,6 +1,6 @@
 """A character-level GPT over any text, by default at nanoGPT's CPU setting.
 
-    python -m experiments.train --config=configs/gpt_chars.py --config.data.source=text:PATH_OR_GLOB --workdir=runs/chars
+    python -m experiments.train --config=configs/gpt_chars.py --config.data.source=text:GLOB --workdir=runs/chars
 
 On Tiny Shakespeare (1.1 MB, the last tenth held out): validation loss at most 1.88 after 2,000 steps, which is the
 figure of the nanoGPT README; about two minutes on two CPU cores. `:smoke` stops after 20 steps.

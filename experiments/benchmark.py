@@ -79,13 +79,14 @@ def _steps(flags: Any) -> dict[str, Any]:
         ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
         tokens = SHAPES[shape][3] * SHAPES[shape][4] / mine
         out[f"step/{shape}"] = {"tfm_jax_ms": 1e3 * mine, "pytorch_ms": 1e3 * other, "speed_ratio": ratio}
-        rows.append((shape, f"{1e3 * mine:.1f}", f"{1e3 * other:.1f}", f"{ratio:.2f}", f"{tokens:,.0f}"))
+        times = (f"{1e3 * mine:.1f}", f"{1e3 * other:.1f}")
+        rows.append((shape, *times, f"{ratio:.2f}", f"{tokens:,.0f}"))
     print(cli.table(rows))
     return out
 
 
 def our_step(layers: int, width: int, heads: int, length: int, batch: int, vocab: int) -> Callable[[], float]:
-    """A training step of the library, exactly as `train` compiles it, as a function that runs one and returns its loss."""
+    """A training step of the library, as `train` compiles it: a function that runs one and returns its loss."""
     import jax
 
     from tfm_jax.models.gpt import Model
@@ -121,7 +122,8 @@ def side_by_side(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> tup
     for _ in range(3):
         a()
         b()
-    first, second = [], []
+    first: list[float] = []
+    second: list[float] = []
     for _ in range(rounds):
         for call, seconds in ((a, first), (b, second)):
             start = time.perf_counter()
@@ -197,7 +199,9 @@ def _checkpoint(flags: Any) -> dict[str, Any]:
     count = sum(x.size for x in jax.tree.leaves(state["params"]))
     seconds: dict[str, list[float]] = {"asynchronous": [], "synchronous": []}
     with tempfile.TemporaryDirectory() as folder:
-        writers = {kind: Checkpointer(Path(folder) / kind, keep=1, asynchronous=kind == "asynchronous") for kind in seconds}
+        writers = {
+            kind: Checkpointer(Path(folder) / kind, keep=1, asynchronous=kind == "asynchronous") for kind in seconds
+        }
         for step in range(1, 5):
             for kind, writer in writers.items():
                 blocked = writer.save(step, state, {})
@@ -229,16 +233,16 @@ def _startup(flags: Any) -> dict[str, Any]:
         _first_step([*command, f"--workdir={folder}/build"], environment)  # builds the data
         shutil.rmtree(f"{folder}/compiled")
         cold = _first_step([*command, f"--workdir={folder}/cold"], environment)
-        warm = statistics.median(
-            _first_step([*command, f"--workdir={folder}/warm{i}"], environment) for i in range(3)
-        )
+        warm = statistics.median(_first_step([*command, f"--workdir={folder}/warm{i}"], environment) for i in range(3))
     print(f"start to first step: {cold:.1f} s cold, {warm:.1f} s with the compile cache warm")
     return {"startup/cold_s": cold, "startup/warm_s": warm}
 
 
 def _first_step(command: list[str], environment: dict[str, str]) -> float:
     start = time.perf_counter()
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stderr is not None
         said = []
         for line in process.stderr:

@@ -90,8 +90,8 @@ def run(main: Callable[[Sequence[str] | None], int]) -> None:
         traceback.print_exc()
         if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
             print(
-                "error: out of memory. What helps, in this order: a smaller data.batch_size with the same number of rows"
-                " in train.accum microbatches; task.vocab_chunk=8192; model.remat=full; more devices in mesh.fsdp.",
+                "error: out of memory. What helps, in this order: more microbatches (train.accum),"
+                " task.vocab_chunk=8192, model.remat=full, more devices in mesh.fsdp, a smaller data.batch_size.",
                 file=sys.stderr,
             )
         code = 1

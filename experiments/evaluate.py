@@ -30,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tfm_jax.train.restore import restore_for_evaluation
 
     # The mesh was the training machine's; here all devices share the batch unless an override says otherwise.
-    mesh = {"mesh": {}}
-    config = configs.resolve({**rundir.read_config(flags.run), **mesh}, overrides)
+    config = configs.resolve({**rundir.read_config(flags.run), "mesh": {}}, overrides)
     experiment = build(config, tokenizer_dir=flags.run / "tokenizer", for_training=False)
     with jax.set_mesh(experiment.layout.mesh):
         state, step = restore_for_evaluation(experiment, flags.run, flags.step)

@@ -17,7 +17,7 @@ from tfm_jax.errors import UserError
 EXAMPLES = """\
   python -m experiments.generate --run runs/gpt_stdlib --prompt 'def main('
   python -m experiments.generate --run runs/gpt_stdlib --prompt 'class ' --temperature 0
-  python -m experiments.generate --run runs/gpt_stdlib --prompt 'import ' --top_k 40 --top_p 0.95 --max_new 200 --seed 1"""
+  python -m experiments.generate --run runs/gpt_stdlib --prompt 'import ' --top_k 40 --top_p 0.95 --seed 1"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,9 +66,7 @@ class Loaded:
             raise UserError(f"model.name={config['model']['name']!r} cannot generate: it has no init_caches.")
         self.params, self.step = load_params(path, step)
 
-    def continue_text(
-        self, prompt: str, sampling: Any, max_new: int, seed: int, out: Any = None
-    ) -> tuple[str, int]:
+    def continue_text(self, prompt: str, sampling: Any, max_new: int, seed: int, out: Any = None) -> tuple[str, int]:
         """The text made after a prompt and its number of tokens, written to `out` as it comes."""
         from tfm_jax.data.tokenizers import TextStream
         from tfm_jax.decode.sample import generate

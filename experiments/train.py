@@ -20,7 +20,9 @@ EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
-    made.add_argument("--config", required=True, metavar="FILE[:ARGS]", help="config file; --config.KEY=VALUE changes a key")
+    made.add_argument(
+        "--config", required=True, metavar="FILE[:ARGS]", help="config file; --config.KEY=VALUE changes a key"
+    )
     made.add_argument("--workdir", type=Path, help="run directory; a run that is there goes on")
     made.add_argument("--print_config", action="store_true", help="show the resolved config and stop")
     made.add_argument("--print_sharding", action="store_true", help="show where every array of the state goes and stop")

@@ -331,4 +331,8 @@ def differences(old: Config, new: Config) -> list[str]:
     """One line for each fixed key in which two configs differ."""
     a, b = fixed_part(old), fixed_part(new)
     missing = "(not set)"
-    return [f"{k}: {a.get(k, missing)!r} -> {b.get(k, missing)!r}" for k in sorted(a | b) if a.get(k, missing) != b.get(k, missing)]
+    return [
+        f"{k}: {a.get(k, missing)!r} -> {b.get(k, missing)!r}"
+        for k in sorted(a | b)
+        if a.get(k, missing) != b.get(k, missing)
+    ]

@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         lost += newest > max(after, default=0)
         during_save += saving
         where = "during a save" if saving else "between saves"
-        print(f"kill {number + 1}/{flags.kills} {where}: newest checkpoint {newest} -> {max(after, default=0)}", flush=True)
+        print(
+            f"kill {number + 1}/{flags.kills} {where}: newest checkpoint {newest} -> {max(after, default=0)}",
+            flush=True,
+        )
     subprocess.run(_command(killed), check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     equal, arrays = _compare(quiet, killed)
     result = {
@@ -64,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bit_identical": equal,
     }
     write_result("kills", result, seed=flags.seed, config=" ".join(_command(killed)[1:]))
-    print(f"{flags.kills} kills, {during_save} of them during a save: parameters equal: {equal}; checkpoints lost: {lost}.")
+    print(
+        f"{flags.kills} kills, {during_save} of them during a save:"
+        f" parameters equal: {equal}; checkpoints lost: {lost}."
+    )
     if flags.json:
         cli.print_json(result)
     return 0 if equal and not lost else 1
@@ -79,9 +85,13 @@ def _command(run: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _kill_once(run: Path, chance: random.Random, want_save: bool, number: int, total: int) -> tuple[list[int], bool, bool]:
+def _kill_once(
+    run: Path, chance: random.Random, want_save: bool, number: int, total: int
+) -> tuple[list[int], bool, bool]:
     """Start, wait for training to get going, kill; returns (whole checkpoints before, in a save, ended by itself)."""
-    process = subprocess.Popen(_command(run), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        _command(run), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     start = max(_finished_steps(run), default=0)
     # Get a little further each time, so that the kills are spread over the run.
     goal = start + EVERY * chance.randint(1, max(1, (STEPS - start) // (EVERY * (total - number + 1))))

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--data", type=Path, required=True, help="Tiny Shakespeare's input.txt, or .gz")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--workdir", type=Path, default=Path("runs/shakespeare"))
-    flags, overrides = cli.parse(made, argv)
+    flags, _ = cli.parse(made, argv)
     if not flags.data.is_file():
         raise UserError(f"--data={flags.data}: there is no such file.")
     command = [

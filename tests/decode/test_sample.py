@@ -94,7 +94,12 @@ def test_streaming_emits_the_same_tokens():
     end = whole[0][4]
     seen = []
     out = generate(
-        *model_and_params("learned"), PROMPTS, max_new=NEW, sampling=GREEDY, end_id=end, on_token=lambda ids: seen.append(ids.copy())
+        *model_and_params("learned"),
+        PROMPTS,
+        max_new=NEW,
+        sampling=GREEDY,
+        end_id=end,
+        on_token=lambda ids: seen.append(ids.copy()),
     )
     jax.effects_barrier()
     assert all(ids.shape == (len(PROMPTS),) for ids in seen)

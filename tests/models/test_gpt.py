@@ -18,7 +18,15 @@ from tfm_jax.paths import flatten
 V, T = 61, 12
 TOKENS = jax.random.randint(jax.random.key(0), (2, T), 0, V)
 LLAMA = BlockSpec(
-    width=16, heads=4, kv_heads=2, mlp_width=24, norm="rms", mlp="gated", activation="silu", position="rotary", bias="none"
+    width=16,
+    heads=4,
+    kv_heads=2,
+    mlp_width=24,
+    norm="rms",
+    mlp="gated",
+    activation="silu",
+    position="rotary",
+    bias="none",
 )
 TINY = {
     "gpt2": Model(BlockSpec(width=16, heads=4), vocab_size=V, max_len=T, layers=2),
@@ -96,7 +104,9 @@ def test_outputs(name):
     model = TINY[name]
     out = applied(model)(TOKENS)
     assert set(out) == {"hidden", "unembedding", "logits"}
-    assert out["logits"].shape == (2, T, V) and out["hidden"].shape == (2, T, 16) and out["unembedding"].shape == (V, 16)
+    assert (
+        out["logits"].shape == (2, T, V) and out["hidden"].shape == (2, T, 16) and out["unembedding"].shape == (V, 16)
+    )
     np.testing.assert_allclose(out["logits"], np.einsum("btd,vd->btv", out["hidden"], out["unembedding"]), atol=1e-5)
     table = params_of(model)["token_embedding" if name == "gpt2" else "unembedding"]["embedding"]
     np.testing.assert_array_equal(out["unembedding"], table)

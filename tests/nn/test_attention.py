@@ -61,7 +61,9 @@ class Slow:
 @functools.cache
 def inputs(groups: int, length: int):
     shapes = ((B, T, H, K), (B, length, groups, K), (B, length, groups, K), (B, T, H, K))
-    return [jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(0), 4), shapes, strict=True)]
+    return [
+        jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(0), 4), shapes, strict=True)
+    ]
 
 
 @functools.cache

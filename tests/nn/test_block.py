@@ -28,7 +28,9 @@ SLOW = {
 
 def made(spec: BlockSpec, train: bool = False):
     block = Block(spec, spec.init_std, train)
-    variables = jax.jit(lambda keys: block.init(keys, X, None, CAUSAL, None))({"params": jax.random.key(1), "dropout": jax.random.key(2)})
+    variables = jax.jit(lambda keys: block.init(keys, X, None, CAUSAL, None))(
+        {"params": jax.random.key(1), "dropout": jax.random.key(2)}
+    )
     return block, variables
 
 

@@ -43,7 +43,9 @@ def test_every_combination_against_loops():
         np.testing.assert_array_equal(got, slow(mask), err_msg=str(case))
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(slice(2, 5), slice(0, 5)), (slice(3, 7), slice(2, 7)), (slice(6, 7), slice(0, 7))])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(slice(2, 5), slice(0, 5)), (slice(3, 7), slice(2, 7)), (slice(6, 7), slice(0, 7))]
+)
 def test_a_block_is_a_part_of_the_whole(queries, keys):
     for case in CASES:
         mask = Mask(**case)

@@ -86,7 +86,9 @@ def test_every_layer_draws_its_own_dropout(layer_loop):
         variables = stack.init(key, X, Mask(causal=True), train=False)
 
         def set_biases(path, p):
-            return jnp.full(p.shape, float("down" in str(path) and "bias" in str(path)) if "scale" not in str(path) else 1.0)
+            return jnp.full(
+                p.shape, float("down" in str(path) and "bias" in str(path)) if "scale" not in str(path) else 1.0
+            )
 
         params = jax.tree_util.tree_map_with_path(set_biases, variables["params"])
         return stack.apply({"params": params}, 0 * X, Mask(causal=True), train=True, rngs={"dropout": key})[0]
@@ -120,7 +122,9 @@ def test_caches_a_position_at_a_time(layer_loop):
     stack = Stack(SPEC, L, layer_loop)
     params = loop_params() if layer_loop == "loop" else stacked(loop_params())
     caches = stack.init_caches(B, T + 1)
-    assert {x.shape for x in jax.tree.leaves(caches)} == {(B, T + 1, 2, 4) if layer_loop == "loop" else (L, B, T + 1, 2, 4)}
+    assert {x.shape for x in jax.tree.leaves(caches)} == {
+        (B, T + 1, 2, 4) if layer_loop == "loop" else (L, B, T + 1, 2, 4)
+    }
 
     @jax.jit
     def step(x, at, caches):

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from tests.parity.weights import LAYERS, LENGTH, VOCAB, WIDTH
+from .weights import LAYERS, LENGTH, VOCAB, WIDTH
 
 FOLDER = Path(__file__).parent / "fixtures"
-SEED = 11
+SEED, GRAIN, STRIDE = 11, np.float32(1 / 64), 5
+Arrays = dict[str, np.ndarray]
 
 
 def _model(family: str) -> Any:
@@ -35,11 +36,11 @@ def _model(family: str) -> Any:
     )  # fmt: skip
 
 
-def compute(family: str) -> dict[str, np.ndarray]:
+def compute(family: str) -> Arrays:
     """`weight/NAME` and `gradient/NAME` for every parameter, `tokens` (B, T), `logits`, and the mean `loss`.
 
-    Weights are drawn by numpy, whose bit generators are fixed for good, and rounded to 1/256 so that they compress and
-    are exact in half precision. Every one is random, biases and norms too.
+    Weights are drawn by numpy, whose bit generators are fixed for good, and are multiples of `GRAIN` that fit in a
+    byte. Every one is random, biases and norms too.
     """
     import torch
 
@@ -47,25 +48,50 @@ def compute(family: str) -> dict[str, np.ndarray]:
     model = _model(family).float().eval()
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
-            spread = 0.1 if p.ndim == 1 else 0.2
-            value = rng.normal(1.0 if "norm" in name or ".ln_" in name and "weight" in name else 0.0, spread, p.shape)
-            p.copy_(torch.from_numpy(np.round(value * 256) / 256))
+            norm = name.endswith("norm.weight") or ("ln_" in name and name.endswith("weight"))
+            value = rng.normal(1.0 if norm else 0.0, 0.1 if p.ndim == 1 else 0.2, p.shape)
+            p.copy_(torch.from_numpy(np.clip(np.round(value / GRAIN), -127, 127) * GRAIN))
     tokens = rng.integers(0, VOCAB, (2, LENGTH - 3))
     logits = model(torch.from_numpy(tokens)).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), torch.from_numpy(tokens[:, 1:].reshape(-1)))
+    targets = torch.from_numpy(tokens[:, 1:].reshape(-1))
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), targets)
     loss.backward()
     out = {"tokens": tokens.astype(np.int32), "logits": logits.detach().numpy(), "loss": loss.detach().numpy()}
     for name, p in model.named_parameters():
-        out[f"weight/{name}"] = p.detach().numpy().astype(np.float16)
-        assert np.array_equal(out[f"weight/{name}"].astype(np.float32), p.detach().numpy()), name
-        out[f"gradient/{name}"] = p.grad.numpy()
+        out[f"weight/{name}"], out[f"gradient/{name}"] = p.detach().numpy(), p.grad.numpy()
+    return out
+
+
+def save(path: Path, arrays: Arrays) -> None:
+    """Weights in a byte each; of a matrix's gradient every fifth element, which reaches all its rows and columns."""
+    out = {}
+    for name, x in arrays.items():
+        if name.startswith("weight/"):
+            x = (x / GRAIN).astype(np.int8)
+        elif name.startswith("gradient/") and x.ndim > 1:
+            x = x.reshape(-1)[::STRIDE]
+        out[name] = x
+    np.savez_compressed(path, **out)
+
+
+def load(path: Path) -> Arrays:
+    """What `save` wrote, in the original shapes; gradients that it left out are NaN."""
+    with np.load(path) as stored:
+        out = {name: stored[name] for name in stored}
+    for name in [name for name in out if name.startswith("weight/")]:
+        weight = out[name] = out[name].astype(np.float32) * GRAIN
+        if weight.ndim > 1:
+            gradient = np.full(weight.shape, np.nan, np.float32)
+            key = name.replace("weight/", "gradient/", 1)
+            gradient.reshape(-1)[::STRIDE] = out[key]
+            out[key] = gradient
     return out
 
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for family in ("gpt2", "llama"):
-        np.savez_compressed(FOLDER / f"{family}.npz", **compute(family))
+        save(FOLDER / f"{family}.npz", compute(family))
 
 
 if __name__ == "__main__":

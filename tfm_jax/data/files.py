@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -143,7 +144,7 @@ def text_spans(index: FileIndex, start: int, stop: int) -> list[TextSpan]:
     """The bytes [start, stop) of a file as one document, cut where the index says."""
     inner = [cut.byte for cut in index.cuts if start < cut.byte < stop]
     edges = [start, *inner, stop]
-    return [TextSpan(index.path, a, b, b == stop) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [TextSpan(index.path, a, b, b == stop) for a, b in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True)
@@ -188,5 +189,5 @@ class JsonlPiece:
 def jsonl_pieces(index: FileIndex, feature: str, keep: Keep | None) -> list[JsonlPiece]:
     return [
         JsonlPiece(index.path, index.name, a.byte, b.byte, a.line, feature, keep)
-        for a, b in zip(index.cuts[:-1], index.cuts[1:], strict=True)
+        for a, b in itertools.pairwise(index.cuts)
     ]

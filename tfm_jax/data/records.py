@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ class RecordPiece:
     keep: Keep | None
 
     def documents(self) -> Iterator[Document]:
-        records = {"tfds": _tfds_records, "hf": _hf_records}[self.kind](self.folder, self.split)
+        records = (
+            _tfds_records(self.folder, self.split) if self.kind == "tfds" else _hf_records(self.folder, self.split)
+        )
         for index in range(self.start, self.stop):
             if self.keep is None or self.keep(f"{self.split}:{index}"):
                 text = records[index][self.feature]
@@ -59,7 +62,7 @@ def record_pieces(data: RecordSet, split: RecordSplit, keep: Keep | None, piece_
     edges = [split.records * i // count for i in range(count + 1)]
     return [
         RecordPiece(data.kind, data.folder, split.name, a, b, data.feature, split.bytes // count, keep)
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in itertools.pairwise(edges)
         if b > a
     ]
 
@@ -76,7 +79,7 @@ def canonical_splits(data: RecordSet) -> dict[str, RecordSplit]:
 def _pick_feature(feature: str | None, texts: list[str], every: list[str], name: str) -> str:
     if feature is None:
         if len(texts) != 1:
-            what = f"text features {', '.join(texts)}" if texts else "no text feature"
+            what = f"text features {', '.join(sorted(texts))}" if texts else "no text feature"
             raise UserError(f"{name} has {what}; say which one with data.feature.")
         return texts[0]
     if feature not in every:
@@ -179,9 +182,7 @@ def open_hf(folder: Path, feature: str | None, fingerprint: str) -> RecordSet:
         raise UserError(f"hf:{folder} is not a folder written by save_to_disk: {error}.") from None
     features = next(iter(splits.values())).features
     strings = ("string", "large_string")
-    texts = [
-        key for key, value in features.items() if isinstance(value, datasets.Value) and value.dtype in strings
-    ]
+    texts = [key for key, value in features.items() if isinstance(value, datasets.Value) and value.dtype in strings]
     found = tuple(RecordSplit(name, len(data), data.data.nbytes) for name, data in splits.items())
     chosen = _pick_feature(feature, texts, list(features), f"hf:{folder}")
     return RecordSet("hf", str(folder), chosen, found, fingerprint)

@@ -1,9 +1,9 @@
 """From a source string such as `text:~/books/**/*.txt` to splits made of pieces that any process can read.
 
-    stdlib                        the running Python's standard library
-    text:GLOB  jsonl:GLOB         files, `.gz` or not
-    tfds:NAME                     a TFDS data set in ArrayRecord (see `records.open_tfds`)
-    hf:DIR                        a Hugging Face `datasets` folder on disk (extra: hf)
+stdlib                        the running Python's standard library
+text:GLOB  jsonl:GLOB         files, `.gz` or not
+tfds:NAME                     a TFDS data set in ArrayRecord (see `records.open_tfds`)
+hf:DIR                        a Hugging Face `datasets` folder on disk (extra: hf)
 """
 
 from __future__ import annotations
@@ -161,9 +161,7 @@ def _text_splits(
 ) -> tuple[str, dict[str, list[Piece]]]:
     groups = _rule_for_names(source, indices, rule)
     train, used = groups["train"], "names"
-    spans = {
-        name: [s for i in group for s in files.text_spans(i, 0, i.size)] for name, group in groups.items()
-    }
+    spans = {name: [s for i in group for s in files.text_spans(i, 0, i.size)] for name, group in groups.items()}
     if "validation" not in groups:
         single = len(train) == 1
         if rule == "tail" and not single:
@@ -199,14 +197,11 @@ def _jsonl_splits(
         keeps |= {name: Keep(name, held) for name in ("train", "validation")}
         used = f"hash {held}"
     return used, {
-        name: [p for i in group for p in files.jsonl_pieces(i, feature, keeps[name])]
-        for name, group in groups.items()
+        name: [p for i in group for p in files.jsonl_pieces(i, feature, keeps[name])] for name, group in groups.items()
     }
 
 
-def _record_source(
-    source: str, data: records.RecordSet, rule: str, fraction: float | None, piece_bytes: int
-) -> Source:
+def _record_source(source: str, data: records.RecordSet, rule: str, fraction: float | None, piece_bytes: int) -> Source:
     if rule == "tail":
         raise UserError(f"{source}: data.split=tail is for a single text; use hash or names.")
     own = records.canonical_splits(data)

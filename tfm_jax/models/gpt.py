@@ -23,7 +23,14 @@ from tfm_jax.parallel.sharding import Rule, constrain
 
 _GPT2 = dict(vocab_size=50257, max_len=1024)
 _LLAMA = dict(
-    norm="rms", mlp="gated", activation="silu", position="rotary", bias="none", output="free", norm_eps=1e-5, max_len=4096
+    norm="rms",
+    mlp="gated",
+    activation="silu",
+    position="rotary",
+    bias="none",
+    output="free",
+    norm_eps=1e-5,
+    max_len=4096,
 )
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,7 +48,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama2-7b": _LLAMA | dict(vocab_size=32000, layers=32, width=4096, heads=32, mlp_width=11008),
     "llama3-8b": _LLAMA
     | dict(
-        vocab_size=128256, layers=32, width=4096, heads=32, kv_heads=8, mlp_width=14336, max_len=8192, rope_theta=500_000.0
+        vocab_size=128256,
+        layers=32,
+        width=4096,
+        heads=32,
+        kv_heads=8,
+        mlp_width=14336,
+        max_len=8192,
+        rope_theta=500_000.0,
     ),
 }
 

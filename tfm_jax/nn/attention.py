@@ -56,7 +56,9 @@ def _ungrouped(out_BGRTK: jax.Array) -> jax.Array:
     return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(b, t, g * r, size)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callable[[jax.Array], jax.Array] | None) -> jax.Array:
+def _xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callable[[jax.Array], jax.Array] | None
+) -> jax.Array:
     """Materialises every score: any mask, and dropout on the weights."""
     queries, keys = slice(0, q.shape[1]), slice(0, k.shape[1])
     q, k, v = _grouped(q, k, v)
@@ -66,7 +68,9 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callable
     return _ungrouped(jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(v.dtype), v))
 
 
-def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callable[[jax.Array], jax.Array] | None) -> jax.Array:
+def _chunked(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callable[[jax.Array], jax.Array] | None
+) -> jax.Array:
     """Query blocks, unrolled, so that keys in the future of a whole block are never touched."""
     if dropout is not None:
         raise UserError("model.attention='chunked' has no attention dropout. Use 'xla', or attention_dropout=0.")
@@ -79,12 +83,16 @@ def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Call
         first, last = 0, min(stop, size) if mask.skips_future else size
         if mask.skips_future and mask.window is not None:
             first = max(0, min(start - mask.window + 1, last - 1))
-        weights = _weights(q[..., start:stop, :], k[:, :, first:last], mask.block(slice(start, stop), slice(first, last)))
+        weights = _weights(
+            q[..., start:stop, :], k[:, :, first:last], mask.block(slice(start, stop), slice(first, last))
+        )
         out.append(jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(v.dtype), v[:, :, first:last]))
     return _ungrouped(jnp.concatenate(out, axis=3))
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callable[[jax.Array], jax.Array] | None) -> jax.Array:
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callable[[jax.Array], jax.Array] | None
+) -> jax.Array:
     """cuDNN's fused attention; the causal mask alone stays inside the kernel, anything else becomes an array."""
     if dropout is not None:
         raise UserError("model.attention='cudnn' has no attention dropout here. Use 'xla', or attention_dropout=0.")
@@ -92,9 +100,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callab
     allowed = None if plain else mask.block(slice(0, q.shape[1]), slice(0, k.shape[1]))
     if allowed is not None:
         allowed = jnp.broadcast_to(allowed[:, None], (q.shape[0], 1, *allowed.shape[1:]))
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=allowed, is_causal=plain and mask.causal, implementation="cudnn"
-    )
+    return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=plain and mask.causal, implementation="cudnn")
 
 
 # A kernel for another platform is one more row here and one more case in `choose`.
@@ -114,10 +120,13 @@ def choose(spec: BlockSpec, platform: str) -> str:
     here = available(platform)
     if spec.attention != "auto":
         if spec.attention not in IMPLEMENTATIONS:
-            raise UserError(f"model.attention={spec.attention!r} does not exist.{nearest(spec.attention, ['auto', *here])}")
+            raise UserError(
+                f"model.attention={spec.attention!r} does not exist.{nearest(spec.attention, ['auto', *here])}"
+            )
         if spec.attention not in here:
             raise UserError(
-                f"model.attention={spec.attention!r} is not available on {platform}. Available here: auto, {', '.join(here)}."
+                f"model.attention={spec.attention!r} is not available on {platform}."
+                f" Available here: auto, {', '.join(here)}."
             )
         if spec.attention == "cudnn" and spec.dtype == "float32":
             raise UserError("model.attention='cudnn' needs model.dtype='bfloat16' or 'float16'; it is 'float32'.")
@@ -194,7 +203,9 @@ class Attention(nn.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
-            cache = Cache(*(old.at[rows, mask.query_positions].set(new) for old, new in zip(cache, (k, v), strict=True)))
+            cache = Cache(
+                *(old.at[rows, mask.query_positions].set(new) for old, new in zip(cache, (k, v), strict=True))
+            )
             k, v = cache
         weight_dropout: Any = None
         if self.train and spec.attention_dropout:

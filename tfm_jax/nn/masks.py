@@ -5,12 +5,19 @@ B batch, T query length, S key length.
 
 from __future__ import annotations
 
-import flax.struct
+import functools
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
 
-@flax.struct.dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["query_positions", "key_valid", "query_segments", "key_segments"],
+    meta_fields=["causal", "window"],
+)
+@dataclass(frozen=True)
 class Mask:
     """The conjunction of everything that is set.
 
@@ -24,8 +31,8 @@ class Mask:
         documents).
     """
 
-    causal: bool = flax.struct.field(pytree_node=False, default=False)
-    window: int | None = flax.struct.field(pytree_node=False, default=None)
+    causal: bool = False
+    window: int | None = None
     query_positions: jax.Array | None = None
     key_valid: jax.Array | None = None
     query_segments: jax.Array | None = None

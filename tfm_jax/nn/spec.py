@@ -71,7 +71,9 @@ class BlockSpec:
                 f" Nearest that do: {_nearest_divisors(self.heads, self.groups)}."
             )
         if self.position == "rotary" and self.key_size % 2:
-            raise UserError(f"model.position='rotary' turns pairs, so the head size must be even; it is {self.key_size}.")
+            raise UserError(
+                f"model.position='rotary' turns pairs, so the head size must be even; it is {self.key_size}."
+            )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: a probability in [0, 1).")

@@ -73,8 +73,8 @@ class Stack(nn.Module):
 
     def init_caches(self, batch: int, length: int) -> Caches:
         """Empty caches for `length` positions."""
-        shape = (batch, length, self.spec.groups, self.spec.key_size)
+        shape, dtype = (batch, length, self.spec.groups, self.spec.key_size), self.spec.compute_dtype
         if self.layer_loop == "scan":
-            shape = (self.layers, *shape)
-        zeros = jnp.zeros(shape, self.spec.compute_dtype)
-        return Cache(zeros, zeros) if self.layer_loop == "scan" else (Cache(zeros, zeros),) * self.layers
+            zeros = jnp.zeros((self.layers, *shape), dtype)
+            return Cache(zeros, zeros)
+        return (Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),) * self.layers

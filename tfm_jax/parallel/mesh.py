@@ -45,7 +45,9 @@ def make(
     asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     if free:
         if len(found) % fixed:
-            raise UserError(f"mesh: {asked}: {fixed} does not divide the {len(found)} devices, so {free[0]}=-1 has no size.")
+            raise UserError(
+                f"mesh: {asked}: {fixed} does not divide the {len(found)} devices, so {free[0]}=-1 has no size."
+            )
         sizes[free[0]] = len(found) // fixed
     elif fixed != len(found):
         raise UserError(f"mesh: {asked} = {fixed} devices, but there are {len(found)}. Set one axis to -1 to fill up.")

@@ -36,9 +36,9 @@ def initialise() -> None:
             raise UserError(f"{', '.join(given)} is set, but {missing} is not: set all three or none.")
         address, count, index = (os.environ[name] for name in _OWN)
         jax.distributed.initialize(address, int(count), int(index))
-    elif any(int(os.environ.get(size, "1")) > 1 and rank in os.environ for size, rank in _LAUNCHERS):
-        jax.distributed.initialize()
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    elif any(
+        int(os.environ.get(size, "1")) > 1 and rank in os.environ for size, rank in _LAUNCHERS
+    ) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
 
 
@@ -84,7 +84,8 @@ def global_batch(dataset: Any, step: int, sharding: NamedSharding) -> Any:
     local = dataset.batch_at(step, rows)
 
     def assemble(leaf: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             wanted = np.arange(size)[index[0]]
             piece: np.ndarray = leaf[np.searchsorted(rows, wanted)][(slice(None), *index[1:])]
             return piece

@@ -50,7 +50,9 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
         raise ValueError(f"constrain: {len(names)} names {tuple(names)} for an array of shape {x.shape}.")
     axes = [ACTIVATION_AXES.get(name) if name else None for name in names]
     sizes = dict(mesh.shape)
-    return jax.lax.with_sharding_constraint(x, P(*(_fitting(a, d, sizes)[0] for a, d in zip(axes, x.shape, strict=True))))
+    return jax.lax.with_sharding_constraint(
+        x, P(*(_fitting(a, d, sizes)[0] for a, d in zip(axes, x.shape, strict=True)))
+    )
 
 
 def _fitting(axis: Axis, dim: int, sizes: dict[str, int]) -> tuple[Axis, str]:
@@ -137,13 +139,25 @@ def format_table(rows: Sequence[Placement]) -> str:
     """The placements as text, with the totals that decide whether a run fits."""
     header = ("parameter", "shape", "dtype", "spec", "MiB/device", "note")
     body = [
-        (r.path, "x".join(map(str, r.shape)) or "scalar", r.dtype, str(tuple(r.spec)), f"{r.bytes_per_device / 2**20:.3f}", r.note)
+        (
+            r.path,
+            "x".join(map(str, r.shape)) or "scalar",
+            r.dtype,
+            str(tuple(r.spec)),
+            f"{r.bytes_per_device / 2**20:.3f}",
+            r.note,
+        )
         for r in rows
     ]
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [header, *body]]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [header, *body]
+    ]
     total = sum(r.bytes_per_device for r in rows) / 2**20
     elements = sum(math.prod(r.shape) for r in rows)
     gave_way = sum(1 for r in rows if r.note)
-    lines.append(f"{len(rows)} arrays, {elements:,} elements, {total:.1f} MiB per device; {gave_way} not as a rule says.")
+    lines.append(
+        f"{len(rows)} arrays, {elements:,} elements, {total:.1f} MiB per device; {gave_way} not as a rule says."
+    )
     return "\n".join(lines)

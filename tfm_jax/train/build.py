@@ -59,7 +59,7 @@ class Experiment:
         state: TrainState = jax.jit(self.init, out_shardings=shardings)()
         return state
 
-    def jitted_step(self) -> Callable[..., Any]:
+    def jitted_step(self) -> jax.stages.Wrapped:
         """The update, jitted on the layout; it takes over the old state's memory."""
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         batch = self.layout.batch()
@@ -184,4 +184,3 @@ def _fill_vocabulary(config: configs.Config, data: Any) -> configs.Config:
             f" Set at least {data.vocab_size}, or leave it out."
         )
     return config
-

@@ -211,7 +211,9 @@ def _check_shapes(abstract: Any, saved: Any, where: Path, partial: bool) -> None
     """One error that lists every array which is missing, extra, or of another shape."""
     want = {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
     have = {path: tuple(leaf.shape) for path, leaf in _flatten_metadata(saved).items()}
-    lines = [f"  {p}: in the model {want[p]}, in the checkpoint {have[p]}" for p in want if p in have and want[p] != have[p]]
+    lines = [
+        f"  {p}: in the model {want[p]}, in the checkpoint {have[p]}" for p in want if p in have and want[p] != have[p]
+    ]
     lines += [f"  {p}: not in the checkpoint" for p in want if p not in have]
     lines += [f"  {p}: not in the model" for p in have if p not in want and not partial]
     if lines:
@@ -229,7 +231,11 @@ def _as_dict(saved: Any) -> Any:
 
 def _flatten_metadata(saved: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(_as_dict(saved), is_leaf=_is_array_metadata)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves if _is_array_metadata(leaf)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+        if _is_array_metadata(leaf)
+    }
 
 
 def _digest(path: Path) -> str:

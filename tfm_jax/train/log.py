@@ -39,7 +39,13 @@ class Writers:
                 raise UserError(f"log.wandb={wandb!r} needs Weights & Biases: pip install 'tfm_jax[wandb]'.") from None
             entity, _, project = wandb.rpartition("/")
             self._wandb = wandb_module.init(
-                project=project, entity=entity or None, dir=run, name=run.name, id=run.name, resume="allow", config=config
+                project=project,
+                entity=entity or None,
+                dir=run,
+                name=run.name,
+                id=run.name,
+                resume="allow",
+                config=config,
             )
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -88,7 +94,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
 

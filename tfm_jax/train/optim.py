@@ -89,7 +89,10 @@ def make(
 
 
 def _adafactor(**options: Any) -> optax.GradientTransformation:
-    scale_by_parameter, threshold = options.pop("multiply_by_parameter_scale", True), options.pop("clipping_threshold", 1.0)
+    scale_by_parameter, threshold = (
+        options.pop("multiply_by_parameter_scale", True),
+        options.pop("clipping_threshold", 1.0),
+    )
     parts = [optax.scale_by_factored_rms(**options)]
     parts += [] if threshold is None else [optax.clip_by_block_rms(threshold)]
     parts += [optax.scale_by_param_block_rms()] if scale_by_parameter else []

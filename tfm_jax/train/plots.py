@@ -27,7 +27,9 @@ def loss_picture(run: Path, references: dict[str, float] | None = None) -> Path:
         top.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, linewidth=1.2)
     for name, value in (references or {}).items():
         top.axhline(value, color="grey", linestyle="--", linewidth=0.8)
-        top.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="grey")
+        top.annotate(
+            name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="grey"
+        )
     rates = [(r["step"], r["optim/lr"]) for r in records if "optim/lr" in r]
     if rates:
         bottom.plot(*zip(*rates, strict=True), linewidth=1.2)

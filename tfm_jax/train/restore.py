@@ -50,7 +50,9 @@ def restore_for_evaluation(experiment: Experiment, path: Path, step: int | None 
     try:
         restored = checkpoints.restore(found, wanted, partial=True)
     except CorruptCheckpoint as error:
-        raise UserError(f"Checkpoint {found} of {path} is damaged: {error}.{nearest('', checkpoints.steps())}") from None
+        raise UserError(
+            f"Checkpoint {found} of {path} is damaged: {error}.{nearest('', checkpoints.steps())}"
+        ) from None
     finally:
         checkpoints.close()
     return abstract._replace(**restored.state), found

@@ -107,7 +107,10 @@ def _restore(experiment: Experiment, checkpoints: Checkpointer, main: bool) -> R
 
     def init_from(state: Any) -> Any:
         params, report = load_donor(
-            Path(str(settings.init_from)), state.params, rename=settings.rename, resize_positions=settings.resize_positions
+            Path(str(settings.init_from)),
+            state.params,
+            rename=settings.rename,
+            resize_positions=settings.resize_positions,
         )
         if main:
             log.warning("init_from %s: %s", settings.init_from, report)
@@ -145,17 +148,26 @@ class _Loop:
         profile: tuple[int, int] | None,
         main: bool,
     ) -> None:
-        self.experiment, self.run_dir, self.checkpoints, self.facts, self.main = experiment, run, checkpoints, facts, main
+        self.experiment, self.run_dir, self.checkpoints, self.facts, self.main = (
+            experiment,
+            run,
+            checkpoints,
+            facts,
+            main,
+        )
         self.state, self.first = start.state, start.step
         self.total = experiment.train.steps
         self.evaluators = experiment.evaluators()
         self.meter = Meter(experiment, seconds=float(start.meta.get("train_seconds", 0.0)))
         self.profile = profile
         self.finals: Metrics = {}
+        self.pending: tuple[int, Any] | None = None  # a step dispatched, and its metrics not yet read
         self.stop = _StopRequest()
         settings = experiment.log
         self.writers = (
-            Writers(run, start=self.first, tensorboard=settings.tensorboard, wandb=settings.wandb, config=experiment.config)
+            Writers(
+                run, start=self.first, tensorboard=settings.tensorboard, wandb=settings.wandb, config=experiment.config
+            )
             if main
             else None
         )
@@ -167,7 +179,6 @@ class _Loop:
         self.meter.compile_seconds = time.perf_counter() - began
         progress = Progress(start=self.first, total=self.total, shown=self.main)
         batches = Prefetcher(experiment.batch, self.first, self.total)
-        pending: tuple[int, Any] | None = None
         try:
             with self.stop, progress, batches:
                 self.progress = progress
@@ -175,19 +186,19 @@ class _Loop:
                 for step, batch in batches:
                     if step > self.first:
                         if self._due(step, experiment.train.eval_every):
-                            pending = self._read(pending)
+                            self._read()
                             self._evaluate(step)  # 4
                         if self._due(step, experiment.checkpoint.every):
-                            pending = self._read(pending)
+                            self._read()
                             self._save(step)  # 5
                         if self._told_to_stop(step):
                             return self._preempted(step)
                     self._trace(step)
                     self.state, metrics = compiled(self.state, batch)  # 6, 7
-                    self._read(pending)  # 8, 9
-                    pending = (step + 1, metrics)
+                    self._read()  # 8, 9
+                    self.pending = (step + 1, metrics)
                     progress.advance()
-                self._read(pending)
+                self._read()
                 self._trace(None)
                 self.meter.pause()
                 self._evaluate(self.total)
@@ -199,11 +210,11 @@ class _Loop:
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _read(self, pending: tuple[int, Any] | None) -> None:
-        """Wait for a step's metrics; count, check and perhaps log them."""
-        if pending is None:
+    def _read(self) -> None:
+        """Wait for the last dispatched step's metrics; count, check and perhaps log them."""
+        if self.pending is None:
             return
-        step, metrics = pending
+        (step, metrics), self.pending = self.pending, None
         self.meter.add(step, jax.device_get(metrics))
         if self.meter.bad_in_a_row >= self.experiment.train.max_bad_steps:
             raise UserError(
@@ -222,7 +233,9 @@ class _Loop:
                 found = {f"eval/{name}/{key}": value for key, value in evaluate(self.state).items()}
                 self.finals |= found
                 self._write(step, found)
-                shown = "  ".join(f"{k.rpartition('/')[2]} {v:.4f}" for k, v in found.items() if not k.endswith("tokens"))
+                shown = "  ".join(
+                    f"{k.rpartition('/')[2]} {v:.4f}" for k, v in found.items() if not k.endswith("tokens")
+                )
                 self.progress.say(f"step {step}/{self.total}  eval {name}: {shown}")
 
     def _save(self, step: int) -> None:
@@ -292,7 +305,9 @@ class _Loop:
 def compressors(facts: Mapping[str, Mapping[str, Any]], split: str = "validation") -> dict[str, float]:
     """Bits per byte of general compressors on a split, where the data set knows them."""
     found = facts.get(split, {})
-    return {f"{tool} -9": 8 * found[f"{tool}_bytes"] / found["bytes"] for tool in ("gzip", "xz") if f"{tool}_bytes" in found}
+    return {
+        f"{tool} -9": 8 * found[f"{tool}_bytes"] / found["bytes"] for tool in ("gzip", "xz") if f"{tool}_bytes" in found
+    }
 
 
 def _as_loss(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -324,4 +339,3 @@ class _StopRequest:
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.asked, self.name = True, signal.Signals(number).name
         signal.signal(number, self._previous[number])
-

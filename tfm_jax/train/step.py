@@ -34,7 +34,7 @@ def make_train_step(
     """
     if accum > 1 and not task.splittable:
         raise UserError(
-            f"train.accum={accum}: this task's loss couples the rows of a batch, so microbatches would change it. Use 1."
+            f"train.accum={accum}: this task's loss couples the rows of a batch; microbatches would change it. Use 1."
         )
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, tuple[jax.Array, jax.Array]]]:

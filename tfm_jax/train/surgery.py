@@ -113,6 +113,8 @@ def _restack(donor: dict[str, jax.Array], *, stacked: bool) -> dict[str, jax.Arr
             out[path] = value
     for path, by_index in layers.items():
         if sorted(by_index) != list(range(len(by_index))):
-            raise UserError(f"checkpoint.init_from: layers {sorted(by_index)} of {path} have gaps; they cannot be stacked.")
+            raise UserError(
+                f"checkpoint.init_from: layers {sorted(by_index)} of {path} have gaps; they cannot be stacked."
+            )
         out[path] = jnp.stack([by_index[i] for i in range(len(by_index))])
     return out
