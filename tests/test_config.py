@@ -185,8 +185,10 @@ def test_mistakes_on_the_command_line(raw_config, key, text, message):
             {"model.attention": "cudnn"},
             "model.attention='cudnn' is not available on cpu. Available here: auto, xla, chunked.",
         ),
-        ({"optim.options.b3": 0.5}, "optim.options.b3 is not an option of 'adamw'. Valid: b1, b2, eps, eps_root,"
-         " mu_dtype, nesterov."),
+        (
+            {"optim.options.nestrov": True},
+            "optim.options.nestrov is not an option of 'adamw'. Did you mean 'nesterov'?",
+        ),
         ({"train.accum": 3}, "train.accum=3 does not divide data.batch_size=8."),
         ({"data.batch_size": 0}, "data.batch_size=0: must be at least 1."),
         (

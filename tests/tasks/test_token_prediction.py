@@ -17,7 +17,7 @@ DRAW = np.random.default_rng(0)
 HIDDEN, TABLE = DRAW.normal(size=(B, T, D)), DRAW.normal(size=(V, D))
 LOGITS = HIDDEN @ TABLE.T
 BATCH = {
-    "inputs": {"x": jnp.ones((B, 1))},
+    "inputs": {"x": jnp.array([[1.0], [2.0]])},
     "targets": jnp.asarray(DRAW.integers(0, V, (B, T)), jnp.int32),
     "weights": jnp.array([[1.0, 0.5, 0.0], [2.0, 0.0, 1.0]]),
 }
@@ -122,5 +122,6 @@ def test_errors(arguments, message):
 
 def test_chunks_need_a_model_that_returns_its_table():
     message = "task.vocab_chunk=4 needs a model that returns 'hidden' and 'unembedding'; this one returns logits."
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UserError) as found:
         loss(token_prediction.make(vocab_chunk=4), logits_only)
+    assert str(found.value) == message

@@ -147,22 +147,18 @@ def test_dropout_is_a_function_of_seed_and_step():
 
 
 def test_microbatches_draw_different_dropout():
-    """With the same rows in both microbatches, one draw for both would equal a batch of one of them."""
-    model, task = gpt(dropout=0.5), token_prediction.make()
-    state, half = start(model, task), jax.tree.map(lambda x: x[:4], batch())
-    seen = []
+    model, task = gpt(), token_prediction.make()
+    state = start(model, task)
 
     def loss(apply, params, extra, data, rng, train):
         out = task.loss(apply, params, extra, data, rng, train)
         return out._replace(metrics=out.metrics | {"draw": (jax.random.uniform(rng), jnp.float32(1)), "square": (
             jax.random.uniform(rng) ** 2, jnp.float32(1))})  # fmt: skip
 
-    doubled = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), half)
     step = make_train_step(dataclasses.replace(task, loss=loss), model, TX, accum=2)
-    _, metrics = jax.jit(step)(state, doubled)
+    _, metrics = jax.jit(step)(state, batch())
     mean, square = float(metrics["draw"][0]) / 2, float(metrics["square"][0]) / 2
-    seen.append(square - mean**2)
-    assert seen[0] > 1e-4
+    assert square - mean**2 > 1e-4
 
 
 def test_a_task_that_couples_rows_refuses_accumulation():
@@ -175,8 +171,9 @@ def test_a_task_that_couples_rows_refuses_accumulation():
 
 def test_rows_that_do_not_divide(plain):
     model, task, state, _ = plain
-    with pytest.raises(UserError, match=r"^train.accum=3 does not divide data.batch_size=8\.$"):
+    with pytest.raises(UserError) as found:
         jax.eval_shape(make_train_step(task, model, TX, accum=3), state, batch())
+    assert str(found.value) == "train.accum=3 does not divide data.batch_size=8."
 
 
 class Normed(nn.Module):

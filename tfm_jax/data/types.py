@@ -98,4 +98,4 @@ class Data:
     facts: dict[str, dict[str, Any]]
     """Per split: tokens, documents, bytes, and for held-out splits gzip_bytes and xz_bytes where measured."""
     fingerprint: str
-    """sha256 of the tokens of all splits: hosts compare it and a run records it."""
+    """Of everything that determines the batches but the seed: hosts compare it and a run records it."""

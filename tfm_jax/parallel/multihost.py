@@ -36,9 +36,9 @@ def initialise() -> None:
             raise UserError(f"{', '.join(given)} is set, but {missing} is not: set all three or none.")
         address, count, index = (os.environ[name] for name in _OWN)
         jax.distributed.initialize(address, int(count), int(index))
-    elif any(
-        int(os.environ.get(size, "1")) > 1 and rank in os.environ for size, rank in _LAUNCHERS
-    ) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        return
+    launched = any(int(os.environ.get(size, "1")) > 1 and rank in os.environ for size, rank in _LAUNCHERS)
+    if launched or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
 
 

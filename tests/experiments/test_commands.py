@@ -1,0 +1,158 @@
+"""The commands as a user meets them: help, JSON, exit codes, and what a typing mistake says."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from experiments import cli, evaluate, generate, train
+from tfm_jax.errors import UserError
+
+COMMANDS = {"train": train, "evaluate": evaluate, "generate": generate}
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, tmp_path_factory):
+    """A run made by the command itself, and what it printed."""
+    run = tmp_path_factory.mktemp("commands") / "run"
+    printed = pytest.MonkeyPatch()
+    lines = []
+    printed.setattr("builtins.print", lambda *a, **k: lines.append(" ".join(map(str, a))))
+    try:
+        code = train.main([f"--config={config_file}", f"--workdir={run}", "--json"])
+    finally:
+        printed.undo()
+    return run, code, lines
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_examples(name, capsys):
+    with pytest.raises(SystemExit) as found:
+        COMMANDS[name].main(["--help"])
+    out = capsys.readouterr().out
+    assert found.value.code == 0
+    assert "examples:\n" + COMMANDS[name].EXAMPLES in out and f"python -m experiments.{name}" in out
+    assert " ".join(str(COMMANDS[name].__doc__).split()[:4]) in out
+
+
+def test_train_prints_json_last(finished):
+    run, code, lines = finished
+    assert code == 0
+    found = json.loads(lines[-1])
+    assert found == {"status": "finished", **json.loads((run / "result.json").read_text())}
+    text = "\n".join(lines)
+    for wanted in ("Finished 8 steps in", "bits per byte", "gzip -9", "xz -9", "A sample:", f"--run {run}"):
+        assert wanted in text
+    assert f"{found['eval/validation/bits_per_byte']:.3f}" in text
+
+
+def greedy(run, capsys, *more):
+    assert generate.main(["--run", str(run), "--prompt", "The ", "--max_new", "8", "--json", *more]) == 0
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
+
+
+def test_greedy_text_is_reproducible(finished, capsys):
+    run = finished[0]
+    first, out = greedy(run, capsys, "--temperature", "0")
+    again, _ = greedy(run, capsys, "--temperature", "0", "--seed", "5")
+    whole, plain = greedy(run, capsys, "--temperature", "0", "--no_stream")
+    assert first["text"] == again["text"] == whole["text"]
+    assert (first["step"], first["prompt"]) == (8, "The ") and 0 < first["tokens"] <= 8 and first["seconds"] > 0
+    # The prompt, then the text, streamed or not.
+    assert out.startswith("The " + first["text"]) and plain.startswith("The " + first["text"])
+    drawn = {greedy(run, capsys, "--seed", str(seed), "--temperature", "1.5")[0]["text"] for seed in range(3)}
+    assert len(drawn) > 1
+
+
+def test_evaluate_a_step(finished, capsys):
+    run = finished[0]
+    assert evaluate.main(["--run", str(run), "--step", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["step"] == 4 and json.loads((run / "evaluation_4.json").read_text()) == found
+    for command in (evaluate, generate):
+        with pytest.raises(UserError) as wrong:
+            command.main(["--run", str(run), "--step", "5"])
+        assert str(wrong.value) == f"{run} has no checkpoint of step 5. Valid: 4, 8."
+
+
+def test_evaluate_on_another_split(finished, capsys):
+    run = finished[0]
+    assert evaluate.main(["--run", str(run), "--config.evals.train.split=train", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["eval/train/tokens"] > found["eval/validation/tokens"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("train", ["--config=x", "--wrkdir=a"], "unknown argument '--wrkdir=a'. Did you mean '--workdir'?"),
+        ("evaluate", ["--run=x", "--stpe=1"], "unknown argument '--stpe=1'. Did you mean '--step'?"),
+        ("generate", ["--run=x", "--top-k=1"], "unknown argument '--top-k=1'. Did you mean '--top_k'?"),
+        ("train", ["--config=x", "--config.optim.lr"], "--config.optim.lr needs a value: --config.optim.lr=VALUE"),
+        ("generate", ["--run=x", "--config.a=1"], "--config.a: this command takes no config overrides"),
+    ],
+)
+def test_unknown_flags(command, arguments, message, capsys):
+    with pytest.raises(SystemExit) as found:
+        COMMANDS[command].main(arguments)
+    assert found.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"error: {message}")
+
+
+def test_other_mistakes(config_file, tmp_path, capsys):
+    with pytest.raises(UserError) as found:
+        train.main([f"--config={config_file}"])
+    assert str(found.value) == "--workdir is not set: where should the run go? For instance --workdir=runs/first"
+    with pytest.raises(UserError) as found:
+        train.main([f"--config={config_file}", f"--workdir={tmp_path}/r", "--profile=a:b"])
+    assert str(found.value) == "--profile=a:b: write STEP:COUNT, for instance 20:5."
+    with pytest.raises(UserError) as found:
+        generate.main(["--run", str(tmp_path)])
+    assert str(found.value).startswith(f"{tmp_path} is not a run directory: it has no config.json.")
+
+
+def test_overrides_with_a_space():
+    made = cli.parser("x", "y")
+    made.add_argument("--config")
+    flags, overrides = cli.parse(made, ["--config.a.b", "1", "--json", "--config.c=d=e", "--config=f"])
+    assert overrides == [("a.b", "1"), ("c", "d=e")] and flags.json and flags.config == "f"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (None, 0, ""),
+        (UserError("like this"), 2, "error: like this\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (ValueError("broken"), 1, "ValueError: broken\n"),
+        (MemoryError(), 1, "error: out of memory. What helps, in this order: a smaller data.batch_size"),
+    ],
+)
+def test_exit_codes(raised, code, said, capsys):
+    def main(argv):
+        if raised is not None:
+            raise raised
+        return 0
+
+    with pytest.raises(SystemExit) as found:
+        cli.run(main)
+    error = capsys.readouterr().err
+    assert found.value.code == code and said in error
+    assert ("Traceback" in error) == (code == 1)
+
+
+def test_a_mistake_in_a_process_of_its_own(config_file, command_env):
+    command = [sys.executable, "-m", "experiments.train", f"--config={config_file}", "--config.optim.lrr=1", "--workdir=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=command_env())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --config.optim.lrr=1: unknown key 'optim.lrr'. Did you mean 'optim.lr'?\n"
+
+
+def test_print_sharding(config_file, capsys):
+    assert train.main([f"--config={config_file}", "--config.mesh.fsdp=4", "--print_sharding"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["parameter", "shape", "dtype", "spec", "MiB/device", "note"]
+    (row,) = [line for line in lines if line.startswith("params/stack/block_0/mlp/up/kernel ")]
+    assert "16x64" in row and "('fsdp', None)" in row

@@ -1,0 +1,114 @@
+"""Several real processes on this machine: they train the same run, and stop together when they disagree."""
+
+import json
+import re
+import socket
+
+import numpy as np
+import pytest
+
+from tfm_jax.errors import UserError
+from tfm_jax.parallel import multihost
+from tfm_jax.train.log import read_metrics
+
+TIMEOUT = 150
+
+
+@pytest.fixture
+def start_together(start_command, command_env, config_file):
+    """Start one run in several processes of one device each."""
+
+    def start(run, count, each=None):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        children = []
+        for index in range(count):
+            env = command_env(
+                JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(index)
+            )
+            more = (each or {}).get(index, ())
+            children.append(start_command("train", f"--config={config_file}", f"--workdir={run}", *more, env=env))
+        return children
+
+    return start
+
+
+def finish(children):
+    """Standard error of each, after they have ended."""
+    return [child.communicate(timeout=TIMEOUT)[1] for child in children]
+
+
+def losses(run):
+    return [(r["step"], r["train/loss"]) for r in read_metrics(run) if "train/loss" in r]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, make_config):
+    """The same run in one process, on one device of the mesh's 8 in effect: the mesh does not matter."""
+    from tfm_jax.train.run import train
+
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(make_config(), run)
+    return run
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_train_the_same_run(start_together, start_command, config_file, alone, tmp_path, count):
+    run = tmp_path / "run"
+    children = start_together(run, count)
+    errors = finish(children)
+    assert [child.returncode for child in children] == [0] * count, errors
+    got, want = losses(run), losses(alone)
+    assert [s for s, _ in got] == [s for s, _ in want] == list(range(1, 9))
+    np.testing.assert_allclose([x for _, x in got], [x for _, x in want], rtol=1e-5)
+    ours, theirs = (json.loads((r / "result.json").read_text()) for r in (run, alone))
+    assert ours["eval/validation/loss"] == pytest.approx(theirs["eval/validation/loss"], rel=1e-5)
+    if count == 2:
+        # One process takes the last checkpoint away and goes on from the one before, which both wrote.
+        __import__("shutil").rmtree(run / "checkpoints" / "8")
+        child = start_command("train", f"--config={config_file}", f"--workdir={run}")
+        _, error = child.communicate(timeout=TIMEOUT)
+        assert child.returncode == 0 and "continued at step 4." in error, error
+        np.testing.assert_allclose([x for _, x in losses(run)], [x for _, x in want], rtol=1e-5)
+        assert [s for s, _ in losses(run)] == list(range(1, 9))
+
+
+def test_processes_with_different_configs_all_stop(start_together, tmp_path):
+    children = start_together(tmp_path / "run", 2, {1: ["--config.optim.lr=0.5"]})
+    for child, error in zip(children, finish(children), strict=True):
+        assert child.returncode == 2, error
+        assert re.search(
+            r"error: Process 1 \(\S+ pid \d+\) has config [0-9a-f]{16}, but process 0 \(\S+ pid \d+\) has [0-9a-f]{16}\."
+            r" All processes must run the same code, config and data\.",
+            error,
+        ), error
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["JAX_PROCESS_ID"],
+            "JAX_PROCESS_ID is set, but JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES is not: set all three or none.",
+        ),
+        (
+            ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"],
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES is set, but JAX_PROCESS_ID is not: set all three or none.",
+        ),
+    ],
+)
+def test_only_some_of_the_variables(monkeypatch, given, message):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name in given:
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        multihost.initialise()
+
+
+def test_one_process_asks_nobody(monkeypatch):
+    monkeypatch.setattr(multihost, "_gather_text", lambda _: pytest.fail("a collective"))
+    multihost.agree({"config": "x"})
+    assert multihost.is_main() and multihost.any_process(True) and not multihost.any_process(False)

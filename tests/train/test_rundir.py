@@ -1,0 +1,74 @@
+"""The run directory: one writer, one config, whole files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tfm_jax.errors import UserError
+from tfm_jax.train import rundir
+
+
+def test_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "status.json"
+    rundir.write_atomic(path, "old")
+    before = path.open()  # a reader that opened the file before sees the old text to its end
+    rundir.write_atomic(path, "new")
+    assert (before.read(), path.read_text()) == ("old", "new")
+    assert os.listdir(tmp_path) == ["status.json"]
+    before.close()
+
+
+def test_status(tmp_path):
+    rundir.write_status(tmp_path, "failed", "because", step=3)
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", found.pop("time"))
+    assert found == {"state": "failed", "reason": "because", "step": 3}
+
+
+def test_one_process_at_a_time(tmp_path):
+    run = tmp_path / "new" / "run"
+    with rundir.claim(run):
+        # A lock is the process's own, so another one has to try.
+        code = "import sys, pathlib\nfrom tfm_jax.train import rundir\n"
+        code += "with rundir.claim(pathlib.Path(sys.argv[1])): print('in')"
+        other = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, timeout=60)
+        assert other.returncode != 0 and other.stdout == ""
+        assert (
+            f"UserError: Another process (pid {os.getpid()}) is training in {run}. Wait for it, stop it, or use another"
+            " --workdir." in other.stderr
+        )
+    with rundir.claim(run):
+        pass
+
+
+def test_another_config_is_refused(tmp_path, make_config):
+    rundir.check_config(tmp_path, make_config())  # an empty folder is anybody's
+    (tmp_path / "config.json").write_text(json.dumps(make_config()))
+    rundir.check_config(tmp_path, make_config({"log.every": 3}))
+    with pytest.raises(UserError) as found:
+        rundir.check_config(tmp_path, make_config({"optim.lr": 0.5, "train.seed": 1}))
+    assert str(found.value) == (
+        f"{tmp_path} belongs to another config. What differs (its own -> asked for):\n"
+        "  optim.lr: 0.01 -> 0.5\n  train.seed: 0 -> 1\nUse another --workdir, or delete this one."
+    )
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.json").write_text("{}")
+    with pytest.raises(UserError) as found:
+        rundir.read_config(tmp_path / "frist")
+    assert str(found.value) == (
+        f"{tmp_path}/frist is not a run directory: it has no config.json. Did you mean '{tmp_path}/first'?"
+    )
+    assert rundir.read_config(tmp_path / "first") == {}
+
+
+def test_revision_and_versions():
+    assert re.fullmatch(r"[0-9a-f]{12}(\+changes)?|unknown", rundir.revision())
+    assert rundir.versions()["python"] == sys.version.split()[0]
+    assert set(rundir.versions()) == {"python", "jax", "flax", "optax", "orbax-checkpoint"}
