@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     cli.setup()
+    from tfm_jax.files import write_atomic
     from tfm_jax.parallel import multihost
     from tfm_jax.train import rundir
     from tfm_jax.train.build import build
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     if multihost.is_main():
         print(cli.table([(f"step {step}", ""), *((name, f"{value:.6f}") for name, value in sorted(results.items()))]))
-        rundir.write_atomic(flags.run / f"evaluation_{step}.json", configs.to_json({"step": step, **results}))
+        write_atomic(flags.run / f"evaluation_{step}.json", configs.to_json({"step": step, **results}))
         if flags.json:
             cli.print_json({"step": step, **results})
     return 0

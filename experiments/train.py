@@ -67,6 +67,8 @@ def _window(text: str | None) -> tuple[int, int] | None:
 
 def _summary(run: Path, result: dict[str, Any]) -> None:
     """The figures beside two compressors' on the same bytes, a sample, and how to go on."""
+    import jax
+
     from experiments import generate
 
     print(f"\nFinished {result['step']} steps in {result['train_seconds']:.0f} s of training.")
@@ -77,7 +79,8 @@ def _summary(run: Path, result: dict[str, Any]) -> None:
         rows.append((key.partition("/")[2], f"{result[key]:.3f}"))
     if len(rows) > 1:
         print(cli.table(rows))
-    sample = generate.sample(run)
+    # Reading a checkpoint takes all processes, and only this one is here.
+    sample = generate.sample(run) if jax.process_count() == 1 else None
     if sample is not None:
         print(f"\nA sample:\n{sample}\n")
     print(f"Picture     {run / 'plots' / 'loss.png'}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tfm_jax import config as configs
+from tfm_jax.files import write_atomic
 from tfm_jax.train import rundir
 
 RESULTS = Path("results")
@@ -28,5 +29,5 @@ def write_result(name: str, figures: dict[str, Any], *, config: Any, seed: int |
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    rundir.write_atomic(path, configs.to_json(record))
+    write_atomic(path, configs.to_json(record))
     return path

@@ -23,7 +23,7 @@ SPECS = {
 
 
 @functools.cache
-def model_and_params(position: str, layer_loop: str = "loop"):
+def model_and_params(position: str, layer_loop: str = "scan"):
     model = Model(SPECS[position], vocab_size=V, max_len=24, layers=2, layer_loop=layer_loop, output="free")
     return model, jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))(jax.random.key(1))["params"]
 
@@ -45,7 +45,7 @@ def slow_greedy(position: str, layer_loop: str, prompt: list[int], new: int, all
 
 
 @functools.cache
-def greedy(position: str = "learned", layer_loop: str = "loop"):
+def greedy(position: str = "learned", layer_loop: str = "scan"):
     return generate(*model_and_params(position, layer_loop), PROMPTS, max_new=NEW, sampling=GREEDY)
 
 
@@ -82,7 +82,7 @@ def test_the_loop_ends_with_the_last_row():
 def test_ids_from_allowed_on_are_never_drawn():
     allowed = min(max(row) for row in greedy())
     out = generate(*model_and_params("learned"), PROMPTS, max_new=NEW, sampling=GREEDY, allowed=allowed)
-    assert out == [slow_greedy("learned", "loop", prompt, NEW, allowed) for prompt in PROMPTS]
+    assert out == [slow_greedy("learned", "scan", prompt, NEW, allowed) for prompt in PROMPTS]
     assert out != greedy() and max(max(row) for row in out) < allowed
     hot = Sampling(temperature=100.0)
     drawn = generate(*model_and_params("learned"), [[1]] * 64, max_new=NEW, sampling=hot, allowed=3)
@@ -126,7 +126,7 @@ def test_padding_gives_way_to_the_models_length():
     """A prompt of 17 would be padded to 32; the model has 24 positions."""
     prompt = list(range(17))
     out = generate(*model_and_params("learned"), [prompt], max_new=7, sampling=GREEDY)
-    assert out == [slow_greedy("learned", "loop", prompt, 7)]
+    assert out == [slow_greedy("learned", "scan", prompt, 7)]
 
 
 def slow_filter(row: np.ndarray, how: Sampling) -> np.ndarray:
@@ -177,7 +177,7 @@ def test_draws_fit_the_distribution():
     def check(tokens: np.ndarray, prefix: list[int]) -> None:
         padded = np.zeros((1, 24), np.int32)
         padded[0, : len(prefix)] = prefix
-        logits = slow_filter(np.asarray(next_logits("learned", "loop")(padded)[0, len(prefix) - 1]), how)
+        logits = slow_filter(np.asarray(next_logits("learned", "scan")(padded)[0, len(prefix) - 1]), how)
         p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         counts = np.bincount(tokens, minlength=V)
         assert np.all(counts[p == 0] == 0)

@@ -40,14 +40,13 @@ def value_and_gradients(layer_loop: str, remat: str):
     """Of the loop's parameters; gradients in the scan's layout."""
     stack = Stack(SPEC, L, layer_loop, remat)
 
-    @jax.jit
     def run(params, x):
         out, caches = stack.apply({"params": params}, x, Mask(causal=True), TURN, train=False)
         assert caches is None
         return jnp.sum(jnp.sin(out)), out
 
     params = loop_params() if layer_loop == "loop" else stacked(loop_params())
-    (_, out), (d_params, d_x) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(params, X)
+    (_, out), (d_params, d_x) = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(params, X)
     return out, d_x, stacked(d_params) if layer_loop == "loop" else d_params
 
 

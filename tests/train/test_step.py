@@ -104,7 +104,8 @@ def test_a_step_that_is_not_finite_changes_only_the_count():
         out = inner.loss(apply, params, extra, data, rng, train)
         # Not finite in the loss alone, in the gradient alone, or in neither.
         x = params["stack"]["final_norm"]["scale"][0]
-        gradient_only = jnp.where(data["bad"][0] == 2, jnp.sqrt(x - jax.lax.stop_gradient(x)), 0.0)
+        root = jnp.sqrt(jnp.where(data["bad"][0] == 2, x - jax.lax.stop_gradient(x), 1.0))
+        gradient_only = root - jax.lax.stop_gradient(root)
         loss_only = jnp.where(data["bad"][0] == 1, jnp.inf, 0.0)
         return out._replace(total=out.total + gradient_only + jax.lax.stop_gradient(loss_only))
 
@@ -140,8 +141,6 @@ def test_dropout_is_a_function_of_seed_and_step():
         return np.asarray(flatten(step(state._replace(step=jnp.int32(at)), batch())[0].params)[path])
 
     np.testing.assert_array_equal(moved(first, 5), moved(first, 5))
-    again = jax.jit(make_train_step(task, model, TX, seed=1))
-    np.testing.assert_array_equal(moved(first, 5), moved(again, 5))
     assert not np.allclose(moved(first, 5), moved(first, 6), atol=1e-6)
     assert not np.allclose(moved(first, 5), moved(other, 5), atol=1e-6)
 
@@ -163,7 +162,7 @@ def test_microbatches_draw_different_dropout():
 
 def test_a_task_that_couples_rows_refuses_accumulation():
     task = dataclasses.replace(token_prediction.make(), splittable=False)
-    message = "train.accum=2: this task's loss couples the rows of a batch, so microbatches would change it. Use 1."
+    message = "train.accum=2: this task's loss couples the rows of a batch; microbatches would change it. Use 1."
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         make_train_step(task, gpt(), TX, accum=2)
     make_train_step(task, gpt(), TX, accum=1)

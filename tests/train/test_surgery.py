@@ -1,5 +1,6 @@
 """Parameters from a donor: renamed, restacked, resized, and a report of the rest."""
 
+import functools
 import re
 
 import jax
@@ -14,6 +15,7 @@ from tfm_jax.paths import flatten
 from tfm_jax.train.surgery import Report, transfer
 
 
+@functools.cache
 def params(seed=0, loop="loop", layers=2):
     model = Model(BlockSpec(width=8, heads=2), vocab_size=5, max_len=4, layers=layers, layer_loop=loop)
     tree = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))
@@ -32,8 +34,8 @@ def test_donors_with_another_layer_loop(donor_loop, loop):
     found, report = transfer(flatten(donor), fresh)
     assert report.taken == sorted(flatten(fresh)) and not (report.missing or report.extra or report.resized)
     tokens = jnp.array([[1, 4, 0, 2]])
-    want = donor_model.apply({"params": donor}, tokens)["logits"]
-    np.testing.assert_allclose(model.apply({"params": found}, tokens)["logits"], want, rtol=1e-5, atol=1e-6)
+    want = jax.jit(donor_model.apply)({"params": donor}, tokens)["logits"]
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": found}, tokens)["logits"], want, rtol=1e-5, atol=1e-6)
 
 
 def test_there_and_back_again():

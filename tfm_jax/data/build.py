@@ -29,6 +29,7 @@ import tqdm
 from tfm_jax.data.locks import locked
 from tfm_jax.data.types import Piece, Source, Tokenizer
 from tfm_jax.errors import UserError
+from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -135,7 +136,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, workers: int, sha
         "tokenizer": tokenizer.fingerprint,
         "splits": splits,
     }
-    _write(folder / "meta.json", json.dumps(meta, indent=1).encode())
+    write_atomic(folder / "meta.json", json.dumps(meta, indent=1).encode())
     counts = ", ".join(f"{split} {facts['tokens']:,} tokens" for split, facts in splits.items())
     log.info("tokens: %s in %.1f s.", counts, time.perf_counter() - began)
 
@@ -194,7 +195,7 @@ def _write_shard(job: _Job, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
         os.fsync(out.fileno())
     os.replace(temporary, job.path)
     counts = {"file": job.path.name, "tokens": tokens, "documents": documents, "bytes": size}
-    _write(job.path.with_suffix(".json"), json.dumps({**counts, "sha256": digest.hexdigest()}).encode())
+    write_atomic(job.path.with_suffix(".json"), json.dumps({**counts, "sha256": digest.hexdigest()}).encode())
 
 
 def _facts(split: str, jobs: Sequence[_Job], source: Source) -> dict[str, Any]:
@@ -208,15 +209,6 @@ def _facts(split: str, jobs: Sequence[_Job], source: Source) -> dict[str, Any]:
         facts["gzip_bytes"] = len(gzip.compress(text, 9))
         facts["xz_bytes"] = len(lzma.compress(text, preset=9))
     return {**facts, "shards": shards}
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
 
 
 def _bar(items: Any, total: int) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import tqdm
 
 from tfm_jax.errors import UserError
-from tfm_jax.train.rundir import write_atomic
+from tfm_jax.files import write_atomic
 
 Metrics = dict[str, float]
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ import jax
 from tfm_jax import config as configs
 from tfm_jax.data.prefetch import Prefetcher
 from tfm_jax.errors import UserError
+from tfm_jax.files import write_atomic
 from tfm_jax.parallel import multihost
 from tfm_jax.train import rundir
 from tfm_jax.train.build import Experiment, build
@@ -84,6 +86,11 @@ def _train(config: configs.Config, run: Path, profile: tuple[int, int] | None) -
         )
         try:
             start = _restore(experiment, checkpoints, main)  # 3
+            if start.step == experiment.train.steps and (run / "result.json").is_file():
+                # Nothing is left to do; evaluating again would log the last step twice.
+                if main:
+                    rundir.write_status(run, "finished", step=start.step)
+                return Outcome("finished", json.loads((run / "result.json").read_text()))
             return _Loop(experiment, run, checkpoints, start, facts, profile, main).run()
         finally:
             checkpoints.close()
@@ -94,7 +101,7 @@ def _begin(run: Path, experiment: Experiment) -> None:
         temporary = run / f".tokenizer.{os.getpid()}"
         experiment.data.tokenizer.save(temporary)
         temporary.rename(run / "tokenizer")
-    rundir.write_atomic(run / "config.json", configs.to_json(experiment.config))
+    write_atomic(run / "config.json", configs.to_json(experiment.config))
     rundir.write_status(run, "running", pid=os.getpid())
 
 
@@ -282,7 +289,7 @@ class _Loop:
         if self.main:
             self.writers.close()  # type: ignore[union-attr]
             loss_picture(self.run_dir, _as_loss(self.experiment.data.facts))
-            rundir.write_atomic(self.run_dir / "result.json", configs.to_json(result))
+            write_atomic(self.run_dir / "result.json", configs.to_json(result))
             rundir.write_status(self.run_dir, "finished", step=self.total)
         return Outcome("finished", result)
 

@@ -15,16 +15,7 @@ from typing import Any
 
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, sees the old text or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+from tfm_jax.files import write_atomic
 
 
 def write_status(run: Path, state: str, reason: str = "", **more: Any) -> None:
