@@ -89,6 +89,9 @@ def generate(
         raise UserError(f"max_new={max_new}: must be at least 1.")
     if not prompts or any(not p for p in prompts):
         raise UserError("The prompt is empty: give at least one token (the end mark starts a new document).")
+    vocab = getattr(model, "vocab_size", None)
+    if vocab is not None and max(map(max, prompts)) >= vocab:
+        raise UserError(f"The prompt has the id {max(map(max, prompts))}, but model.vocab_size={vocab}.")
     longest, limit = max(map(len, prompts)), getattr(model, "max_len", None)
     if limit is not None and longest + max_new > limit:
         raise UserError(
