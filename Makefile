@@ -8,8 +8,7 @@ CONFIG ?= configs/gpt_stdlib.py
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test lint evaluate generate benchmark parity clean \
-	reproduce-shakespeare reproduce-kills reproduce-overhead
+.PHONY: help pretrain test lint evaluate generate benchmark parity clean reproduce-shakespeare reproduce-kills
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | \

@@ -6,7 +6,7 @@
 `checkpoint`  how long a save of 124 M parameters with Adam's moments blocks the loop, asynchronous beside synchronous.
 `startup`     seconds from start to the first step, with the compile cache cold and warm, the data being built.
 
-Writes `results/benchmark.json`; what was not run keeps its last figures there.
+Writes `benchmark.json`; what was not run keeps its last figures there.
 """
 
 from __future__ import annotations
@@ -47,17 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--only", nargs="+", default=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
     made.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
     made.add_argument("--rounds", type=int, help="measured steps of each side; by default enough for a steady median")
+    made.add_argument("--workdir", type=Path, default=RESULTS, help="folder of benchmark.json")
     flags, _ = cli.parse(made, argv)
     for name, known in (("only", parts), ("shapes", SHAPES)):
         for value in getattr(flags, name):
             if value not in known:
                 raise UserError(f"--{name} {value}: does not exist.{nearest(value, known)}")
     cli.setup()
-    path = RESULTS / "benchmark.json"
+    path = flags.workdir / "benchmark.json"
     figures = json.loads(path.read_text())["figures"] if path.is_file() else {}
     for name in flags.only:
         figures |= parts[name](flags)
-        write_result("benchmark", figures, config=SHAPES)
+        write_result("benchmark", figures, config=SHAPES, folder=flags.workdir)
     if flags.json:
         cli.print_json(figures)
     return 0

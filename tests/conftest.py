@@ -66,7 +66,9 @@ def make_config(raw_config):
 def config_file(raw_config, tmp_path_factory):
     """The tiny config as a file, for commands."""
     path = tmp_path_factory.mktemp("configs") / "tiny.py"
-    path.write_text(f"import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({raw_config!r})\n")
+    path.write_text(
+        f"import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({raw_config!r})\n"
+    )
     return path
 
 

@@ -22,7 +22,7 @@ class Tiny(nn.Module):
     def __call__(self, x, *, train=False):
         return {"logits": nn.Dense(self.classes)(nn.relu(nn.Dense(self.features)(x)))}
 ''',
-    "tasks.py": '''
+    "tasks.py": """
 import jax.numpy as jnp
 import optax
 
@@ -38,8 +38,8 @@ def classify(*, margin: float = 0.0) -> Task:
         return LossOut(total, jnp.sum(weights), {"loss": (total, jnp.sum(weights)), "hits": (hits, jnp.sum(weights))}, {})
 
     return Task(loss=loss)
-''',
-    "points.py": '''
+""",
+    "points.py": """
 import dataclasses
 
 import numpy as np
@@ -67,7 +67,7 @@ def make(*, batch_size: int) -> Data:
         evals=lambda split, rows: Points(rows or batch_size, 20, -(-20 // (rows or batch_size))),
         vocab_size=None, tokenizer=None, facts={}, fingerprint="points-1",
     )
-''',
+""",
 }
 CONFIG = """
 def get_config():

@@ -15,7 +15,9 @@ from tfm_jax.train import rundir
 RESULTS = Path("results")
 
 
-def write_result(name: str, figures: dict[str, Any], *, config: Any, seed: int | None = None) -> Path:
+def write_result(
+    name: str, figures: dict[str, Any], *, config: Any, seed: int | None = None, folder: Path = RESULTS
+) -> Path:
     """Write figures beside the config, seed, code revision, date and machine that they came from."""
     record = {
         "name": name,
@@ -27,7 +29,7 @@ def write_result(name: str, figures: dict[str, Any], *, config: Any, seed: int |
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "versions": rundir.versions(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     write_atomic(path, configs.to_json(record))
     return path

@@ -90,5 +90,7 @@ def test_batches_are_rounded_up_to_the_mesh(parts):
 
 
 def test_errors(parts):
-    with pytest.raises(UserError, match=re.escape("evals: max_batches=0: must be at least 1, or None for the whole split.")):
+    with pytest.raises(
+        UserError, match=re.escape("evals: max_batches=0: must be at least 1, or None for the whole split.")
+    ):
         run(parts, max_batches=0)

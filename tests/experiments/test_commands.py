@@ -144,7 +144,14 @@ def test_exit_codes(raised, code, said, capsys):
 
 
 def test_a_mistake_in_a_process_of_its_own(config_file, command_env):
-    command = [sys.executable, "-m", "experiments.train", f"--config={config_file}", "--config.optim.lrr=1", "--workdir=x"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.train",
+        f"--config={config_file}",
+        "--config.optim.lrr=1",
+        "--workdir=x",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=command_env())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --config.optim.lrr=1: unknown key 'optim.lrr'. Did you mean 'optim.lr'?\n"

@@ -20,7 +20,9 @@ def shape(*sizes, dtype=jnp.float32):
 
 @pytest.fixture(scope="module")
 def layout():
-    return mesh.make(data=2, fsdp=2, tensor=2).with_rules([(r"up/kernel$", ("fsdp", "tensor")), (r"bias$", ("tensor",))])
+    return mesh.make(data=2, fsdp=2, tensor=2).with_rules(
+        [(r"up/kernel$", ("fsdp", "tensor")), (r"bias$", ("tensor",))]
+    )
 
 
 def rows(layout, tree):
@@ -94,7 +96,9 @@ def test_a_malformed_rule():
 def test_every_large_array_of_a_whole_state_is_split(make_config):
     """Parameters and Adam's moments of the family, unrolled and scanned, have rules that fit."""
     for loop in ("loop", "scan"):
-        built = build(make_config({"mesh.fsdp": 2, "mesh.tensor": 2, "model.layer_loop": loop, "model.vocab_size": 260}))
+        built = build(
+            make_config({"mesh.fsdp": 2, "mesh.tensor": 2, "model.layer_loop": loop, "model.vocab_size": 260})
+        )
         state = built.abstract_state()
         found = rows(built.layout, state)
         kernels = {path: row for path, row in found.items() if path.endswith("kernel")}
@@ -139,7 +143,9 @@ def test_constrain_splits_by_the_meaning_of_dimensions():
 
 def test_table_text():
     layout = mesh.make(fsdp=2, data=4).with_rules([("kernel$", ("fsdp", None))])
-    text = sharding.format_table(layout.table({"a": {"kernel": shape(3, 1024)}, "b": {"kernel": shape(512, 1024)}, "s": shape()}))
+    text = sharding.format_table(
+        layout.table({"a": {"kernel": shape(3, 1024)}, "b": {"kernel": shape(512, 1024)}, "s": shape()})
+    )
     assert text.splitlines() == [
         "parameter  shape     dtype    spec            MiB/device  note",
         "b/kernel   512x1024  float32  ('fsdp', None)  1.000",

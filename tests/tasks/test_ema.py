@@ -22,7 +22,10 @@ def counting():
         init_extra=lambda params: {"n": jnp.float32(1)},
         update_extra=lambda params, extra, aux: {"n": extra["n"] + aux["add"]},
         splittable=False,
-        predict_fns={"n": lambda apply, params, extra, batch: extra["n"], "x": lambda apply, params, extra, b: params["x"]},
+        predict_fns={
+            "n": lambda apply, params, extra, batch: extra["n"],
+            "x": lambda apply, params, extra, b: params["x"],
+        },
     )
 
 

@@ -87,9 +87,7 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly(filled, caplog, kind):
     (record,) = [r for r in caplog.records if r.name == "tfm_jax.train.checkpoint"]
     (aside,) = (filled.folder.parent / "damaged_checkpoints").iterdir()
     assert record.levelno == logging.ERROR
-    assert record.getMessage() == (
-        f"CHECKPOINT 6 IS DAMAGED: {reason}. Set aside as {aside}; trying the one before."
-    )
+    assert record.getMessage() == (f"CHECKPOINT 6 IS DAMAGED: {reason}. Set aside as {aside}; trying the one before.")
     assert aside.name.startswith("6-") and not folder.exists() and filled.steps() == [2, 4]
     # Its number is free for the run to reach it again.
     filled.save(6, state(60), {})

@@ -141,7 +141,7 @@ def test_muon_orthogonalises_kernels(shape):
     params = {"up": {"kernel": jnp.zeros(shape)}, "embedding": jnp.ones((4, 3)), "norm": {"scale": jnp.ones(3)}}
     made = optim.make(params, steps=2, lr=1.0, schedule="constant", warmup_steps=0, name="muon", weight_decay=0.0)
     g = draw(3, params)
-    updates, state = made.tx.update(g, made.tx.init(params), params)
+    updates, _ = made.tx.update(g, made.tx.init(params), params)
     for matrix in np.asarray(updates["up"]["kernel"]).reshape(-1, *shape[-2:]):
         matrix = matrix / (0.2 * 48**0.5)
         singular = np.linalg.svd(matrix, compute_uv=False)

@@ -82,7 +82,10 @@ def test_metrics(finished):
     # The learning rate is the one that the step used: a warm-up of 2 to 0.01, then down a cosine to a tenth.
     cosine = [0.01 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * i / 6))) for i in range(6)]
     np.testing.assert_allclose([r["optim/lr"] for r in lines.values()], [0.005, 0.01, *cosine], rtol=1e-5)
-    assert lines[1]["train/loss"] == pytest.approx(np.log(257), abs=0.1) and lines[8]["train/loss"] < lines[1]["train/loss"]
+    assert (
+        lines[1]["train/loss"] == pytest.approx(np.log(257), abs=0.1)
+        and lines[8]["train/loss"] < lines[1]["train/loss"]
+    )
 
 
 def test_a_finished_run_started_again_stays_as_it_is(finished, make_config):

@@ -85,7 +85,9 @@ def test_accumulation_is_the_big_batch(plain, accum):
     whole, whole_metrics = step(state, batch())
     parts, parts_metrics = jax.jit(make_train_step(task, model, TX, accum=accum))(state, batch())
     assert_equal(parts.params, whole.params, rtol=1e-6, atol=1e-6)
-    assert not np.allclose(parts.params["stack"]["final_norm"]["scale"], state.params["stack"]["final_norm"]["scale"], atol=1e-5)
+    assert not np.allclose(
+        parts.params["stack"]["final_norm"]["scale"], state.params["stack"]["final_norm"]["scale"], atol=1e-5
+    )
     assert_equal(parts_metrics, whole_metrics, rtol=1e-5, atol=1e-6)
 
 
@@ -216,7 +218,9 @@ def test_metrics_and_update_extra_see_the_loss_output():
 
     def loss(apply, params, extra, data, rng, train):
         out = apply(params, **data["inputs"], train=train)["logits"]
-        return LossOut(jnp.sum(out**2), jnp.float32(2), {"mine": (jnp.float32(3), jnp.float32(4))}, {"seen": jnp.float32(5)})
+        return LossOut(
+            jnp.sum(out**2), jnp.float32(2), {"mine": (jnp.float32(3), jnp.float32(4))}, {"seen": jnp.float32(5)}
+        )
 
     task = Task(
         loss=loss,

@@ -27,7 +27,9 @@ def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[p], b[p]) for p in a)
 
 
-@pytest.mark.parametrize(("donor_loop", "loop"), [("loop", "loop"), ("scan", "scan"), ("loop", "scan"), ("scan", "loop")])
+@pytest.mark.parametrize(
+    ("donor_loop", "loop"), [("loop", "loop"), ("scan", "scan"), ("loop", "scan"), ("scan", "loop")]
+)
 def test_donors_with_another_layer_loop(donor_loop, loop):
     donor_model, donor = params(1, donor_loop)
     model, fresh = params(2, loop)

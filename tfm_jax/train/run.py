@@ -30,7 +30,7 @@ from tfm_jax.parallel import multihost
 from tfm_jax.train import rundir
 from tfm_jax.train.build import Experiment, build
 from tfm_jax.train.checkpoint import Checkpointer, Restored, first_state
-from tfm_jax.train.log import Metrics, Progress, Writers
+from tfm_jax.train.log import Metrics, Progress, Writers, read_metrics
 from tfm_jax.train.meter import Meter
 from tfm_jax.train.plots import loss_picture
 from tfm_jax.train.restore import load_donor, open_checkpoint
@@ -110,7 +110,10 @@ def _restore(experiment: Experiment, checkpoints: Checkpointer, main: bool) -> R
 
     def resume() -> Restored:
         source, step = open_checkpoint(Path(str(settings.resume)))
-        return source.restore(step, abstract)
+        try:
+            return source.restore(step, abstract)
+        finally:
+            source.close()
 
     def init_from(state: Any) -> Any:
         params, report = load_donor(
@@ -208,8 +211,10 @@ class _Loop:
                 self._read()
                 self._trace(None)
                 self.meter.pause()
-                self._evaluate(self.total)
-                return self._finish()  # 10
+                recorded = self._recorded()
+                if not any(name.startswith("eval/") for name in recorded):
+                    self._evaluate(self.total)
+                return self._finish(recorded)  # 10
         finally:
             if self.writers is not None:
                 self.writers.close()
@@ -275,10 +280,18 @@ class _Loop:
         self.progress.say(f"Stopped after step {step}, checkpoint saved. The same command goes on from here.")
         return Outcome("preempted", {"step": step})
 
-    def _finish(self) -> Outcome:
+    def _recorded(self) -> Metrics:
+        """What was logged of the last step, if a crash came between its checkpoint and `result.json`."""
+        if self.first < self.total:
+            return {}
+        lines = [line for line in read_metrics(self.run_dir) if line["step"] == self.total]
+        return {name: value for line in lines for name, value in line.items()}
+
+    def _finish(self, recorded: Metrics) -> Outcome:
         self._save(self.total)
         self.checkpoints.wait()
         result: dict[str, Any] = {
+            **recorded,
             "step": self.total,
             "train_seconds": self.meter.train_seconds,
             "parameters": self.experiment.parameter_count,
