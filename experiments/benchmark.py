@@ -11,6 +11,7 @@ Writes `benchmark.json`; what was not run keeps its last figures there.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -27,16 +28,18 @@ import numpy as np
 
 from experiments import cli
 from experiments.reproduce.record import RESULTS, write_result
+from experiments.reproduce.step_worker import Worker
 from tfm_jax.errors import UserError, nearest
 
 EXAMPLES = """\
   python -m experiments.benchmark
-  python -m experiments.benchmark --only step --shapes A B --rounds 30
+  python -m experiments.benchmark --only step --shapes A B --rounds 8
   python -m experiments.benchmark --only overhead checkpoint startup --json"""
 
 # Layers, width, heads, length, batch, vocabulary.
 SHAPES = {"A": (4, 128, 4, 64, 12, 65), "B": (6, 384, 6, 256, 8, 65), "C": (4, 512, 8, 256, 4, 50304)}
-ROUNDS = {"A": 60, "B": 8, "C": 8}
+ROUNDS = {"A": 12, "B": 4, "C": 4}
+STEPS_A_TURN = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     made.add_argument("--only", nargs="+", default=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
     made.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
-    made.add_argument("--rounds", type=int, help="measured steps of each side; by default enough for a steady median")
+    made.add_argument("--rounds", type=int, help="turns of each side; by default enough for a steady median")
     made.add_argument("--workdir", type=Path, default=RESULTS, help="folder of benchmark.json")
     flags, _ = cli.parse(made, argv)
     for name, known in (("only", parts), ("shapes", SHAPES)):
@@ -68,14 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _steps(flags: Any) -> dict[str, Any]:
-    """Both sides in turn, A B A B ..., so that a machine whose speed drifts favours neither."""
-    from experiments.reproduce import torch_gpt
-
+    """Both sides in turns of a few steps, each in its own process, so that a drifting machine favours neither."""
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(
+            "The step benchmark needs PyTorch: make benchmark installs it, or pip install 'tfm_jax[parity]'."
+        )
     out: dict[str, Any] = {}
     rows = [("shape", "tfm_jax ms", "PyTorch ms", "speed ratio", "tokens/s")]
     for shape in flags.shapes:
-        ours, theirs = our_step(*SHAPES[shape]), torch_gpt.step(*SHAPES[shape])
-        first, second = side_by_side(ours, theirs, flags.rounds or ROUNDS[shape])
+        ours, theirs = Worker("tfm_jax", SHAPES[shape]), Worker("pytorch", SHAPES[shape])
+        first: list[float] = []
+        second: list[float] = []
+        for turn in range(1 + (flags.rounds or ROUNDS[shape])):
+            for worker, seconds in ((ours, first), (theirs, second)):
+                worker.step()  # pays for the memory that the system took back while the other side had its turn
+                found = [worker.step() for _ in range(STEPS_A_TURN)]
+                seconds += found if turn else []  # the first turn compiles, and fills caches
+        ours.close()
+        theirs.close()
         mine, other = statistics.median(first), statistics.median(second)
         ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
         tokens = SHAPES[shape][3] * SHAPES[shape][4] / mine
@@ -116,21 +129,6 @@ def our_step(layers: int, width: int, heads: int, length: int, batch: int, vocab
         return float(metrics["loss"][0])
 
     return run
-
-
-def side_by_side(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each call, the two in turn, after three of each that do not count."""
-    for _ in range(3):
-        a()
-        b()
-    first: list[float] = []
-    second: list[float] = []
-    for _ in range(rounds):
-        for call, seconds in ((a, first), (b, second)):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-    return first, second
 
 
 # ---- the loop's overhead -------------------------------------------------------------------------------------------

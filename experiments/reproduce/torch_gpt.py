@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tfm_jax.errors import UserError
-
 
 def step(layers: int, width: int, heads: int, length: int, batch: int, vocab: int) -> Callable[[], float]:
     """A function that runs one training step (fused attention, clipping, AdamW) and returns its loss."""
-    try:
-        import torch
-        from torch import nn
-        from torch.nn import functional
-    except ImportError:
-        raise UserError("The step benchmark needs PyTorch: pip install 'tfm_jax[parity]', or make benchmark.") from None
+    import torch
+    from torch import nn
+    from torch.nn import functional
 
     class Block(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -37,10 +37,21 @@ class Cache(NamedTuple):
 
 def _weights(q_BGRTK: jax.Array, k_BGSK: jax.Array, allowed: jax.Array | None) -> jax.Array:
     """Softmax in float32 over the keys, (B, G, R, t, s)."""
-    scores = jnp.einsum("bgrtk,bgsk->bgrts", q_BGRTK, k_BGSK, preferred_element_type=jnp.float32)
+    b, g, r, t, size = q_BGRTK.shape
+    # The heads of a group as rows of one product: with them apart, XLA's CPU backend takes a tenth more of a whole step.
+    rows = q_BGRTK.reshape(b, g, r * t, size)
+    scores = jnp.einsum("bgnk,bgsk->bgns", rows, k_BGSK, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, g, r, t, k_BGSK.shape[2])
     if allowed is not None:
         scores = jnp.where(allowed[:, None, None], scores, NEG)
     return jax.nn.softmax(scores, axis=-1)
+
+
+def _mix(weights_BGRTS: jax.Array, v_BGSK: jax.Array) -> jax.Array:
+    """The weighted sums of values, (B, G, R, t, K)."""
+    b, g, r, t, s = weights_BGRTS.shape
+    rows = weights_BGRTS.reshape(b, g, r * t, s).astype(v_BGSK.dtype)
+    return jnp.einsum("bgns,bgsk->bgnk", rows, v_BGSK).reshape(b, g, r, t, v_BGSK.shape[3])
 
 
 def _grouped(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -65,7 +76,7 @@ def _xla(
     weights = _weights(q, k, mask.block(queries, keys))
     if dropout is not None:
         weights = dropout(weights)
-    return _ungrouped(jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(v.dtype), v))
+    return _ungrouped(_mix(weights, v))
 
 
 def _chunked(
@@ -86,7 +97,7 @@ def _chunked(
         weights = _weights(
             q[..., start:stop, :], k[:, :, first:last], mask.block(slice(start, stop), slice(first, last))
         )
-        out.append(jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(v.dtype), v[:, :, first:last]))
+        out.append(_mix(weights, v[:, :, first:last]))
     return _ungrouped(jnp.concatenate(out, axis=3))
 
 
