@@ -1,5 +1,5 @@
 # Everything runs in .venv, which is made once: with uv where there is one, else with venv and pip.
-# Another interpreter: make PYTHON=python3.12 test
+# Another interpreter: make PYTHON=python3.12 VENV=.venv312 test
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,14 +16,14 @@ help:  ## show this list
 	@echo
 	@echo "  Variables: PYTHON=python3.12  RUN=runs/x  CONFIG=configs/x.py  ARGS='--config.optim.lr=1e-3'"
 
-# The stamp's name holds what the environment was made for, so a change of pyproject.toml makes it again.
+# A change of pyproject.toml brings the environment up to date.
 $(VENV)/.ready: pyproject.toml
 	@command -v git >/dev/null || { echo "git is needed"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
 	@echo "Making $(VENV) (once) ..."
 	@if command -v uv >/dev/null; then \
-		uv venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV) && \
+		uv venv --quiet --seed --allow-existing --python "$$(command -v $(PYTHON))" $(VENV) && \
 		uv pip install --quiet --python $(BIN)/python -e '.[dev]'; \
 	else \
 		$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'; \

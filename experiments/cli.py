@@ -13,7 +13,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tfm_jax.errors import UserError, nearest
@@ -66,12 +65,12 @@ def setup() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     import jax
 
+    from tfm_jax.data.tokens import cache_root
     from tfm_jax.parallel import multihost
 
     multihost.initialise()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tfm_jax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache_root(None) / "compiled"))
     if not multihost.is_main():
         logging.getLogger("tfm_jax").setLevel(logging.ERROR)
 

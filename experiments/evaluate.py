@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = configs.resolve({**rundir.read_config(flags.run), "mesh": {}}, overrides)
     experiment = build(config, tokenizer_dir=flags.run / "tokenizer", for_training=False)
     with jax.set_mesh(experiment.layout.mesh):
-        state, step = restore_for_evaluation(experiment, flags.run, flags.step)
+        state, step = restore_for_evaluation(
+            experiment, flags.run, flags.step, same_data=not any(key.startswith("data.") for key, _ in overrides)
+        )
         results = {
             f"eval/{name}/{key}": value
             for name, evaluate in experiment.evaluators().items()
@@ -42,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     if multihost.is_main():
         print(cli.table([(f"step {step}", ""), *((name, f"{value:.6f}") for name, value in sorted(results.items()))]))
-        write_atomic(flags.run / f"evaluation_{step}.json", configs.to_json({"step": step, **results}))
+        write_atomic(
+            flags.run / f"evaluation_{step}.json",
+            configs.to_json({"step": step, "overrides": dict(overrides), **results}),
+        )
         if flags.json:
             cli.print_json({"step": step, **results})
     return 0

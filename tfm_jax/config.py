@@ -30,7 +30,19 @@ Config = dict[str, Any]  # resolved: nested plain dicts, JSON-serialisable
 REQUIRED = inspect.Parameter.empty
 SECTIONS = ("model", "task", "data", "optim", "mesh", "train", "checkpoint", "evals", "log")
 # What may change between two starts of one run: nothing here alters the parameters that training arrives at.
-FREE_KEYS = ("mesh", "checkpoint", "evals", "log", "data.cache_dir", "data.workers", "train.eval_every")
+FREE_KEYS = (
+    "mesh",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.asynchronous",
+    "evals",
+    "log",
+    "data.cache_dir",
+    "data.workers",
+    "train.eval_every",
+)
+# What may differ between the processes of one run.
+LOCAL_KEYS = ("data.cache_dir", "data.workers")
 # Section -> (package, attribute) of the code that its `name` stands for.
 NAMED = {"task": ("tfm_jax.tasks", "make"), "data": ("tfm_jax.data", "make")}
 DEFAULT_NAMES = {"task": "token_prediction", "data": "tokens"}
@@ -60,7 +72,10 @@ def load(spec: str) -> ml_collections.ConfigDict:
     takes_argument = bool(inspect.signature(module.get_config).parameters)
     if argument and not takes_argument:
         raise UserError(f"--config={spec}: get_config in {path} takes no arguments, but {argument!r} was given.")
-    config: ml_collections.ConfigDict = module.get_config(argument) if takes_argument else module.get_config()
+    try:
+        config: ml_collections.ConfigDict = module.get_config(argument) if takes_argument else module.get_config()
+    except ValueError as error:
+        raise UserError(f"--config={spec}: {error}") from None
     return config
 
 
@@ -217,6 +232,8 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         value = {k: v for k, v in value.items()}
     probe = tuple(value) if isinstance(value, list) else value
     options = typing.get_args(hint) or (hint,)
+    if isinstance(value, str) and typing.get_origin(hint) is Sequence:
+        raise UserError(f"config: {key}={value!r} has the wrong type; expected a list, for instance ({value!r},).")
     if isinstance(value, bool) and bool not in options and hint is not Any:
         raise UserError(f"config: {key}={value!r} has the wrong type; expected {_describe(hint)}.")
     try:
@@ -259,6 +276,11 @@ def _override(raw: Config, key: str, text: str) -> None:
     if parts[0] == "evals":
         if len(path) < 2:
             raise UserError(f"--config.{key}={text}: write evals.NAME.KEY.")
+        if path[0] not in target and path[-1] != "name":
+            raise UserError(
+                f"--config.{key}={text}: there is no evaluator {path[0]!r}.{nearest(path[0], target)}"
+                f" A new one starts with --config.evals.{path[0]}.name=loss."
+            )
         target = target.setdefault(path[0], {})
         fields, path = _eval_fields(path[0], target), path[1:]
     else:

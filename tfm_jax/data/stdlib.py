@@ -14,6 +14,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from tfm_jax.data.locks import locked
+
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 )
@@ -88,7 +90,8 @@ def prepare(data_dir: Path) -> Path:
     listing = "\n".join(f"{path} {(root / path).stat().st_size}" for path in library_files(root))
     name = f"py{platform.python_version()}-{hashlib.sha256(listing.encode()).hexdigest()[:12]}"
     config = tfds.core.BuilderConfig(name=name, version=StdlibSource.VERSION)
-    builder = StdlibSource(config=config, data_dir=str(data_dir), file_format="array_record")
-    if not builder.is_prepared():
-        builder.download_and_prepare()
+    with locked(data_dir / name):
+        builder = StdlibSource(config=config, data_dir=str(data_dir), file_format="array_record")
+        if not builder.is_prepared():
+            builder.download_and_prepare()
     return Path(builder.data_dir)

@@ -62,6 +62,11 @@ def make(
         raise UserError(f"data.batch_size={batch_size}: must be at least 1.")
     root = cache_root(cache_dir)
     opened = open_source(source, feature=feature, split=split, valid_fraction=valid_fraction, cache_dir=root)
+    if valid_fraction is not None and opened.rule == "names":
+        raise UserError(
+            f"data.valid_fraction={valid_fraction}: {source!r} names its own splits. Leave it out, or set"
+            " data.split='hash'."
+        )
     codec = load_tokenizer(tokenizer_dir) if tokenizer_dir else open_tokenizer(tokenizer, opened, root)
     folder, meta = build_tokens(opened, codec, root, workers=workers)
     streams = {name: open_split(folder, meta, name) for name in meta["splits"]}

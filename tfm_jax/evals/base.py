@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from tfm_jax.errors import UserError
 from tfm_jax.parallel.sharding import Layout
 from tfm_jax.tasks.base import Task
 
@@ -39,5 +40,7 @@ class Context:
 
     def rows(self, batch_size: int | None) -> int:
         """A batch size that divides over the mesh: the asked one rounded up, since padded rows weigh nothing."""
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"evals: batch_size={batch_size}: must be at least 1.")
         wanted, ways = batch_size or self.batch_size, self.layout.batch_ways
         return -(-wanted // ways) * ways

@@ -88,9 +88,6 @@ class Layout:
         """Rows over `data` and `fsdp`, the other dimensions whole."""
         return NamedSharding(self.mesh, P(BATCH_AXES))
 
-    def replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, P())
-
     def place(self, tree: Any) -> Any:
         """A tree of `NamedSharding` for a tree of arrays or abstract arrays."""
         patterns = compile_patterns([pattern for pattern, _ in self.rules], setting="mesh.rules")

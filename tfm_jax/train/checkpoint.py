@@ -82,18 +82,13 @@ class Checkpointer:
           UserError: the arrays saved are not those asked for.
         """
         self.verify(step)
-        try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-            saved = self._manager.item_metadata(step)["state"]
-        except Exception as error:
-            raise CorruptCheckpoint(f"{self.folder / str(step)} cannot be read: {error}") from error
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        saved = self._manager.item_metadata(step)["state"]
         _check_shapes(abstract, saved, self.folder / str(step), partial)
         placed = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=placed, partial_restore=partial)
-        try:
-            state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
-        except Exception as error:
-            raise CorruptCheckpoint(f"{self.folder / str(step)} cannot be read: {error}") from error
+        # The files are as they were written, so an error from here on (memory, the file system) is not the checkpoint's.
+        state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
         return Restored(state, meta, step)
 
     def shapes(self, step: int) -> Any:
@@ -102,7 +97,7 @@ class Checkpointer:
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), saved, is_leaf=_is_array_metadata)
 
     def restore_newest(self, abstract: Any) -> Restored | None:
-        """The newest checkpoint that can be read; those that cannot are set aside with an error in the log.
+        """The newest checkpoint that can be read; newer ones that cannot are set aside with an error in the log.
 
         Returns None if there is none at all.
 
@@ -110,12 +105,18 @@ class Checkpointer:
           UserError: there are checkpoints, but none can be read: never start over silently.
         """
         steps = self.steps()
+        damaged: list[int] = []
         for step in reversed(steps):
             try:
-                return self.restore(step, abstract)
+                restored = self.restore(step, abstract)
             except CorruptCheckpoint as error:
-                aside = self._set_aside(step)
-                log.error("CHECKPOINT %d IS DAMAGED: %s. Set aside as %s; trying the one before.", step, error, aside)
+                log.error("CHECKPOINT %d IS DAMAGED: %s. Trying the one before.", step, error)
+                damaged.append(step)
+                continue
+            # Moved only now: if none can be read, all stay where a person can look at them.
+            for number in damaged:
+                log.error("CHECKPOINT %d is set aside as %s.", number, self._set_aside(number))
+            return restored
         if steps:
             raise UserError(
                 f"None of the checkpoints {steps} in {self.folder} can be read (see the errors above)."

@@ -105,7 +105,7 @@ class Progress:
             self._bar.update()
 
     def report(self, step: int, metrics: Metrics, seconds_left: float) -> None:
-        parts = [f"loss {metrics['train/loss']:.4f}", f"{metrics['perf/tokens_per_sec']:,.0f} tok/s"]
+        parts = [f"loss {metrics.get('train/loss', float('nan')):.4f}", f"{metrics['perf/tokens_per_sec']:,.0f} tok/s"]
         if "perf/mfu" in metrics:
             parts.append(f"MFU {100 * metrics['perf/mfu']:.0f}%")
         if self._bar is not None:

@@ -77,7 +77,7 @@ class Meter:
         """Means and rates since the last report, under the tags of the run's log."""
         seconds = max(self.train_seconds - self._since, 1e-9)
         waited = self._batches.wait_seconds
-        out = {_TAGS.get(n, f"train/{n}"): t / c if c else float("nan") for n, (t, c) in self._sums.items()}
+        out = {_TAGS.get(n, f"train/{n}"): t / c for n, (t, c) in self._sums.items() if c}
         per_device = self._tokens / seconds / jax.device_count()
         out |= {
             "train/skipped_steps": float(self.skipped),

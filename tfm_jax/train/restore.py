@@ -36,11 +36,16 @@ def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, 
     return checkpoints, steps[-1] if step is None else step
 
 
-def restore_for_evaluation(experiment: Experiment, path: Path, step: int | None = None) -> tuple[TrainState, int]:
+def restore_for_evaluation(
+    experiment: Experiment, path: Path, step: int | None = None, *, same_data: bool = True
+) -> tuple[TrainState, int]:
     """Parameters and what evaluation needs, on the experiment's mesh; the optimizer's state is not read.
 
+    Args:
+      same_data: refuse data that is not the run's own.
+
     Raises:
-      UserError: no such checkpoint, or it is damaged (`train` would fall back; here the answer would be for another
+      UserError: no such checkpoint, other data, or it is damaged (`train` would fall back; here the answer would be for another
         step than asked).
     """
     checkpoints, found = open_checkpoint(path, step)
@@ -55,6 +60,12 @@ def restore_for_evaluation(experiment: Experiment, path: Path, step: int | None 
         ) from None
     finally:
         checkpoints.close()
+    trained_on, here = restored.meta.get("data"), experiment.data.fingerprint
+    if same_data and trained_on != here:
+        raise UserError(
+            f"The data here is not what {path} was trained on (fingerprint {trained_on} then, {here} now): the figures"
+            " would not be comparable. Restore the data, or name other data on purpose with --config.data.source."
+        )
     return abstract._replace(**restored.state), found
 
 
@@ -89,8 +100,13 @@ def load_params(path: Path, step: int | None = None, *, sharding: Any = None) ->
 
 def load_donor(path: Path, params: Any, *, rename: Sequence[Any], resize_positions: bool) -> tuple[Any, Report]:
     """Another run's parameters in the place of `params`; see `surgery.transfer`."""
-    placed = {leaf_path: leaf.sharding for leaf_path, leaf in flatten(params).items()}
-    # Where the names agree a parameter is read straight onto its place; the others are whole until they are moved.
-    whole = jax.sharding.NamedSharding(next(iter(placed.values())).mesh, jax.sharding.PartitionSpec())
-    donor, _ = load_params(path, sharding=lambda leaf_path, _: placed.get(leaf_path, whole))
+    own = flatten(params)
+    # Where names and shapes agree a parameter is read straight onto its place; the others are whole until they are moved.
+    whole = jax.sharding.NamedSharding(next(iter(own.values())).sharding.mesh, jax.sharding.PartitionSpec())
+
+    def place(leaf_path: str, leaf: Any) -> Any:
+        fits = leaf_path in own and own[leaf_path].shape == leaf.shape
+        return own[leaf_path].sharding if fits else whole
+
+    donor, _ = load_params(path, sharding=place)
     return transfer(flatten(donor), params, rename=rename, resize_positions=resize_positions)

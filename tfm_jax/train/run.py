@@ -25,8 +25,10 @@ import jax
 from tfm_jax import config as configs
 from tfm_jax.data.prefetch import Prefetcher
 from tfm_jax.errors import UserError
+from tfm_jax.evals.base import Evaluate
 from tfm_jax.files import write_atomic
 from tfm_jax.parallel import multihost
+from tfm_jax.parallel.devices import peak_flops
 from tfm_jax.train import rundir
 from tfm_jax.train.build import Experiment, build
 from tfm_jax.train.checkpoint import Checkpointer, Restored, first_state
@@ -60,24 +62,23 @@ def train(config: configs.Config, run: Path, *, profile: tuple[int, int] | None 
         try:
             return _train(config, run, profile)
         except BaseException as error:
-            if (run / "config.json").is_file() and not isinstance(error, _ForeignRun):
+            # What was found before this start began says nothing about the run.
+            if rundir.is_running(run):
                 rundir.write_status(run, "failed", f"{type(error).__name__}: {error}")
             raise
 
 
-class _ForeignRun(UserError):
-    """The run directory belongs to another config: its status is not ours to write."""
-
-
 def _train(config: configs.Config, run: Path, profile: tuple[int, int] | None) -> Outcome:
+    rundir.check_config(run, config)
     experiment = build(config, tokenizer_dir=run / "tokenizer")  # 1
+    if profile is not None and profile[0] >= experiment.train.steps:
+        raise UserError(f"--profile starts at step {profile[0]}, but train.steps={experiment.train.steps}.")
     main = multihost.is_main()
     facts = {"config": configs.digest(experiment.config), "revision": rundir.revision()}
-    multihost.agree({**facts, "data": experiment.data.fingerprint})  # 2
-    try:
-        rundir.check_config(run, experiment.config)
-    except UserError as error:
-        raise _ForeignRun(str(error)) from None
+    # Also what may change between starts must be equal now: it decides when the processes meet.
+    whole = {k: str(v) for k, v in configs.flat(experiment.config).items() if k not in configs.LOCAL_KEYS}
+    multihost.agree({**whole, **facts, "data": experiment.data.fingerprint})  # 2
+    evaluators = experiment.evaluators()
     if main:
         _begin(run, experiment)
     with jax.set_mesh(experiment.layout.mesh):
@@ -91,7 +92,7 @@ def _train(config: configs.Config, run: Path, profile: tuple[int, int] | None) -
                 if main:
                     rundir.write_status(run, "finished", step=start.step)
                 return Outcome("finished", json.loads((run / "result.json").read_text()))
-            return _Loop(experiment, run, checkpoints, start, facts, profile, main).run()
+            return _Loop(experiment, run, checkpoints, start, evaluators, facts, profile, main).run()
         finally:
             checkpoints.close()
 
@@ -140,6 +141,8 @@ def _restore(experiment: Experiment, checkpoints: Checkpointer, main: bool) -> R
             f" {experiment.data.fingerprint} now), so going on would not be the same run. Restore the data, or start"
             " another run with checkpoint.init_from."
         )
+    if start.step > experiment.train.steps:
+        raise UserError(f"The checkpoint is of step {start.step}, beyond train.steps={experiment.train.steps}.")
     if main and origin != "scratch":
         log.info("%s at step %d.", origin, start.step)
     return start
@@ -154,6 +157,7 @@ class _Loop:
         run: Path,
         checkpoints: Checkpointer,
         start: Restored,
+        evaluators: dict[str, Evaluate],
         facts: dict[str, str],
         profile: tuple[int, int] | None,
         main: bool,
@@ -167,9 +171,10 @@ class _Loop:
         )
         self.state, self.first = start.state, start.step
         self.total = experiment.train.steps
-        self.evaluators = experiment.evaluators()
+        self.evaluators = evaluators
+        peak_flops()  # measured while nothing else runs
         self.meter = Meter(experiment, seconds=float(start.meta.get("train_seconds", 0.0)))
-        self.profile = profile
+        self.profile, self.tracing = profile, False
         self.finals: Metrics = {}
         self.pending: tuple[int, Any] | None = None  # a step dispatched, and its metrics not yet read
         self.stop = _StopRequest()
@@ -314,8 +319,10 @@ class _Loop:
         if self.profile is None or not self.main:
             return
         first, count = self.profile
-        if step == max(first, self.first):
-            jax.profiler.start_trace(str(self.run_dir / "profile"))
+        if not self.tracing:
+            if step == max(first, self.first):
+                jax.profiler.start_trace(str(self.run_dir / "profile"))
+                self.tracing = True
         elif step is None or step == max(first, self.first) + count:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()

@@ -24,6 +24,12 @@ def write_status(run: Path, state: str, reason: str = "", **more: Any) -> None:
     write_atomic(run / "status.json", json.dumps(record) + "\n")
 
 
+def is_running(run: Path) -> bool:
+    """Whether the status says so: from the moment a run is begun to its end."""
+    path = run / "status.json"
+    return path.is_file() and json.loads(path.read_text())["state"] == "running"
+
+
 @contextlib.contextmanager
 def claim(run: Path) -> Iterator[None]:
     """Hold the run directory against other processes; the kernel lets go when this one ends, however it ends."""
@@ -48,7 +54,11 @@ def check_config(run: Path, config: configs.Config) -> None:
     path = run / "config.json"
     if not path.is_file():
         return
-    if lines := configs.differences(json.loads(path.read_text()), config):
+    own, model = json.loads(path.read_text()), config["model"]
+    if "vocab_size" in model and model["vocab_size"] is None:
+        # The data fills it in later; the run has it already.
+        config = {**config, "model": {**model, "vocab_size": own["model"].get("vocab_size")}}
+    if lines := configs.differences(own, config):
         raise UserError(
             f"{run} belongs to another config. What differs (its own -> asked for):\n  "
             + "\n  ".join(lines)
