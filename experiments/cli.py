@@ -81,6 +81,9 @@ def _use_huge_pages() -> None:
     On CPU, XLA takes its working memory from the C library anew at each step; in pages of 4 KiB the faults alone are a
     quarter of the main job's time. The C library reads its tunables once, when a process starts.
     """
+    started = getattr(sys.modules["__main__"].__spec__, "name", "")
+    if not started.startswith("experiments."):
+        return  # called from another program, which is not ours to start again
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
