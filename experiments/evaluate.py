@@ -42,14 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, evaluate in experiment.evaluators().items()
             for key, value in evaluate(state).items()
         }
+    record = {"step": step, "overrides": dict(overrides), **results}
     if multihost.is_main():
         print(cli.table([(f"step {step}", ""), *((name, f"{value:.6f}") for name, value in sorted(results.items()))]))
         write_atomic(
             flags.run / f"evaluation_{step}.json",
-            configs.to_json({"step": step, "overrides": dict(overrides), **results}),
+            configs.to_json(record),
         )
         if flags.json:
-            cli.print_json({"step": step, **results})
+            cli.print_json(record)
     return 0
 
 

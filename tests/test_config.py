@@ -43,7 +43,7 @@ def test_a_resolved_config_resolves_to_itself(make_config):
 
 def test_the_input_is_left_as_it_was(raw_config):
     given = ml_collections.ConfigDict(copy.deepcopy(raw_config))
-    resolved = configs.resolve(given, [("optim.lr", "0.5"), ("optim.options.b1", "0.8"), ("evals.new.split", "train")])
+    resolved = configs.resolve(given, [("optim.lr", "0.5"), ("optim.options.b1", "0.8"), ("evals.new.name", "loss")])
     assert resolved["optim"]["lr"] == 0.5 and resolved["optim"]["options"] == {"b1": 0.8}
     assert given.to_dict() == raw_config
 
@@ -73,7 +73,7 @@ def test_a_variant_gives_defaults_that_keys_override():
         ("model.dtype", "bfloat16", "bfloat16"),
         ("data.tokenizer", "'bytes'", "bytes"),
         ("evals.validation.max_batches", "3", 3),
-        ("evals.more.split", "train", "train"),
+        ("evals.validation.split", "train", "train"),
     ],
 )
 def test_overrides_are_parsed_by_the_annotation(raw_config, key, text, value):
@@ -243,7 +243,7 @@ def test_the_vocabulary_is_filled_in_from_the_data(make_config):
 def test_what_may_change_between_two_starts_of_a_run(make_config):
     base = make_config()
     for key, value in [
-        ("mesh.fsdp", 2), ("checkpoint.every", 1), ("log.every", 7), ("evals.more.split", "train"),
+        ("mesh.fsdp", 2), ("checkpoint.every", 1), ("log.every", 7), ("evals.more.name", "loss"),
         ("data.cache_dir", "/x"), ("data.workers", 3), ("train.eval_every", 5),
     ]:  # fmt: skip
         other = make_config({key: value})
@@ -300,3 +300,12 @@ def test_a_config_file_gets_its_argument(tmp_path):
 def test_print_config_shows_what_would_run(config_file, raw_config, capsys):
     assert train_command.main([f"--config={config_file}", "--config.optim.lr=3e-4", "--print_config"]) == 0
     assert json.loads(capsys.readouterr().out) == configs.resolve(raw_config, [("optim.lr", "3e-4")])
+
+
+def test_a_new_evaluator_on_the_command_line_starts_with_its_name(make_config):
+    with pytest.raises(UserError) as wrong:
+        make_config({"evals.validaton.max_batches": 2})
+    assert str(wrong.value) == (
+        "--config.evals.validaton.max_batches=2: there is no evaluator 'validaton'. Did you mean 'validation'?"
+        " A new one starts with --config.evals.validaton.name=loss."
+    )

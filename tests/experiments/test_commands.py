@@ -79,7 +79,8 @@ def test_evaluate_a_step(finished, capsys):
 
 def test_evaluate_on_another_split(finished, capsys):
     run = finished[0]
-    assert evaluate.main(["--run", str(run), "--config.evals.train.split=train", "--json"]) == 0
+    new = ["--config.evals.train.name=loss", "--config.evals.train.split=train"]
+    assert evaluate.main(["--run", str(run), *new, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["eval/train/tokens"] > found["eval/validation/tokens"]
 

@@ -79,7 +79,7 @@ def test_processes_with_different_configs_all_stop(start_together, tmp_path):
     for child, error in zip(children, finish(children), strict=True):
         assert child.returncode == 2, error
         assert re.search(
-            r"error: Process 1 \(\S+ pid \d+\) has config [0-9a-f]{16}, but process 0 \(\S+ pid \d+\) has [0-9a-f]{16}\."
+            r"error: Process 1 \(\S+ pid \d+\) has optim\.lr 0\.5, but process 0 \(\S+ pid \d+\) has 0\.01\."
             r" All processes must run the same code, config and data\.",
             error,
         ), error

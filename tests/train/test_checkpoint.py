@@ -84,10 +84,11 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly(filled, caplog, kind):
     with caplog.at_level(logging.ERROR):
         found = filled.restore_newest(ABSTRACT)
     assert (found.step, int(found.state["step"])) == (4, 4)
-    (record,) = [r for r in caplog.records if r.name == "tfm_jax.train.checkpoint"]
+    found_out, moved = [r for r in caplog.records if r.name == "tfm_jax.train.checkpoint"]
     (aside,) = (filled.folder.parent / "damaged_checkpoints").iterdir()
-    assert record.levelno == logging.ERROR
-    assert record.getMessage() == (f"CHECKPOINT 6 IS DAMAGED: {reason}. Set aside as {aside}; trying the one before.")
+    assert found_out.levelno == moved.levelno == logging.ERROR
+    assert found_out.getMessage() == f"CHECKPOINT 6 IS DAMAGED: {reason}. Trying the one before."
+    assert moved.getMessage() == f"CHECKPOINT 6 is set aside as {aside}."
     assert aside.name.startswith("6-") and not folder.exists() and filled.steps() == [2, 4]
     # Its number is free for the run to reach it again.
     filled.save(6, state(60), {})
