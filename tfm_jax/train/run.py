@@ -277,6 +277,7 @@ class _Loop:
         return multihost.any_process(self.stop.asked)
 
     def _preempted(self, step: int) -> Outcome:
+        self._read()
         self.meter.pause()
         self._save(step)
         self.checkpoints.wait()
