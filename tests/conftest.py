@@ -91,14 +91,13 @@ def command_env(cache_dir):
 
 
 @pytest.fixture
-def start_command(command_env):
-    """Start `python -m experiments.NAME ...` in its own process; what still runs at the end is killed."""
+def spawn():
+    """`spawn(arguments, env=..., cwd=...)`: this Python in its own process; what still runs at the end is killed."""
     started = []
 
-    def start(name, *arguments, env=None, cwd=REPO):
-        command = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
+    def start(arguments, **options):
         pipe = subprocess.PIPE
-        child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env or command_env(), cwd=cwd)
+        child = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, **options)
         started.append(child)
         return child
 
@@ -106,3 +105,13 @@ def start_command(command_env):
     for child in started:
         child.kill()
         child.communicate()
+
+
+@pytest.fixture
+def start_command(spawn, command_env):
+    """Start `python -m experiments.NAME ...`."""
+
+    def start(name, *arguments, env=None, cwd=REPO):
+        return spawn(["-m", f"experiments.{name}", *arguments], env=env or command_env(), cwd=cwd)
+
+    return start

@@ -2,8 +2,7 @@
 
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,19 +44,11 @@ def books(tmp_path: Path, make_text: Callable[[int, int], str]) -> dict[str, lis
 
 
 @pytest.fixture
-def start_python() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Start `python -c code *arguments` that can import this checkout; what still runs at the end is killed."""
-    started: list[subprocess.Popen[str]] = []
+def start_python(spawn: Callable[..., "subprocess.Popen[str]"]) -> Callable[..., "subprocess.Popen[str]"]:
+    """Start `python -c code *arguments` that can import this checkout."""
     path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        pipe = subprocess.PIPE
-        child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, "PYTHONPATH": path})
-        started.append(child)
-        return child
+        return spawn(["-c", code, *arguments], env={**os.environ, "PYTHONPATH": path})
 
-    yield start
-    for child in started:
-        child.kill()
-        child.communicate()
+    return start
