@@ -9,18 +9,14 @@ import time
 import numpy as np
 import pytest
 
+from tests.errors import says
 from tfm_jax.data import build
 from tfm_jax.data.build import build_tokens, open_split
 from tfm_jax.data.sources import open_source
 from tfm_jax.data.types import Document, Source
 from tfm_jax.data.vocabularies import byte_tokenizer
-from tfm_jax.errors import UserError
 
 END = 256
-
-
-def says(message):
-    return pytest.raises(UserError, match=f"^{re.escape(message)}$")
 
 
 def opened(tmp_path, piece_bytes=300):

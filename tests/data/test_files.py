@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tests.errors import says
 from tfm_jax.data import files
 from tfm_jax.data.files import TextPiece, TextSpan, byte_of_character, index_file, jsonl_pieces, text_pieces, text_spans
 from tfm_jax.data.splits import Keep
@@ -15,10 +16,6 @@ from tfm_jax.errors import UserError
 def block(request, monkeypatch):
     """Blocks so small that newlines and characters fall across their borders, and the real size."""
     monkeypatch.setattr(files, "BLOCK", request.param)
-
-
-def says(message):
-    return pytest.raises(UserError, match=f"^{re.escape(message)}$")
 
 
 def slow_cuts(data: bytes, piece_bytes: int) -> list[tuple[int, int]]:

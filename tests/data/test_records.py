@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from tests.errors import says
 from tfm_jax.data.records import RecordSet, RecordSplit, canonical_splits, open_tfds_folder, record_pieces
 from tfm_jax.data.sources import open_source
 from tfm_jax.data.splits import Keep
@@ -49,10 +50,6 @@ class One(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         yield 0, {"x": VALUE}
 """
-
-
-def says(message):
-    return pytest.raises(UserError, match=f"^{re.escape(message)}$")
 
 
 def texts(source, split):

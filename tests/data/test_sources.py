@@ -2,19 +2,14 @@ import gzip
 import json
 import logging
 import os
-import re
 import time
 
 import pytest
 
+from tests.errors import says
 from tfm_jax.data import files, sources
 from tfm_jax.data.sources import open_source
 from tfm_jax.data.splits import Keep
-from tfm_jax.errors import UserError
-
-
-def says(message):
-    return pytest.raises(UserError, match=f"^{re.escape(message)}$")
 
 
 def texts(source, split):

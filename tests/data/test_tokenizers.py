@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
+from tests.errors import says
 from tfm_jax.data.tokenizers import (
     END_MARK,
     END_MARKS,
@@ -33,10 +34,6 @@ UNICODE = [
     "it's I'LL 12345 <|endoftext|> </s> \ufffd",
     " leading and trailing ",
 ]
-
-
-def says(message):
-    return pytest.raises(UserError, match=f"^{re.escape(message)}$")
 
 
 def ids_of(tokenizer, text):

@@ -1,11 +1,11 @@
 import gzip
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.errors import says
 from tfm_jax.data.build import build_tokens, open_split
 from tfm_jax.data.index import epoch_records, hash_ints
 from tfm_jax.data.sources import open_source
@@ -14,10 +14,6 @@ from tfm_jax.data.vocabularies import byte_tokenizer
 from tfm_jax.errors import UserError
 
 END = 256
-
-
-def says(message):
-    return pytest.raises(UserError, match=f"^{re.escape(message)}$")
 
 
 def joined(documents):

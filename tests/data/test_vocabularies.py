@@ -1,17 +1,12 @@
 import logging
-import re
 
 import pytest
 
+from tests.errors import says
 from tfm_jax.data import vocabularies
 from tfm_jax.data.sources import open_source
 from tfm_jax.data.tokenizers import JsonTokenizer
 from tfm_jax.data.vocabularies import open_tokenizer, train_texts, train_tokenizer
-from tfm_jax.errors import UserError
-
-
-def says(message):
-    return pytest.raises(UserError, match=f"^{re.escape(message)}$")
 
 
 @pytest.fixture
