@@ -29,7 +29,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "warmup_steps": 10,
             },
             "train": {"steps": steps, "eval_every": steps // 4},
-            "checkpoint": {"every": steps // 4},
+            "checkpoint": {"every": 20},
             "evals": {"validation": {"split": "validation"}},
         }
     )

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from experiments import cli
-from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 
 EXAMPLES = """\
@@ -54,6 +53,7 @@ class Loaded:
 
     def __init__(self, path: Path, step: int | None = None) -> None:
         from tfm_jax.data.tokenizers import load_tokenizer
+        from tfm_jax.sections import build_model
         from tfm_jax.train import rundir
         from tfm_jax.train.restore import load_params
 
@@ -61,7 +61,7 @@ class Loaded:
         if not (path / "tokenizer").is_dir():
             raise UserError(f"{path} has no tokenizer: it was not trained on text.")
         self.tokenizer = load_tokenizer(path / "tokenizer")
-        self.model = configs.build_model(config["model"])
+        self.model = build_model(config["model"])
         if not hasattr(self.model, "init_caches"):
             raise UserError(f"model.name={config['model']['name']!r} cannot generate: it has no init_caches.")
         self.params, self.step = load_params(path, step)

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 
 import jax
 import ml_collections
@@ -13,6 +14,7 @@ from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel import mesh
+from tfm_jax.sections import build_model
 from tfm_jax.train.build import build, check, check_batch
 
 
@@ -52,7 +54,7 @@ def test_a_variant_gives_defaults_that_keys_override():
     given = {"model": {"variant": "llama-mini", "width": 128}, "data": {"source": "stdlib"}, "train": {"steps": 1000}}
     model = configs.resolve(given)["model"]
     assert (model["norm"], model["width"], model["heads"], model["kv_heads"]) == ("rms", 128, 4, 2)
-    built = configs.build_model(model)
+    built = build_model(model)
     assert built.block.width == 128 and built.block.norm == "rms" and built.layers == 4
 
 
@@ -220,6 +222,13 @@ def test_they_are_found_before_the_data_is_opened(make_config, changes):
     with pytest.raises(UserError) as found:
         build(config)
     assert "nowhere" not in str(found.value)
+
+
+def test_wandb_that_is_not_installed(make_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = "log.wandb='me/project' needs Weights & Biases: pip install 'tfm_jax[wandb]'."
+    with pytest.raises(UserError, match=exactly(message)):
+        build(make_config({"log.wandb": "me/project"}))
 
 
 def test_a_split_that_the_data_does_not_have(make_config, corpus):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tfm_jax.config import build_model, section_fields
 from tfm_jax.errors import UserError
 from tfm_jax.models.gpt import RULES, VARIANTS, Model
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.paths import flatten
+from tfm_jax.sections import build_model, section_fields
 
 V, T = 61, 12
 TOKENS = jax.random.randint(jax.random.key(0), (2, T), 0, V)

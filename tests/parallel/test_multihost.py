@@ -1,6 +1,7 @@
 """Several real processes on this machine: they train the same run, and stop together when they disagree."""
 
 import json
+import os
 import re
 import socket
 
@@ -9,6 +10,7 @@ import pytest
 
 from tfm_jax.errors import UserError
 from tfm_jax.parallel import multihost
+from tfm_jax.train import rundir
 from tfm_jax.train.log import read_metrics
 
 TIMEOUT = 150
@@ -84,6 +86,18 @@ def test_processes_with_different_configs_all_stop(start_together, tmp_path):
             error,
         ), error
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_what_stops_one_process_stops_all(start_together, tmp_path):
+    """Here the run directory, which only process 0 claims."""
+    run = tmp_path / "run"
+    with rundir.claim(run):
+        children = start_together(run, 2)
+        errors = finish(children)
+    assert [child.returncode for child in children] == [2, 2], errors
+    said = f"Another process (pid {os.getpid()}) is training in {run}. Wait for it, stop it, or use another --workdir."
+    for error in errors:
+        assert re.search(r"error: Process 0 \(\S+ pid \d+\) cannot start: " + re.escape(said), error), error
 
 
 @pytest.mark.parametrize(

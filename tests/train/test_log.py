@@ -3,9 +3,6 @@
 import io
 import json
 
-import pytest
-
-from tfm_jax.errors import UserError
 from tfm_jax.train.log import Progress, Writers, read_metrics
 
 METRICS = {"train/loss": 1.23456, "perf/tokens_per_sec": 12345.6}
@@ -43,13 +40,6 @@ def test_tensorboard_files_are_written(tmp_path):
     out.close()
     (events,) = tmp_path.glob("events.out.tfevents*")
     assert events.stat().st_size > 50 * 30 and b"train/loss" in events.read_bytes()
-
-
-def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(UserError) as found:
-        writers(tmp_path, wandb="me/project")
-    assert str(found.value) == "log.wandb='me/project' needs Weights & Biases: pip install 'tfm_jax[wandb]'."
 
 
 def test_plain_lines_in_a_pipe():

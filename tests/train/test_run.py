@@ -239,8 +239,22 @@ def read_meta(run, step):
 
 def test_the_metadata_of_a_checkpoint(finished):
     meta = read_meta(finished[0], 8)
-    assert meta["examples"] == 64 and meta["layer_loop"] == "loop" and meta["versions"]["jax"] == jax.__version__
-    assert set(meta) == {"config", "revision", "data", "examples", "train_seconds", "layer_loop", "versions"}
+    assert (
+        meta["skipped_steps"] == 0
+        and meta["examples"] == 64
+        and meta["layer_loop"] == "loop"
+        and meta["versions"]["jax"] == jax.__version__
+    )
+    assert set(meta) == {
+        "config",
+        "revision",
+        "data",
+        "examples",
+        "train_seconds",
+        "skipped_steps",
+        "layer_loop",
+        "versions",
+    }
 
 
 def test_starting_from_another_run(finished, make_config, tmp_path, caplog):

@@ -47,23 +47,29 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def agree(facts: Mapping[str, str]) -> None:
-    """Stop unless every process has the same facts (config hash, code revision, data).
+def agree(facts: Mapping[str, str], problem: str = "") -> None:
+    """Stop unless every process has the same facts (config, code revision, data) and none has a problem.
+
+    Args:
+      problem: why this process cannot go on; without it the others would wait for it in vain.
 
     Raises:
-      UserError: on every process, naming the first process that differs from process 0, and in what.
+      UserError: on every process, naming the first process with a problem, or that differs from process 0 and in what.
     """
     if jax.process_count() == 1:
         return
-    texts = _gather_text(json.dumps({"host": f"{socket.gethostname()} pid {os.getpid()}", **facts}))
-    first = json.loads(texts[0])
-    for index, text in enumerate(texts):
-        other = json.loads(text)
+    mine = {"host": f"{socket.gethostname()} pid {os.getpid()}", "problem": problem, "facts": dict(facts)}
+    gathered = [json.loads(text) for text in _gather_text(json.dumps(mine))]
+    for index, other in enumerate(gathered):
+        if other["problem"]:
+            raise UserError(f"Process {index} ({other['host']}) cannot start: {other['problem']}")
+    first = gathered[0]
+    for index, other in enumerate(gathered):
         for name in facts:
-            if other[name] != first[name]:
+            if other["facts"][name] != first["facts"][name]:
                 raise UserError(
-                    f"Process {index} ({other['host']}) has {name} {other[name]}, but process 0 ({first['host']}) has"
-                    f" {first[name]}. All processes must run the same code, config and data."
+                    f"Process {index} ({other['host']}) has {name} {other['facts'][name]}, but process 0 ({first['host']}) has"
+                    f" {first['facts'][name]}. All processes must run the same code, config and data."
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel import mesh
 from tfm_jax.parallel.multihost import global_batch
 from tfm_jax.parallel.sharding import Layout
+from tfm_jax.sections import build_model, family
 from tfm_jax.tasks.base import Task
 from tfm_jax.tasks.ema import with_ema
 from tfm_jax.train import optim, schedules, settings
@@ -82,6 +84,12 @@ class Experiment:
         return made
 
     @property
+    def flops_per_token(self) -> float | None:
+        """Model FLOPs of a training token, for models that say so and data of a fixed length."""
+        flops, length = getattr(self.model, "train_flops_per_token", None), self.config["data"].get("seq_len")
+        return None if flops is None or length is None else float(flops(length))
+
+    @property
     def parameter_count(self) -> int:
         return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(self.init).params))
 
@@ -105,13 +113,9 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_trai
         check_batch(config, layout)
     data = _open_data(config["data"], tokenizer_dir)
     config = _fill_vocabulary(config, data)
-    model = configs.build_model(config["model"])
-    layout = layout.with_rules(configs.family(config["model"]["name"], "RULES", ()))
-    section = dict(config["task"])
-    make = resolve(section.pop("name"), package="tfm_jax.tasks", attribute="make", setting="task.name")
-    task = make(**section)
-    if train.ema is not None:
-        task = with_ema(task, train.ema)
+    model = build_model(config["model"])
+    layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
+    task = build_task(config)
     inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs, train=False))
     optimizer = optim.make(shapes["params"], steps=train.steps, **config["optim"])
@@ -130,15 +134,25 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_trai
     )
 
 
+def build_task(config: configs.Config) -> Task:
+    """The objective, with what `train` wraps around it."""
+    section, decay = dict(config["task"]), config["train"]["ema"]
+    make = resolve(section.pop("name"), package="tfm_jax.tasks", attribute="make", setting="task.name")
+    task: Task = make(**section)
+    return task if decay is None else with_ema(task, decay)
+
+
 def check(config: configs.Config, layout: Layout) -> None:
     """Combinations of settings that cannot work, found before any data is read."""
+    if config["log"]["wandb"] and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"log.wandb={config['log']['wandb']!r} needs Weights & Biases: pip install 'tfm_jax[wandb]'.")
     names = set(inspect.signature(schedules.make).parameters) - {"steps"}
     schedules.make(steps=config["train"]["steps"], **{name: config["optim"][name] for name in names})
     optim.rule(config["optim"]["name"], config["optim"]["options"] or {})
     length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
     if length is not None and limit is not None and length > limit:
         raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")
-    block = getattr(configs.build_model(config["model"]), "block", None)
+    block = getattr(build_model(config["model"]), "block", None)
     if isinstance(block, BlockSpec):
         choose(block, jax.default_backend())
 

@@ -10,7 +10,6 @@ from typing import Any, TextIO
 
 import tqdm
 
-from tfm_jax.errors import UserError
 from tfm_jax.files import write_atomic
 
 Metrics = dict[str, float]
@@ -33,10 +32,8 @@ class Writers:
 
             self._events = SummaryWriter(str(run), purge_step=start + 1 if start else None)
         if wandb:
-            try:
-                import wandb as wandb_module
-            except ImportError:
-                raise UserError(f"log.wandb={wandb!r} needs Weights & Biases: pip install 'tfm_jax[wandb]'.") from None
+            import wandb as wandb_module  # that it is there was checked before anything was built
+
             entity, _, project = wandb.rpartition("/")
             self._wandb = wandb_module.init(
                 project=project,
@@ -69,6 +66,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if _step_of(line) < _CUT_OFF]
+
+
+def read_step(run: Path, step: int) -> Metrics:
+    """All that was logged of one step."""
+    lines = [line for line in read_metrics(run) if line["step"] == step]
+    return {name: value for line in lines for name, value in line.items()}
 
 
 _CUT_OFF = 1 << 62

@@ -21,18 +21,15 @@ _TAGS = {"grad_norm": "train/grad_norm"}
 class Meter:
     """Adds up steps. Its clock stops during evaluation and saving, so speed means training speed."""
 
-    def __init__(self, experiment: Experiment, *, seconds: float) -> None:
+    def __init__(self, experiment: Experiment, *, seconds: float, skipped: int) -> None:
         self.experiment = experiment
         self.compile_seconds = 0.0
         self.bad_in_a_row = 0
-        self.skipped = 0
+        self.skipped = skipped  # over all starts of this run
         self.last: Metrics = {}
         self._total = seconds  # over all starts of this run, up to the last pause
         self._resumed_at: float | None = None
         self._batches: Any = None
-        flops = getattr(experiment.model, "train_flops_per_token", None)
-        length = experiment.config["data"].get("seq_len")
-        self._flops_per_token = flops(length) if flops is not None and length is not None else None
         self._clear()
 
     def start(self, step: int, batches: Prefetcher[Any]) -> None:
@@ -81,7 +78,7 @@ class Meter:
         per_device = self._tokens / seconds / jax.device_count()
         out |= {
             "train/skipped_steps": float(self.skipped),
-            "optim/lr": float(self.experiment.optimizer.schedule(step - 1)),
+            "optim/lr": float(self.experiment.optimizer.schedule(max(step - 1 - self.skipped, 0))),
             "perf/steps_per_sec": self._steps / seconds,
             "perf/tokens_per_sec": self._tokens / seconds,
             "perf/tokens_per_sec_per_device": per_device,
@@ -89,8 +86,9 @@ class Meter:
             "perf/compile_s": self.compile_seconds,
         }
         peak = peak_flops()
-        if self._flops_per_token is not None and peak is not None:
-            out["perf/mfu"] = per_device * self._flops_per_token / peak
+        flops = self.experiment.flops_per_token
+        if flops is not None and peak is not None:
+            out["perf/mfu"] = per_device * flops / peak
         self._since, self._waited, self.last = self.train_seconds, waited, out
         self._clear()
         return out

@@ -1,7 +1,8 @@
-"""Read checkpoints of other runs: for evaluation, generation, and as donors."""
+"""Read checkpoints: a run's own to go on from, other runs' for evaluation, generation, and as donors."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import jax
 
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path
-from tfm_jax.train.build import Experiment
-from tfm_jax.train.checkpoint import Checkpointer, CorruptCheckpoint
+from tfm_jax.train.build import Experiment, build_task
+from tfm_jax.train.checkpoint import Checkpointer, CorruptCheckpoint, Restored, first_state
+from tfm_jax.train.rundir import read_config
 from tfm_jax.train.state import TrainState
 from tfm_jax.train.surgery import Report, transfer
+
+log = logging.getLogger(__name__)
 
 
 def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, int]:
@@ -70,32 +74,37 @@ def restore_for_evaluation(
 
 
 def load_params(path: Path, step: int | None = None, *, sharding: Any = None) -> tuple[Any, int]:
-    """The parameters that evaluation uses (their average, if the run kept one) as a plain tree, and their step.
+    """The parameters that the run's task evaluates with (an average, if it keeps one) as a plain tree, and their step.
 
     Args:
-      sharding: a function from `(path, abstract array)` to a sharding; the first device holds all if None.
+      sharding: a function from `(parameter's path, abstract array)` to a sharding; the first device holds all if None.
 
     Raises:
       UserError: no such checkpoint, or it is damaged.
     """
     checkpoints, found = open_checkpoint(path, step)
-    shapes = checkpoints.shapes(found)
-    averaged = "ema" in (shapes.get("extra") or {})
+    task = build_task(read_config(checkpoints.folder.parent))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), checkpoints.shapes(found)["params"])
+    wanted = {"params": params, "extra": jax.eval_shape(task.init_extra, params)}
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    names = set(flatten(params))
 
     def place(leaf_path: str, leaf: Any) -> Any:
-        where = here if sharding is None else sharding(leaf_path, leaf)
+        # What a task keeps for a parameter has the parameter's path as its end.
+        parts = leaf_path.split("/")
+        name = next((n for i in range(len(parts)) if (n := "/".join(parts[i:])) in names), leaf_path)
+        where = here if sharding is None else sharding(name, leaf)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    wanted = map_with_path(place, shapes["extra"]["ema"] if averaged else shapes["params"])
-    abstract = {"extra": {"ema": wanted}} if averaged else {"params": wanted}
+    # Orbax keeps no node for an empty tree.
+    abstract = {name: map_with_path(place, tree) for name, tree in wanted.items() if jax.tree.leaves(tree)}
     try:
-        state = checkpoints.restore(found, abstract, partial=True).state
+        state = {**wanted, **checkpoints.restore(found, abstract, partial=True).state}
     except CorruptCheckpoint as error:
         raise UserError(f"Checkpoint {found} of {path} is damaged: {error}.") from None
     finally:
         checkpoints.close()
-    return (state["extra"]["ema"] if averaged else state["params"]), found
+    return task.eval_params(state["params"], state["extra"]), found
 
 
 def load_donor(path: Path, params: Any, *, rename: Sequence[Any], resize_positions: bool) -> tuple[Any, Report]:
@@ -110,3 +119,50 @@ def load_donor(path: Path, params: Any, *, rename: Sequence[Any], resize_positio
 
     donor, _ = load_params(path, sharding=place)
     return transfer(flatten(donor), params, rename=rename, resize_positions=resize_positions)
+
+
+def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: bool) -> Restored:
+    """Where a run goes on or begins; see `checkpoint.first_state` for the order.
+
+    Raises:
+      UserError: the data is not what the checkpoint was trained on, or the checkpoint is beyond the run's last step.
+    """
+    settings, abstract = experiment.checkpoint, experiment.abstract_state()
+
+    def resume() -> Restored:
+        source, step = open_checkpoint(Path(str(settings.resume)))
+        try:
+            return source.restore(step, abstract)
+        finally:
+            source.close()
+
+    def init_from(state: Any) -> Any:
+        params, report = load_donor(
+            Path(str(settings.init_from)),
+            state.params,
+            rename=settings.rename,
+            resize_positions=settings.resize_positions,
+        )
+        if main:
+            log.warning("init_from %s: %s", settings.init_from, report)
+        return state._replace(params=params, extra=experiment.task.init_extra(params))
+
+    start, origin = first_state(
+        checkpoints,
+        abstract,
+        resume=resume if settings.resume else None,
+        initialise=experiment.fresh_state,
+        init_from=init_from if settings.init_from else None,
+    )
+    saved = start.meta.get("data", experiment.data.fingerprint)
+    if saved != experiment.data.fingerprint:
+        raise UserError(
+            f"The data has changed since this run's checkpoint was written (fingerprint {saved} then,"
+            f" {experiment.data.fingerprint} now), so going on would not be the same run. Restore the data, or start"
+            " another run with checkpoint.init_from."
+        )
+    if start.step > experiment.train.steps:
+        raise UserError(f"The checkpoint is of step {start.step}, beyond train.steps={experiment.train.steps}.")
+    if main and origin != "scratch":
+        log.info("%s at step %d.", origin, start.step)
+    return start

@@ -8,16 +8,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +26,14 @@ from tfm_jax.parallel import multihost
 from tfm_jax.parallel.devices import peak_flops
 from tfm_jax.train import rundir
 from tfm_jax.train.build import Experiment, build
-from tfm_jax.train.checkpoint import Checkpointer, Restored, first_state
-from tfm_jax.train.log import Metrics, Progress, Writers, read_metrics
+from tfm_jax.train.checkpoint import Checkpointer, Restored
+from tfm_jax.train.log import Metrics, Progress, Writers, read_step
 from tfm_jax.train.meter import Meter
 from tfm_jax.train.plots import loss_picture
-from tfm_jax.train.restore import load_donor, open_checkpoint
+from tfm_jax.train.references import as_loss, compressors
+from tfm_jax.train.restore import starting_state
+from tfm_jax.train.stop import StopRequest
+from tfm_jax.train.trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -56,37 +54,47 @@ def train(config: configs.Config, run: Path, *, profile: tuple[int, int] | None 
     Raises:
       UserError: anything the user can mend; `status.json` then says `failed` and why.
     """
-    if not multihost.is_main():
-        return _train(config, run, profile)
-    with rundir.claim(run):
+    main = multihost.is_main()
+    with contextlib.ExitStack() as held:
         try:
-            return _train(config, run, profile)
+            if main:
+                held.enter_context(rundir.claim(run))
+            rundir.check_config(run, config)
+            if profile is not None and profile[0] >= config["train"]["steps"]:
+                raise UserError(f"--profile starts at step {profile[0]}, but train.steps={config['train']['steps']}.")
+            experiment = build(config, tokenizer_dir=run / "tokenizer")  # 1
+            evaluators = experiment.evaluators()
+        except UserError as error:
+            multihost.agree({}, problem=str(error))
+            raise
+        facts = {"config": configs.digest(experiment.config), "revision": rundir.revision()}
+        # Also what may change between starts must be equal now: it decides when the processes meet.
+        whole = {k: str(v) for k, v in configs.flat(experiment.config).items() if k not in configs.LOCAL_KEYS}
+        multihost.agree({**whole, **facts, "data": experiment.data.fingerprint})  # 2
+        if not main:
+            return _train(experiment, evaluators, facts, run, profile)
+        try:
+            rundir.begin(run, experiment.config, experiment.data.tokenizer)
+            return _train(experiment, evaluators, facts, run, profile)
         except BaseException as error:
-            # What was found before this start began says nothing about the run.
-            if rundir.is_running(run):
-                rundir.write_status(run, "failed", f"{type(error).__name__}: {error}")
+            rundir.write_status(run, "failed", f"{type(error).__name__}: {error}")
             raise
 
 
-def _train(config: configs.Config, run: Path, profile: tuple[int, int] | None) -> Outcome:
-    rundir.check_config(run, config)
-    experiment = build(config, tokenizer_dir=run / "tokenizer")  # 1
-    if profile is not None and profile[0] >= experiment.train.steps:
-        raise UserError(f"--profile starts at step {profile[0]}, but train.steps={experiment.train.steps}.")
+def _train(
+    experiment: Experiment,
+    evaluators: dict[str, Evaluate],
+    facts: dict[str, str],
+    run: Path,
+    profile: tuple[int, int] | None,
+) -> Outcome:
     main = multihost.is_main()
-    facts = {"config": configs.digest(experiment.config), "revision": rundir.revision()}
-    # Also what may change between starts must be equal now: it decides when the processes meet.
-    whole = {k: str(v) for k, v in configs.flat(experiment.config).items() if k not in configs.LOCAL_KEYS}
-    multihost.agree({**whole, **facts, "data": experiment.data.fingerprint})  # 2
-    evaluators = experiment.evaluators()
-    if main:
-        _begin(run, experiment)
     with jax.set_mesh(experiment.layout.mesh):
         checkpoints = Checkpointer(
             run / "checkpoints", keep=experiment.checkpoint.keep, asynchronous=experiment.checkpoint.asynchronous
         )
         try:
-            start = _restore(experiment, checkpoints, main)  # 3
+            start = starting_state(experiment, checkpoints, main=main)  # 3
             if start.step == experiment.train.steps and (run / "result.json").is_file():
                 # Nothing is left to do; evaluating again would log the last step twice.
                 if main:
@@ -95,57 +103,6 @@ def _train(config: configs.Config, run: Path, profile: tuple[int, int] | None) -
             return _Loop(experiment, run, checkpoints, start, evaluators, facts, profile, main).run()
         finally:
             checkpoints.close()
-
-
-def _begin(run: Path, experiment: Experiment) -> None:
-    if not (run / "tokenizer").is_dir() and experiment.data.tokenizer is not None:
-        temporary = run / f".tokenizer.{os.getpid()}"
-        experiment.data.tokenizer.save(temporary)
-        temporary.rename(run / "tokenizer")
-    write_atomic(run / "config.json", configs.to_json(experiment.config))
-    rundir.write_status(run, "running", pid=os.getpid())
-
-
-def _restore(experiment: Experiment, checkpoints: Checkpointer, main: bool) -> Restored:
-    settings, abstract = experiment.checkpoint, experiment.abstract_state()
-
-    def resume() -> Restored:
-        source, step = open_checkpoint(Path(str(settings.resume)))
-        try:
-            return source.restore(step, abstract)
-        finally:
-            source.close()
-
-    def init_from(state: Any) -> Any:
-        params, report = load_donor(
-            Path(str(settings.init_from)),
-            state.params,
-            rename=settings.rename,
-            resize_positions=settings.resize_positions,
-        )
-        if main:
-            log.warning("init_from %s: %s", settings.init_from, report)
-        return state._replace(params=params, extra=experiment.task.init_extra(params))
-
-    start, origin = first_state(
-        checkpoints,
-        abstract,
-        resume=resume if settings.resume else None,
-        initialise=experiment.fresh_state,
-        init_from=init_from if settings.init_from else None,
-    )
-    saved = start.meta.get("data", experiment.data.fingerprint)
-    if saved != experiment.data.fingerprint:
-        raise UserError(
-            f"The data has changed since this run's checkpoint was written (fingerprint {saved} then,"
-            f" {experiment.data.fingerprint} now), so going on would not be the same run. Restore the data, or start"
-            " another run with checkpoint.init_from."
-        )
-    if start.step > experiment.train.steps:
-        raise UserError(f"The checkpoint is of step {start.step}, beyond train.steps={experiment.train.steps}.")
-    if main and origin != "scratch":
-        log.info("%s at step %d.", origin, start.step)
-    return start
 
 
 class _Loop:
@@ -162,22 +119,21 @@ class _Loop:
         profile: tuple[int, int] | None,
         main: bool,
     ) -> None:
-        self.experiment, self.run_dir, self.checkpoints, self.facts, self.main = (
-            experiment,
-            run,
-            checkpoints,
-            facts,
-            main,
-        )
+        self.experiment, self.run_dir, self.checkpoints = experiment, run, checkpoints
+        self.facts, self.main = facts, main
         self.state, self.first = start.state, start.step
         self.total = experiment.train.steps
         self.evaluators = evaluators
         peak_flops()  # measured while nothing else runs
-        self.meter = Meter(experiment, seconds=float(start.meta.get("train_seconds", 0.0)))
-        self.profile, self.tracing = profile, False
+        self.meter = Meter(
+            experiment,
+            seconds=float(start.meta.get("train_seconds", 0.0)),
+            skipped=int(start.meta.get("skipped_steps", 0)),
+        )
+        self.trace = Trace(run / "profile", *profile) if profile is not None and main else None
         self.finals: Metrics = {}
         self.pending: tuple[int, Any] | None = None  # a step dispatched, and its metrics not yet read
-        self.stop = _StopRequest()
+        self.stop = StopRequest()
         settings = experiment.log
         self.writers = (
             Writers(
@@ -208,15 +164,18 @@ class _Loop:
                             self._save(step)  # 5
                         if self._told_to_stop(step):
                             return self._preempted(step)
-                    self._trace(step)
+                    if self.trace is not None:
+                        self.trace.before(step, self.state)
                     self.state, metrics = compiled(self.state, batch)  # 6, 7
                     self._read()  # 8, 9
                     self.pending = (step + 1, metrics)
                     progress.advance()
                 self._read()
-                self._trace(None)
+                if self.trace is not None:
+                    self.trace.stop(self.state)
                 self.meter.pause()
-                recorded = self._recorded()
+                # A crash may have come between the last checkpoint and `result.json`.
+                recorded = read_step(self.run_dir, self.total) if self.first == self.total else {}
                 if not any(name.startswith("eval/") for name in recorded):
                     self._evaluate(self.total)
                 return self._finish(recorded)  # 10
@@ -264,6 +223,7 @@ class _Loop:
                 "data": self.experiment.data.fingerprint,
                 "examples": step * self.experiment.data.train.batch_size,
                 "train_seconds": self.meter.train_seconds,
+                "skipped_steps": self.meter.skipped,
                 "layer_loop": self.experiment.config["model"].get("layer_loop"),
                 "versions": rundir.versions(),
             }
@@ -286,13 +246,6 @@ class _Loop:
         self.progress.say(f"Stopped after step {step}, checkpoint saved. The same command goes on from here.")
         return Outcome("preempted", {"step": step})
 
-    def _recorded(self) -> Metrics:
-        """What was logged of the last step, if a crash came between its checkpoint and `result.json`."""
-        if self.first < self.total:
-            return {}
-        lines = [line for line in read_metrics(self.run_dir) if line["step"] == self.total]
-        return {name: value for line in lines for name, value in line.items()}
-
     def _finish(self, recorded: Metrics) -> Outcome:
         self._save(self.total)
         self.checkpoints.wait()
@@ -307,7 +260,7 @@ class _Loop:
         }
         if self.main:
             self.writers.close()  # type: ignore[union-attr]
-            loss_picture(self.run_dir, _as_loss(self.experiment.data.facts))
+            loss_picture(self.run_dir, as_loss(self.experiment.data.facts))
             write_atomic(self.run_dir / "result.json", configs.to_json(result))
             rundir.write_status(self.run_dir, "finished", step=self.total)
         return Outcome("finished", result)
@@ -315,55 +268,3 @@ class _Loop:
     def _write(self, step: int, metrics: Metrics) -> None:
         if self.writers is not None:
             self.writers.write(step, metrics)
-
-    def _trace(self, step: int | None) -> None:
-        if self.profile is None or not self.main:
-            return
-        first, count = self.profile
-        if not self.tracing:
-            if step == max(first, self.first):
-                jax.profiler.start_trace(str(self.run_dir / "profile"))
-                self.tracing = True
-        elif step is None or step == max(first, self.first) + count:
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
-            self.profile = None
-
-
-def compressors(facts: Mapping[str, Mapping[str, Any]], split: str = "validation") -> dict[str, float]:
-    """Bits per byte of general compressors on a split, where the data set knows them."""
-    found = facts.get(split, {})
-    return {
-        f"{tool} -9": 8 * found[f"{tool}_bytes"] / found["bytes"] for tool in ("gzip", "xz") if f"{tool}_bytes" in found
-    }
-
-
-def _as_loss(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The same rates in nats a token, the unit of the loss."""
-    found = facts.get("validation", {})
-    return {
-        name: rate * math.log(2) * found["bytes"] / (found["tokens"] - 1) for name, rate in compressors(facts).items()
-    }
-
-
-class _StopRequest:
-    """SIGTERM and Ctrl-C as a flag that the loop looks at between steps; the second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked, self.name = False, ""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopRequest:
-        # Only the main thread may set handlers; a sweep that runs trials in threads keeps its own.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        self.asked, self.name = True, signal.Signals(number).name
-        signal.signal(number, self._previous[number])

@@ -24,12 +24,6 @@ def write_status(run: Path, state: str, reason: str = "", **more: Any) -> None:
     write_atomic(run / "status.json", json.dumps(record) + "\n")
 
 
-def is_running(run: Path) -> bool:
-    """Whether the status says so: from the moment a run is begun to its end."""
-    path = run / "status.json"
-    return path.is_file() and json.loads(path.read_text())["state"] == "running"
-
-
 @contextlib.contextmanager
 def claim(run: Path) -> Iterator[None]:
     """Hold the run directory against other processes; the kernel lets go when this one ends, however it ends."""
@@ -64,6 +58,16 @@ def check_config(run: Path, config: configs.Config) -> None:
             + "\n  ".join(lines)
             + "\nUse another --workdir, or delete this one."
         )
+
+
+def begin(run: Path, config: configs.Config, tokenizer: Any) -> None:
+    """Write what later commands need: the config, and the tokenizer if there is one."""
+    if not (run / "tokenizer").is_dir() and tokenizer is not None:
+        temporary = run / f".tokenizer.{os.getpid()}"
+        tokenizer.save(temporary)
+        temporary.rename(run / "tokenizer")
+    write_atomic(run / "config.json", configs.to_json(config))
+    write_status(run, "running", pid=os.getpid())
 
 
 def read_config(run: Path) -> configs.Config:

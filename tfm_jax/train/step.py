@@ -52,7 +52,7 @@ def make_train_step(
             grads, out, mutables = _accumulate(gradient, state, _microbatches(batch, accum), rng)
         scale = 1.0 / jnp.maximum(out.weight, 1e-30)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         extra = task.update_extra(params, state.extra, out.aux)
