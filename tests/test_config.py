@@ -25,7 +25,7 @@ def exactly(message):
 def test_defaults_are_those_of_the_signatures(make_config):
     config = make_config()
     assert tuple(config) == configs.SECTIONS
-    assert config["model"]["mlp_width"] is None and config["model"]["rope_theta"] == BlockSpec().rope_theta
+    assert config["model"]["mlp_width"] is None and config["model"]["norm_eps"] == BlockSpec().norm_eps
     assert "block" not in config["model"]
     assert config["task"] == {"name": "token_prediction", "vocab_chunk": 0, "label_smoothing": 0.0, "z_loss": 0.0}
     assert config["mesh"] == {"data": -1, "fsdp": 1, "tensor": 1, "rules": []}

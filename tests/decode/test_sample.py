@@ -18,13 +18,15 @@ PROMPTS = [[5, 17, 3, 42, 8], [60], [1, 2, 3]]
 # Large weights, so that the likeliest token changes from step to step.
 SPECS = {
     "learned": BlockSpec(width=16, heads=4, init_std=0.5),
-    "rotary": BlockSpec(width=16, heads=4, kv_heads=2, position="rotary", norm="rms", mlp="gated", init_std=0.5),
+    "rotary": BlockSpec(width=16, heads=4, kv_heads=2, norm="rms", mlp="gated", init_std=0.5),
 }
 
 
 @functools.cache
 def model_and_params(position: str, layer_loop: str = "scan"):
-    model = Model(SPECS[position], vocab_size=V, max_len=24, layers=2, layer_loop=layer_loop, output="free")
+    model = Model(
+        SPECS[position], vocab_size=V, max_len=24, layers=2, layer_loop=layer_loop, position=position, output="free"
+    )
     return model, jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))(jax.random.key(1))["params"]
 
 

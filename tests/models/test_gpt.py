@@ -25,12 +25,11 @@ LLAMA = BlockSpec(
     norm="rms",
     mlp="gated",
     activation="silu",
-    position="rotary",
     bias="none",
 )
 TINY = {
     "gpt2": Model(BlockSpec(width=16, heads=4), vocab_size=V, max_len=T, layers=2),
-    "llama": Model(LLAMA, vocab_size=V, max_len=T, layers=2, output="free"),
+    "llama": Model(LLAMA, vocab_size=V, max_len=T, layers=2, position="rotary", output="free"),
 }
 
 
@@ -177,6 +176,12 @@ def test_call_errors(fields, message):
     with pytest.raises(UserError) as error:
         jax.eval_shape(lambda: Model(BlockSpec(width=16), **fields).init(jax.random.key(0), TOKENS))
     assert str(error.value) == message
+
+
+def test_rotary_turns_pairs():
+    with pytest.raises(UserError) as error:
+        Model(BlockSpec(head_dim=15), position="rotary")
+    assert str(error.value) == "model.position='rotary' turns pairs, so the head size must be even; it is 15."
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "max_len", "layers"])

@@ -11,9 +11,9 @@ import pytest
 
 from tfm_jax.errors import UserError
 from tfm_jax.nn import attention as module
-from tfm_jax.nn.attention import Attention, Cache, attention, choose
+from tfm_jax.nn.attention import Attention, Cache, Context, attention, choose
 from tfm_jax.nn.masks import Mask
-from tfm_jax.nn.positions import rotation
+from tfm_jax.nn.positions import Rope, rotation
 from tfm_jax.nn.spec import BlockSpec
 
 # Two blocks of `chunked`, the second one short.
@@ -195,14 +195,14 @@ def test_auto_says_once_what_it_chose(caplog):
     assert caplog.messages == ["attention: auto chose chunked (on CPU it leaves out the masked half)."]
 
 
-SPEC = BlockSpec(width=16, heads=4, kv_heads=2, position="rotary", init_std=0.3)
+SPEC = BlockSpec(width=16, heads=4, kv_heads=2, init_std=0.3)
 
 
 def test_the_layer_against_numpy():
     spec = BlockSpec(width=16, heads=4, kv_heads=2, init_std=0.3)
-    layer = Attention(spec, 0.3, train=False)
+    layer = Attention(spec, 1, train=False)
     x = jax.random.normal(jax.random.key(1), (B, 9, 16))
-    params = jax.jit(layer.init)(jax.random.key(2), x, Mask(causal=True), None, None)["params"]
+    params = jax.jit(layer.init)(jax.random.key(2), x, Context(Mask(causal=True)), None)["params"]
     assert jax.tree.map(jnp.shape, params) == {
         "query": {"kernel": (16, 16), "bias": (16,)},
         "key": {"kernel": (16, 8), "bias": (8,)},
@@ -210,7 +210,7 @@ def test_the_layer_against_numpy():
         "out": {"kernel": (16, 16), "bias": (16,)},
     }
     params = jax.tree.map(lambda p: p + 0.05, params)
-    out, cache = layer.apply({"params": params}, x, Mask(causal=True), None, None)
+    out, cache = layer.apply({"params": params}, x, Context(Mask(causal=True)), None)
 
     def dense(name: str, x: np.ndarray) -> np.ndarray:
         return x @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"])
@@ -223,17 +223,18 @@ def test_the_layer_against_numpy():
 
 
 def test_a_cache_filled_in_two_parts_gives_the_whole():
-    layer = Attention(SPEC, 0.3, train=False)
+    layer = Attention(SPEC, 1, train=False)
     x = jax.random.normal(jax.random.key(3), (B, 6, 16))
     places = jnp.broadcast_to(jnp.arange(6)[None], (B, 6))
-    variables = jax.jit(layer.init)(jax.random.key(4), x, Mask(causal=True), rotation(places, 4, 100.0), None)
+    turn = rotation(places, 4, Rope(100.0))
+    variables = jax.jit(layer.init)(jax.random.key(4), x, Context(Mask(causal=True), turn), None)
     apply = jax.jit(layer.apply)
-    whole, _ = apply(variables, x, Mask(causal=True), rotation(places, 4, 100.0), None)
+    whole, _ = apply(variables, x, Context(Mask(causal=True), turn), None)
     cache, parts = Cache(*jnp.zeros((2, B, 8, 2, 4))), []
     for part in (slice(0, 4), slice(4, 6)):
         at = places[:, part]
         mask = Mask(causal=True, query_positions=at)
-        out, cache = apply(variables, x[:, part], mask, rotation(at, 4, 100.0), cache)
+        out, cache = apply(variables, x[:, part], Context(mask, rotation(at, 4, Rope(100.0))), cache)
         parts.append(out)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
     np.testing.assert_array_equal(cache.k[:, 6:], jnp.zeros((B, 2, 2, 4)))

@@ -26,7 +26,7 @@ def slow(mask: Mask) -> np.ndarray:
         at = t if mask.query_positions is None else int(mask.query_positions[b, t])
         if mask.causal and s > at:
             allowed[b, t, s] = False
-        if mask.causal and mask.window is not None and s <= at - mask.window:
+        if mask.window is not None and abs(s - at) >= mask.window:
             allowed[b, t, s] = False
         if mask.key_valid is not None and not mask.key_valid[b, s]:
             allowed[b, t, s] = False

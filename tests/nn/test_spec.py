@@ -42,10 +42,6 @@ def test_a_spec_is_frozen_and_hashable():
             "model.heads=6 does not divide model.width=256. Nearest that do: 4, 8; or set model.head_dim.",
         ),
         (dict(heads=8, kv_heads=3), "model.kv_heads=3 does not divide model.heads=8. Nearest that do: 2, 4."),
-        (
-            dict(head_dim=15, position="rotary"),
-            "model.position='rotary' turns pairs, so the head size must be even; it is 15.",
-        ),
         (dict(dropout=1.0), "model.dropout=1.0: a probability in [0, 1)."),
         (dict(attention_dropout=-0.1), "model.attention_dropout=-0.1: a probability in [0, 1)."),
     ],

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tfm_jax.nn.attention import Context
 from tfm_jax.nn.masks import Mask
-from tfm_jax.nn.positions import rotation
+from tfm_jax.nn.positions import Rope, rotation
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.nn.stack import REMAT_POLICIES, Stack
 
 B, T, D, L = 2, 6, 16, 3
-SPEC = BlockSpec(width=D, heads=4, kv_heads=2, position="rotary", init_std=0.3)
+SPEC = BlockSpec(width=D, heads=4, kv_heads=2, init_std=0.3)
 X = jax.random.normal(jax.random.key(0), (B, T, D))
 PLACES = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-TURN = rotation(PLACES, SPEC.key_size, 100.0)
+TURN = rotation(PLACES, SPEC.key_size, Rope(100.0))
 
 
 def stacked(params):
@@ -29,7 +30,9 @@ def stacked(params):
 @functools.cache
 def loop_params():
     stack = Stack(SPEC, L)
-    params = jax.jit(lambda key: stack.init(key, X, Mask(causal=True), TURN, train=False)["params"])(jax.random.key(1))
+    params = jax.jit(lambda key: stack.init(key, X, Context(Mask(causal=True), TURN), train=False)["params"])(
+        jax.random.key(1)
+    )
     keys = jax.random.split(jax.random.key(2), len(jax.tree.leaves(params)))
     keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
     return jax.tree.map(lambda p, key: p + 0.1 * jax.random.normal(key, p.shape), params, keys)
@@ -41,7 +44,7 @@ def value_and_gradients(layer_loop: str, remat: str):
     stack = Stack(SPEC, L, layer_loop, remat)
 
     def run(params, x):
-        out, caches = stack.apply({"params": params}, x, Mask(causal=True), TURN, train=False)
+        out, caches = stack.apply({"params": params}, x, Context(Mask(causal=True), TURN), train=False)
         assert caches is None
         return jnp.sum(jnp.sin(out)), out
 
@@ -67,7 +70,7 @@ def test_policies_keep_ever_less(layer_loop):
         params = loop_params() if layer_loop == "loop" else stacked(loop_params())
 
         def loss(params):
-            return jnp.sum(stack.apply({"params": params}, X, Mask(causal=True), TURN, train=False)[0])
+            return jnp.sum(stack.apply({"params": params}, X, Context(Mask(causal=True), TURN), train=False)[0])
 
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
 
@@ -82,7 +85,7 @@ def test_every_layer_draws_its_own_dropout(layer_loop):
 
     @jax.jit
     def run(key):
-        variables = stack.init(key, X, Mask(causal=True), train=False)
+        variables = stack.init(key, X, Context(Mask(causal=True)), train=False)
 
         def set_biases(path, p):
             return jnp.full(
@@ -90,7 +93,7 @@ def test_every_layer_draws_its_own_dropout(layer_loop):
             )
 
         params = jax.tree_util.tree_map_with_path(set_biases, variables["params"])
-        return stack.apply({"params": params}, 0 * X, Mask(causal=True), train=True, rngs={"dropout": key})[0]
+        return stack.apply({"params": params}, 0 * X, Context(Mask(causal=True)), train=True, rngs={"dropout": key})[0]
 
     distinct = [len(np.unique(np.round(row, 3))) for row in np.asarray(run(jax.random.key(5))).reshape(-1, D)]
     assert max(distinct) > 2
@@ -100,7 +103,7 @@ def test_every_layer_draws_its_own_dropout(layer_loop):
 def test_residual_projections_start_smaller():
     spec = BlockSpec(width=128, heads=4)
     stack = Stack(spec, 8, "scan")
-    init = jax.jit(lambda key: stack.init(key, jnp.ones((1, 2, 128)), Mask(causal=True), train=False))
+    init = jax.jit(lambda key: stack.init(key, jnp.ones((1, 2, 128)), Context(Mask(causal=True)), train=False))
     blocks = init(jax.random.key(7))["params"]["blocks"]
     up = blocks["mlp"]["up"]["kernel"]
     assert up.shape == (8, 128, 512) and not np.allclose(up[0], up[1])
@@ -111,7 +114,7 @@ def test_residual_projections_start_smaller():
 
 def test_post_norm_has_no_final_norm():
     post = BlockSpec(width=D, heads=4, norm_position="post")
-    shapes = jax.eval_shape(lambda: Stack(post, 1).init(jax.random.key(0), X, Mask(causal=True), train=False))
+    shapes = jax.eval_shape(lambda: Stack(post, 1).init(jax.random.key(0), X, Context(Mask(causal=True)), train=False))
     assert set(shapes["params"]) == {"block_0"}
     assert set(loop_params()) == {"block_0", "block_1", "block_2", "final_norm"}
 
@@ -128,7 +131,9 @@ def test_caches_a_position_at_a_time(layer_loop):
     @jax.jit
     def step(x, at, caches):
         mask = Mask(causal=True, query_positions=at)
-        return stack.apply({"params": params}, x, mask, rotation(at, SPEC.key_size, 100.0), caches, train=False)
+        return stack.apply(
+            {"params": params}, x, Context(mask, rotation(at, SPEC.key_size, Rope(100.0))), caches, train=False
+        )
 
     out = []
     for t in range(T):

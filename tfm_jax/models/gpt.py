@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
 from tfm_jax.nn import block
+from tfm_jax.nn.attention import Context
 from tfm_jax.nn.linear import Embedding, matmul
 from tfm_jax.nn.masks import Mask
-from tfm_jax.nn.positions import rotation
+from tfm_jax.nn.positions import Rope, rotation
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.nn.stack import Caches, LayerLoop, Remat, Stack
 from tfm_jax.parallel.sharding import Rule, constrain
@@ -74,6 +75,8 @@ class Model(nn.Module):
       vocab_size: V; the data's own if None.
       max_len: longest sequence; the size of the position table for `position="learned"`.
       layers: number of blocks.
+      position: `learned` adds a table to the embeddings, `rotary` turns queries and keys, or `none`.
+      rope_theta, rope_scaling, ...: see `nn.positions.Rope`.
       output: `tied` uses the token table for the output too (Press and Wolf 2017), `free` has its own.
       layer_loop, remat: see `nn.stack.Stack`.
     """
@@ -82,6 +85,13 @@ class Model(nn.Module):
     vocab_size: int | None = None
     max_len: int = 256
     layers: int = 4
+    position: Literal["learned", "rotary", "none"] = "learned"
+    rope_theta: float = 10_000.0
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_factor: float = 1.0
+    rope_low_freq: float = 1.0
+    rope_high_freq: float = 4.0
+    rope_original_len: int = 8192
     output: Literal["tied", "free"] = "tied"
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
@@ -91,6 +101,10 @@ class Model(nn.Module):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"model.{name}={value}: must be at least 1.")
+        if self.position == "rotary" and self.block.key_size % 2:
+            raise UserError(
+                f"model.position='rotary' turns pairs, so the head size must be even; it is {self.block.key_size}."
+            )
         super().__post_init__()
 
     @nn.compact
@@ -100,6 +114,7 @@ class Model(nn.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         caches: Caches | None = None,
+        valid: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> dict[str, Any]:
@@ -110,6 +125,7 @@ class Model(nn.Module):
           segment_ids: (B, T) int32; positions attend within their own segment.
           positions: (B, T) int32; 0..T-1 if None. Needed with caches: where these tokens stand.
           caches: from `init_caches`, for decoding.
+          valid: (B, T) bool, False for padding, which nothing attends to.
           train: dropout on; needs an rng named `dropout` if a rate is above 0.
 
         Returns:
@@ -121,7 +137,7 @@ class Model(nn.Module):
             raise UserError("model.vocab_size is not set, and no data set has filled it in.")
         if length > self.max_len:
             raise UserError(f"A sequence of {length} tokens is longer than model.max_len={self.max_len}.")
-        mask = Mask(causal=True, query_segments=segment_ids, key_segments=segment_ids)
+        mask = Mask(causal=True, query_segments=segment_ids, key_segments=segment_ids, key_valid=valid)
         if caches is not None:
             if positions is None:
                 raise ValueError("Decoding with caches needs the tokens' positions.")
@@ -130,15 +146,15 @@ class Model(nn.Module):
             positions = jnp.arange(length, dtype=jnp.int32)[None]
         table = Embedding(self.vocab_size, spec.width, spec.compute_dtype, spec.init_std, name="token_embedding")
         x, turn = table(tokens), None
-        if spec.position == "learned":
+        if self.position == "learned":
             place = Embedding(self.max_len, spec.width, spec.compute_dtype, spec.init_std, name="position_embedding")
             x = x + jnp.broadcast_to(place(positions), x.shape)
-        elif spec.position == "rotary":
-            turn = rotation(positions, spec.key_size, spec.rope_theta)
+        elif self.position == "rotary":
+            turn = rotation(positions, spec.key_size, self.rope)
         if spec.dropout:
             x = nn.Dropout(spec.dropout, deterministic=not train)(x)
         x = constrain(x, ("batch", "length", "embed"))
-        hidden, caches = self.stack(name="stack")(x, mask, turn, caches, train=train)
+        hidden, caches = self.stack(name="stack")(x, Context(mask, turn), caches, train=train)
         if self.output == "tied":
             unembedding = table.embedding
         else:
@@ -148,8 +164,17 @@ class Model(nn.Module):
         out = {"hidden": hidden, "unembedding": unembedding, "logits": constrain(logits, ("batch", "length", "vocab"))}
         return out if caches is None else out | {"caches": caches}
 
+    @property
+    def rope(self) -> Rope:
+        stretch = (self.rope_factor, self.rope_low_freq, self.rope_high_freq, self.rope_original_len)
+        return Rope(self.rope_theta, self.rope_scaling, *stretch)
+
     def stack(self, name: str | None = None) -> Stack:
         return Stack(self.block, self.layers, self.layer_loop, self.remat, name=name, parent=self if name else None)
+
+    def example(self, batch: int = 1) -> dict[str, Any]:
+        """The smallest inputs that make every parameter."""
+        return {"tokens": jnp.zeros((batch, 1), jnp.int32)}
 
     def init_caches(self, batch: int, length: int) -> Caches:
         """Empty key/value caches for `length` positions of `batch` sequences."""

@@ -8,17 +8,17 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.nn.linear import Dense
+from tfm_jax.nn.linear import Dense, HeadNorm
 from tfm_jax.nn.masks import Mask
-from tfm_jax.nn.positions import Rotation, rotate
-from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.nn.positions import rotate
+from tfm_jax.nn.spec import BlockSpec, Role
 from tfm_jax.parallel.sharding import constrain
 
 log = logging.getLogger(__name__)
@@ -35,13 +35,33 @@ class Cache(NamedTuple):
     v: jax.Array
 
 
-def _weights(q_BGRTK: jax.Array, k_BGSK: jax.Array, allowed: jax.Array | None) -> jax.Array:
-    """Softmax in float32 over the keys, (B, G, R, t, s)."""
+class Context(NamedTuple):
+    """What all layers of a stack are given alike.
+
+    Attributes:
+      mask: of self attention.
+      shared: what the stack's kind of attention asks for besides; `Attention` turns by it if it is a `Rotation`.
+      source: (B, S, D) states of an encoder; a block that is given them attends to them too.
+      source_mask: of that attention.
+    """
+
+    mask: Mask
+    shared: Any = None
+    source: jax.Array | None = None
+    source_mask: Mask = Mask()
+
+
+def _weights(q_BGRTK: jax.Array, k_BGSK: jax.Array, mask: Mask, queries: slice, keys: slice) -> jax.Array:
+    """Softmax in float32 over a block of keys, (B, G, R, t, s)."""
     b, g, r, t, size = q_BGRTK.shape
     # The query heads that share a key head are rows of one product with it.
     rows = q_BGRTK.reshape(b, g, r * t, size)
     scores = jnp.einsum("bgnk,bgsk->bgns", rows, k_BGSK, preferred_element_type=jnp.float32)
     scores = scores.reshape(b, g, r, t, k_BGSK.shape[2])
+    if mask.bias is not None:
+        bias = mask.bias[:, :, queries, keys]
+        scores = scores + jnp.broadcast_to(bias.reshape(-1, g, r, *bias.shape[2:]), scores.shape)
+    allowed = mask.block(queries, keys)
     if allowed is not None:
         scores = jnp.where(allowed[:, None, None], scores, NEG)
     return jax.nn.softmax(scores, axis=-1)
@@ -54,11 +74,11 @@ def _mix(weights_BGRTS: jax.Array, v_BGSK: jax.Array) -> jax.Array:
     return jnp.einsum("bgns,bgsk->bgnk", rows, v_BGSK).reshape(b, g, r, t, v_BGSK.shape[3])
 
 
-def _grouped(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Heads before length, and query heads by the key head that they share; queries scaled by 1/sqrt(K)."""
+def _grouped(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Heads before length, and query heads by the key head that they share; queries scaled."""
     b, t, h, size = q.shape
     groups = k.shape[2]
-    q = (q * jnp.asarray(size**-0.5, q.dtype)).reshape(b, t, groups, h // groups, size).transpose(0, 2, 3, 1, 4)
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(b, t, groups, h // groups, size).transpose(0, 2, 3, 1, 4)
     return q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
 
@@ -68,50 +88,51 @@ def _ungrouped(out_BGRTK: jax.Array) -> jax.Array:
 
 
 def _xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callable[[jax.Array], jax.Array] | None
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, dropout: Callable[[jax.Array], jax.Array] | None
 ) -> jax.Array:
     """Materialises every score: any mask, and dropout on the weights."""
     queries, keys = slice(0, q.shape[1]), slice(0, k.shape[1])
-    q, k, v = _grouped(q, k, v)
-    weights = _weights(q, k, mask.block(queries, keys))
+    q, k, v = _grouped(q, k, v, scale)
+    weights = _weights(q, k, mask, queries, keys)
     if dropout is not None:
         weights = dropout(weights)
     return _ungrouped(_mix(weights, v))
 
 
 def _chunked(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callable[[jax.Array], jax.Array] | None
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, dropout: Callable[[jax.Array], jax.Array] | None
 ) -> jax.Array:
     """Query blocks, unrolled, so that keys in the future of a whole block are never touched."""
     if dropout is not None:
         raise UserError("model.attention='chunked' has no attention dropout. Use 'xla', or attention_dropout=0.")
     length, size = q.shape[1], k.shape[1]
     block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
-    q, k, v = _grouped(q, k, v)
+    q, k, v = _grouped(q, k, v, scale)
     out = []
     for start in range(0, length, block):
         stop = min(start + block, length)
         first, last = 0, min(stop, size) if mask.skips_future else size
-        if mask.skips_future and mask.window is not None:
+        if mask.window is not None and mask.query_positions is None:
+            last = min(last, max(stop + mask.window - 1, 1))
             first = max(0, min(start - mask.window + 1, last - 1))
-        weights = _weights(
-            q[..., start:stop, :], k[:, :, first:last], mask.block(slice(start, stop), slice(first, last))
-        )
+        weights = _weights(q[..., start:stop, :], k[:, :, first:last], mask, slice(start, stop), slice(first, last))
         out.append(_mix(weights, v[:, :, first:last]))
     return _ungrouped(jnp.concatenate(out, axis=3))
 
 
 def _cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: Callable[[jax.Array], jax.Array] | None
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, dropout: Callable[[jax.Array], jax.Array] | None
 ) -> jax.Array:
     """cuDNN's fused attention; the causal mask alone stays inside the kernel, anything else becomes an array."""
     if dropout is not None:
         raise UserError("model.attention='cudnn' has no attention dropout here. Use 'xla', or attention_dropout=0.")
-    plain = Mask(causal=mask.causal) == mask
+    plain = Mask(causal=mask.causal, bias=mask.bias) == mask
     allowed = None if plain else mask.block(slice(0, q.shape[1]), slice(0, k.shape[1]))
     if allowed is not None:
         allowed = jnp.broadcast_to(allowed[:, None], (q.shape[0], 1, *allowed.shape[1:]))
-    return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=plain and mask.causal, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        q, k, v, bias=mask.bias, mask=allowed, scale=scale, is_causal=plain and mask.causal, implementation="cudnn"
+    )
 
 
 # A kernel for another platform is one more row here and one more case in `choose`.
@@ -175,56 +196,103 @@ def attention(
     mask: Mask,
     *,
     implementation: str,
+    scale: float | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K) + mask) v.
+    """softmax(scale q k^T + mask) v.
 
     Args:
       q: (B, T, H, K); k, v: (B, S, G, K), with G dividing H.
       mask: see `nn.masks`; a query with no allowed key attends evenly.
+      scale: 1/sqrt(K) if None.
       implementation: a key of `IMPLEMENTATIONS`.
       dropout: applied to the weights (B, G, R, T, S), `xla` only.
 
     Returns:
       (B, T, H, K) in v's dtype.
     """
-    return IMPLEMENTATIONS[implementation](q, k, v, mask, dropout)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return IMPLEMENTATIONS[implementation](q, k, v, mask, scale, dropout)
+
+
+def dense(spec: BlockSpec, features: int, role: Role, fan_in: int, layers: int, name: str) -> Dense:
+    """A projection of a block, initialised as its spec says."""
+    std = spec.std(role, fan_in, features, layers)
+    return Dense(features, spec.bias, spec.compute_dtype, nn.initializers.normal(std), name=name)
 
 
 class Attention(nn.Module):
     """Self attention: projections `query`, `key`, `value` (D, heads*K) and `out` (H*K, D)."""
 
     spec: BlockSpec
-    out_std: float
+    layers: int
     train: bool
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, mask: Mask, rotation: Rotation | None, cache: Cache | None
-    ) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """(B, T, D) to (B, T, D). With a cache, keys and values are written at `mask.query_positions` first."""
-        spec = self.spec
-
-        def project(name: str, heads: int) -> jax.Array:
-            y = self._dense(heads * spec.key_size, spec.init_std, name)(x)
-            return constrain(y.reshape(*x.shape[:2], heads, spec.key_size), ("batch", "length", "heads", None))
-
-        q, k, v = project("query", spec.heads), project("key", spec.groups), project("value", spec.groups)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+        spec, mask, turn = self.spec, context.mask, context.shared
+        q = heads(self, x, spec.heads, "query")
+        k, v = heads(self, x, spec.groups, "key"), heads(self, x, spec.groups, "value")
+        if spec.qk_norm == "head":
+            q, k = HeadNorm(spec, name="query_norm")(q), HeadNorm(spec, name="key_norm")(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(
                 *(old.at[rows, mask.query_positions].set(new) for old, new in zip(cache, (k, v), strict=True))
             )
             k, v = cache
-        weight_dropout: Any = None
-        if self.train and spec.attention_dropout:
-            weight_dropout = nn.Dropout(spec.attention_dropout, deterministic=False)
-        implementation = choose(spec, jax.default_backend())
-        out = attention(q, k, v, mask, implementation=implementation, dropout=weight_dropout)
-        out = out.reshape(*x.shape[:2], spec.heads * spec.key_size)
-        return self._dense(x.shape[-1], self.out_std, "out")(out), cache
+        return mixed(self, q, k, v, mask, x.shape[-1]), cache
 
-    def _dense(self, features: int, std: float, name: str) -> Dense:
-        return Dense(features, self.spec.bias, self.spec.compute_dtype, nn.initializers.normal(std), name=name)
+
+class CrossAttention(nn.Module):
+    """Attention from a decoder to an encoder's states, with the same projections as `Attention`."""
+
+    spec: BlockSpec
+    layers: int
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        """(B, T, D) to (B, T, D), and the keys and values (B, S, G, K) of the states.
+
+        They are made from `context.source`; where that is None they are the cache's.
+        """
+        spec = self.spec
+        q = heads(self, x, spec.heads, "query")
+        if context.source is not None:
+            k, v = (heads(self, context.source, spec.groups, name) for name in ("key", "value"))
+            cache = Cache(k, v)
+        assert cache is not None, "A decoder needs the encoder's states, or a cache of them."
+        return mixed(self, q, cache.k, cache.v, context.source_mask, x.shape[-1]), cache
+
+
+class AttentionModule(Protocol):
+    """What `heads` and `mixed` need of the module that calls them."""
+
+    spec: BlockSpec
+    layers: int
+    train: bool
+
+
+def heads(module: AttentionModule, x: jax.Array, count: int, name: str) -> jax.Array:
+    """Project (B, T, D) to (B, T, count, K) with a Dense of this name in the calling module."""
+    spec = module.spec
+    role: Role = "query" if name == "query" else "other"
+    y = dense(spec, count * spec.key_size, role, x.shape[-1], module.layers, name)(x)
+    return constrain(y.reshape(*x.shape[:2], count, spec.key_size), ("batch", "length", "heads", None))
+
+
+def mixed(module: AttentionModule, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, width: int) -> jax.Array:
+    """Attention and the projection `out` of the calling module, (B, T, width)."""
+    spec = module.spec
+    weight_dropout: Any = None
+    if module.train and spec.attention_dropout:
+        weight_dropout = nn.Dropout(spec.attention_dropout, deterministic=False)
+    implementation = choose(spec, jax.default_backend())
+    scale = None if spec.attention_scale == "sqrt" else 1.0
+    out = attention(q, k, v, mask, scale=scale, implementation=implementation, dropout=weight_dropout)
+    out = out.reshape(*q.shape[:2], spec.heads * spec.key_size)
+    return dense(spec, width, "residual", out.shape[-1], module.layers, "out")(out)

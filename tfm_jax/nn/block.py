@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
-from tfm_jax.nn.attention import Attention, Cache
-from tfm_jax.nn.linear import Dense, Norm
-from tfm_jax.nn.masks import Mask
-from tfm_jax.nn.positions import Rotation
+from tfm_jax.nn.attention import Attention, Cache, Context, CrossAttention, dense
+from tfm_jax.nn.linear import Norm
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import Rule, constrain
 
@@ -37,49 +36,62 @@ class MLP(nn.Module):
     """`plain`: down(act(up(x))); `gated`: down(act(gate(x)) * up(x))."""
 
     spec: BlockSpec
-    out_std: float
+    layers: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        spec = self.spec
+        spec, width = self.spec, x.shape[-1]
         activation = ACTIVATIONS[spec.activation]
-
-        def dense(features: int, std: float, name: str) -> Dense:
-            return Dense(features, spec.bias, spec.compute_dtype, nn.initializers.normal(std), name=name)
-
-        up = dense(spec.hidden, spec.init_std, "up")(x)
+        up = dense(spec, spec.hidden, "other", width, self.layers, "up")(x)
         if spec.mlp == "gated":
-            hidden = activation(dense(spec.hidden, spec.init_std, "gate")(x)) * up
+            hidden = activation(dense(spec, spec.hidden, "other", width, self.layers, "gate")(x)) * up
         else:
             hidden = activation(up)
         hidden = constrain(hidden, ("batch", "length", "mlp"))
-        return dense(x.shape[-1], self.out_std, "down")(hidden)
+        return dense(spec, width, "residual", spec.hidden, self.layers, "down")(hidden)
+
+
+class LayerCache(NamedTuple):
+    """What a layer keeps between decoding steps: its own keys and values, and those of the encoder's states."""
+
+    own: Any
+    cross: Cache | None = None
 
 
 class Block(nn.Module):
-    """Attention, then MLP; `pre`: x + f(norm(x)), `post`: norm(x + f(x))."""
+    """Attention, attention to an encoder's states where there are any, MLP; each `pre`: x + f(norm(x)) or `post`:
+    norm(x + f(x)).
+
+    Attributes:
+      layers: of the stack, for the initialisation.
+      attention: the module of self attention, called as `Attention` is.
+    """
 
     spec: BlockSpec
-    out_std: float
+    layers: int
     train: bool
+    attention: type[Any] = Attention
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, cache: Cache | None, mask: Mask, rotation: Rotation | None
-    ) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x: jax.Array, cache: LayerCache | None, context: Context) -> tuple[jax.Array, LayerCache | None]:
         """(B, T, D) and this layer's cache to the same, for `lax.scan` to carry."""
         spec = self.spec
         pre = spec.norm_position == "pre"
 
-        def add(x: jax.Array, y: jax.Array, norm: Norm) -> jax.Array:
+        def around(x: jax.Array, sublayer: Callable[[jax.Array], tuple[jax.Array, Any]], name: str) -> Any:
+            norm = Norm(spec, name=name)
+            y, kept = sublayer(norm(x) if pre else x)
             if spec.dropout:
                 y = nn.Dropout(spec.dropout, deterministic=not self.train)(y)
             x = x + y
-            return constrain(x if pre else norm(x), ("batch", "length", "embed"))
+            return constrain(x if pre else norm(x), ("batch", "length", "embed")), kept
 
-        attention_norm, mlp_norm = Norm(spec, name="attention_norm"), Norm(spec, name="mlp_norm")
-        attend = Attention(spec, self.out_std, self.train, name="attention")
-        y, cache = attend(attention_norm(x) if pre else x, mask, rotation, cache)
-        x = add(x, y, attention_norm)
-        y = MLP(spec, self.out_std, name="mlp")(mlp_norm(x) if pre else x)
-        return add(x, y, mlp_norm), cache
+        own, cross = (None, None) if cache is None else cache
+        attend = self.attention(spec, self.layers, self.train, name="attention")
+        x, own = around(x, lambda y: attend(y, context, own), "attention_norm")
+        if context.source is not None or cross is not None:
+            look = CrossAttention(spec, self.layers, self.train, name="cross_attention")
+            x, cross = around(x, lambda y: look(y, context, cross), "cross_attention_norm")
+        mlp = MLP(spec, self.layers, name="mlp")
+        x, _ = around(x, lambda y: (mlp(y), None), "mlp_norm")
+        return x, None if cache is None else LayerCache(own, cross)

@@ -61,6 +61,19 @@ class Norm(nn.Module):
         return y.astype(spec.compute_dtype)
 
 
+class HeadNorm(nn.Module):
+    """RMS norm of each head's vector, with one scale (K,) for all heads."""
+
+    spec: BlockSpec
+
+    @nn.compact
+    def __call__(self, x_BTHK: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x_BTHK.shape[-1],), jnp.float32)
+        y = x_BTHK.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.spec.norm_eps)
+        return (y * scale[None, None, None]).astype(x_BTHK.dtype)
+
+
 class Embedding(nn.Module):
     """A table (V, D) in float32, looked up in `dtype`."""
 

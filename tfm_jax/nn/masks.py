@@ -1,4 +1,4 @@
-"""Who may attend to whom, kept as a description so that no implementation has to build the (T, S) array.
+"""Who may attend to whom and how readily, kept as a description so that no implementation has to build the (T, S) array.
 
 B batch, T query length, S key length.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["query_positions", "key_valid", "query_segments", "key_segments"],
+    data_fields=["query_positions", "key_valid", "query_segments", "key_segments", "bias"],
     meta_fields=["causal", "window"],
 )
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Mask:
 
     Attributes:
       causal: a query sees keys at its own and earlier positions.
-      window: with `causal`, only the last `window` positions, its own included (Mistral, Longformer).
+      window: only keys closer than this to the query's own position: with `causal` its own and the `window - 1` before
+        it (Mistral), without it as many after it too (Longformer).
       query_positions: (B, T) int32, where the queries stand among the keys; 0..T-1 if None. Set when decoding
         with a cache whose slots 0..S-1 are the positions.
       key_valid: (B, S) bool, False for padding.
       query_segments, key_segments: (B, T) and (B, S) int32; a query sees only keys of its own segment (packed
         documents).
+      bias: (B or 1, H, T, S), added to the scores (relative positions).
     """
 
     causal: bool = False
@@ -37,20 +39,22 @@ class Mask:
     key_valid: jax.Array | None = None
     query_segments: jax.Array | None = None
     key_segments: jax.Array | None = None
+    bias: jax.Array | None = None
 
     def block(self, queries: slice, keys: slice) -> jax.Array | None:
         """The (B or 1, t, s) boolean mask of a block of queries and keys; None when everything is allowed."""
         parts = []
-        if self.causal:
+        if self.causal or self.window is not None:
             q_pos = (
                 jnp.arange(queries.start, queries.stop)[None]
                 if self.query_positions is None
                 else self.query_positions[:, queries]
             )[:, :, None]
             k_pos = jnp.arange(keys.start, keys.stop)[None, None]
-            parts.append(q_pos >= k_pos)
+            if self.causal:
+                parts.append(q_pos >= k_pos)
             if self.window is not None:
-                parts.append(q_pos - k_pos < self.window)
+                parts.append(jnp.abs(q_pos - k_pos) < self.window)
         if self.key_valid is not None:
             parts.append(self.key_valid[:, None, keys])
         if self.query_segments is not None and self.key_segments is not None:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from tfm_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16", "float16"]
+# What a kernel does: make queries, write into the residual stream, or anything else.
+Role = Literal["query", "residual", "other"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,18 @@ class BlockSpec:
       activation: `gelu` is exact, `gelu_tanh` its tanh approximation (GPT-2), `silu` makes `gated` SwiGLU.
       norm: `layer` (Ba et al. 2016) or `rms` (Zhang and Sennrich 2019).
       norm_position: `pre` normalises a sublayer's input, `post` the sum after it (Vaswani et al. 2017).
-      position: `learned` adds a table to the embeddings, `rotary` turns queries and keys (Su et al. 2021), or `none`.
+      qk_norm: `head` normalises each head's queries and keys by their RMS, before any rotation (Qwen3).
+      attention_scale: scores are divided by `sqrt` of the head size, or not at all (`none`: T5).
       bias: `all` linear layers and norms carry one, or `none`.
       dropout: on embeddings, and on each sublayer's output.
       attention_dropout: on the attention weights; needs the materialised `xla` attention.
       dtype: of activations and matrix products; parameters, norms, softmax and losses stay in float32.
       attention: implementation, see `nn.attention.IMPLEMENTATIONS`; `auto` chooses by platform and says what.
-      init_std: standard deviation of the normal initialisation; projections into the residual stream get
-        `init_std / sqrt(2 * layers)` (Radford et al. 2019, section 2.3).
+      init: `gpt2` is normal with `init_std`, and `init_std / sqrt(2 * layers)` for projections into the residual stream
+        (Radford et al. 2019, section 2.3); `normal` is `init_std` throughout (Devlin et al. 2019); `fan_in` is
+        1/sqrt(fan in), with T5's smaller queries in place of the scale it leaves out (Raffel et al. 2020); `xavier`
+        is Glorot and Bengio's 2010 (Vaswani et al. 2017).
+      init_std: for `gpt2` and `normal`, and for embeddings.
     """
 
     width: int = 256
@@ -46,13 +52,14 @@ class BlockSpec:
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5
     norm_position: Literal["pre", "post"] = "pre"
-    position: Literal["learned", "rotary", "none"] = "learned"
-    rope_theta: float = 10_000.0
+    qk_norm: Literal["none", "head"] = "none"
+    attention_scale: Literal["sqrt", "none"] = "sqrt"
     bias: Literal["all", "none"] = "all"
     dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: DType = "float32"
     attention: str = "auto"
+    init: Literal["gpt2", "normal", "fan_in", "xavier"] = "gpt2"
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -70,10 +77,6 @@ class BlockSpec:
                 f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}."
                 f" Nearest that do: {_nearest_divisors(self.heads, self.groups)}."
             )
-        if self.position == "rotary" and self.key_size % 2:
-            raise UserError(
-                f"model.position='rotary' turns pairs, so the head size must be even; it is {self.key_size}."
-            )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: a probability in [0, 1).")
@@ -89,6 +92,14 @@ class BlockSpec:
     @property
     def hidden(self) -> int:
         return 4 * self.width if self.mlp_width is None else self.mlp_width
+
+    def std(self, role: Role, fan_in: int, fan_out: int, layers: int) -> float:
+        """Standard deviation of a kernel's initial values in a stack of `layers`."""
+        if self.init == "gpt2":
+            return self.init_std / (2 * layers) ** 0.5 if role == "residual" else self.init_std
+        if self.init == "fan_in":
+            return (fan_in * (self.key_size if role == "query" and self.attention_scale == "none" else 1)) ** -0.5
+        return (2 / (fan_in + fan_out)) ** 0.5 if self.init == "xavier" else self.init_std
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -8,11 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tfm_jax.nn.attention import Cache
-from tfm_jax.nn.block import Block
+from tfm_jax.nn.attention import Attention, Cache, Context
+from tfm_jax.nn.block import Block, LayerCache
 from tfm_jax.nn.linear import Norm
-from tfm_jax.nn.masks import Mask
-from tfm_jax.nn.positions import Rotation
 from tfm_jax.nn.spec import BlockSpec
 
 LayerLoop = Literal["loop", "scan"]
@@ -23,8 +21,8 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "dots_batched": jax.checkpoint_policies.dots_saveable,
 }
-# A cache is a tuple of L layers' caches when unrolled, one cache with a leading layer axis when scanned.
-Caches = tuple[Cache, ...] | Cache
+# A tuple of L layers' caches when unrolled, one cache with a leading layer axis when scanned.
+Caches = tuple[LayerCache, ...] | LayerCache
 
 
 class Stack(nn.Module):
@@ -36,39 +34,49 @@ class Stack(nn.Module):
         block, parameters under `blocks` with a leading layer axis: fastest to compile, and fewest arrays.
       remat: `none` keeps activations, `full` recomputes the block in the backward pass, `dots` keeps products with
         weights, `dots_batched` keeps the attention scores' products too.
+      sharing: `none`, or `all` layers are one block, under `shared_block` (Lan et al. 2020).
+      attention: the module of self attention.
     """
 
     spec: BlockSpec
     layers: int
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
+    sharing: Literal["none", "all"] = "none"
+    attention: type[Any] = Attention
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: Mask, rotation: Rotation | None = None, caches: Caches | None = None, *, train: bool
+        self, x: jax.Array, context: Context, caches: Caches | None = None, *, train: bool
     ) -> tuple[jax.Array, Caches | None]:
         """(B, T, D) to (B, T, D), with the caches as they are after these T positions."""
         block: Any = Block
         if self.remat != "none":
             # Inside a scan the barrier against common-subexpression elimination only costs time.
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=self.layer_loop == "loop")
-        std = self.spec.init_std / (2 * self.layers) ** 0.5
+
+        def make(name: str, block: Any = block) -> Any:
+            return block(self.spec, self.layers, train, self.attention, name=name)
+
+        shared = self.sharing == "all"
         if self.layer_loop == "scan":
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
+                variable_axes={} if shared else {"params": 0},
+                variable_broadcast="params" if shared else False,
+                split_rngs={"params": not shared, "dropout": True},
+                in_axes=(0, nn.broadcast),
                 length=self.layers,
             )
-            x, caches = scanned(self.spec, std, train, name="blocks")(x, caches, mask, rotation)
+            x, caches = make("shared_block" if shared else "blocks", scanned)(x, caches, context)
         else:
             after = []
+            one = make("shared_block") if shared else None
             for i in range(self.layers):
-                cache = None if caches is None else caches[i]
-                x, cache = block(self.spec, std, train, name=f"block_{i}")(x, cache, mask, rotation)
+                layer = make(f"block_{i}") if one is None else one
+                x, cache = layer(x, None if caches is None else caches[i], context)
                 after.append(cache)
-            caches = None if caches is None else tuple(after)
+            caches = None if caches is None else tuple(after)  # type: ignore[arg-type]
         return (Norm(self.spec, name="final_norm")(x) if self.spec.norm_position == "pre" else x), caches
 
     def init_caches(self, batch: int, length: int) -> Caches:
@@ -76,5 +84,5 @@ class Stack(nn.Module):
         shape, dtype = (batch, length, self.spec.groups, self.spec.key_size), self.spec.compute_dtype
         if self.layer_loop == "scan":
             zeros = jnp.zeros((self.layers, *shape), dtype)
-            return Cache(zeros, zeros)
-        return (Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),) * self.layers
+            return LayerCache(Cache(zeros, zeros))
+        return (LayerCache(Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))),) * self.layers

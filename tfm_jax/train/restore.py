@@ -65,7 +65,7 @@ def restore_for_evaluation(
     finally:
         checkpoints.close()
     trained_on, here = restored.meta.get("data"), experiment.data.fingerprint
-    if same_data and trained_on != here:
+    if same_data and trained_on not in (None, here):
         raise UserError(
             f"The data here is not what {path} was trained on (fingerprint {trained_on} then, {here} now): the figures"
             " would not be comparable. Restore the data, or name other data on purpose with --config.data.source."

@@ -1,0 +1,133 @@
+"""Model folders of Hugging Face `transformers`: `config.json`, weights, tokenizer. PyTorch is not needed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tfm_jax import convert
+from tfm_jax.convert.table import Conversion, Fields, Section
+from tfm_jax.errors import UserError, nearest
+
+# In every `config.json`; none of them changes what the model computes.
+HARMLESS = re.compile(
+    r"^(_.*|architectures|model_type|transformers_version|torch_dtype|dtype|use_cache|return_dict|output_.*|id2label"
+    r"|label2id|problem_type|finetuning_task|task_specific_params|tokenizer_class|prefix|bos_token_id|eos_token_id"
+    r"|pad_token_id|sep_token_id|cls_token_id|mask_token_id|unk_token_id|decoder_start_token_id|bad_words_ids"
+    r"|forced_.*|summary_.*|gradient_checkpointing|chunk_size_feed_forward|is_encoder_decoder|max_length|min_length"
+    r"|num_beams|do_sample|early_stopping|length_penalty|no_repeat_ngram_size|temperature|top_k|top_p|typical_p"
+    r"|repetition_penalty|num_return_sequences|diversity_penalty|num_beam_groups|remove_invalid_values"
+    r"|encoder_no_repeat_ngram_size|exponential_decay_length_penalty|suppress_tokens|begin_suppress_tokens"
+    r"|torchscript|use_bfloat16|pruned_heads|name_or_path|attn_implementation|classifier_dropout.*|num_labels)$"
+)
+
+
+def conversions() -> list[Conversion]:
+    """Every conversion of this package: the `CONVERSIONS` of its modules."""
+    found: list[Conversion] = []
+    for module in pkgutil.iter_modules(convert.__path__):
+        loaded = importlib.import_module(f"{convert.__name__}.{module.name}")
+        found += getattr(loaded, "CONVERSIONS", ())
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+        raise UserError(f"There is no {path}.{nearest(path.name, there)}")
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from None
+    return loaded
+
+
+def find(config: dict[str, Any], own: Sequence[Conversion] = ()) -> Conversion:
+    """The conversion for a `config.json`; the user's own come first.
+
+    Raises:
+      UserError: the architecture is unknown, with the ones that are known.
+    """
+    known = {c.architecture: c for c in [*conversions(), *own]}
+    named = config.get("architectures") or []
+    for architecture in named:
+        if architecture in known:
+            return known[architecture]
+    asked = ", ".join(named) or f"model_type {config.get('model_type')!r}"
+    raise UserError(
+        f"The architecture {asked} is not known.{nearest(named[0] if named else '', sorted(known))}"
+        " A table of your own: --table=my_package.my_module:CONVERSION."
+    )
+
+
+def read_section(conversion: Conversion, config: dict[str, Any], *, where: str, ignore: Sequence[str] = ()) -> Section:
+    """Our `model` section, not yet resolved.
+
+    Raises:
+      UserError: fields that would change the numbers and are not supported, or are not known at all: all are listed.
+    """
+    fields = Fields(config)
+    section = {"name": conversion.family, **conversion.read(fields)}
+    unknown = [
+        f"{name}={value!r} is not known"
+        for name, value in config.items()
+        if name not in fields.known and name not in ignore and not HARMLESS.match(name)
+    ]
+    if problems := fields.problems + unknown:
+        hint = "" if not unknown else f"\nIf an unknown field changes nothing: --ignore {unknown[0].partition('=')[0]}"
+        raise UserError(
+            f"{where} ({conversion.architecture}) asks for what is not here:\n  " + "\n  ".join(problems) + hint
+        )
+    return section
+
+
+def for_export(section: Section, own: Sequence[Conversion] = (), prefer: str | None = None) -> Conversion:
+    """The conversion that can say all that a resolved `model` section says, the one it came from first.
+
+    Raises:
+      UserError: none can, with what the nearest one would lose.
+    """
+    candidates = [c for c in [*own, *conversions()] if c.family == section["name"]]
+    candidates.sort(key=lambda c: c.architecture != prefer)
+    losses = {c.architecture: _lost(c, section) for c in candidates}
+    for candidate in candidates:
+        if not losses[candidate.architecture]:
+            return candidate
+    if not losses:
+        raise UserError(
+            f"model.name={section['name']!r} has no class in transformers that is the same. A table of your own:"
+            " --table=my_package.my_module:CONVERSION."
+        )
+    closest = min(losses, key=lambda name: len(losses[name]))
+    raise UserError(
+        f"No class in transformers computes what this model computes. The nearest, {closest}, cannot have:\n  "
+        + "\n  ".join(losses[closest])
+    )
+
+
+# What a model computes does not depend on these.
+_FREE = ("name", "variant", "layer_loop", "remat", "dtype", "attention", "init", "max_len", "mlp_width", "head_dim",
+         "kv_heads")  # fmt: skip
+
+
+def _lost(conversion: Conversion, section: Section) -> list[str]:
+    """What does not come back from a journey there and back."""
+    from tfm_jax.config import resolve
+
+    try:
+        fields = Fields(conversion.write(section))
+    except KeyError as error:
+        return [f"a value of {error}"]
+    back = {"name": section["name"], **conversion.read(fields)}
+    given = {"model": {**back, "dtype": section["dtype"]}, "data": {"source": "stdlib"}, "train": {"steps": 1}}
+    again = resolve(given)["model"]
+    return [
+        f"model.{key}={section[key]!r} (it has {again.get(key)!r})"
+        for key in section
+        if key not in _FREE and again.get(key) != section[key]
+    ] + fields.problems

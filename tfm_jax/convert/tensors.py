@@ -1,0 +1,137 @@
+"""Tensor files of other libraries: safetensors, whole or in shards, and old PyTorch files through its safe loader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tfm_jax.errors import UserError
+
+WHOLE, INDEX, OLD = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+MAX_SHARD_BYTES = 4 << 30
+DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("int64"),
+    "I32": np.dtype("int32"),
+    "U8": np.dtype("uint8"),
+    "BOOL": np.dtype("bool"),
+}
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """Named arrays that are read one at a time."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]) -> None:
+        self.shapes, self._read = shapes, read
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def open_tensors(folder: Path) -> Tensors:
+    """The weights in a folder.
+
+    Raises:
+      UserError: there are none, a shard is missing, or they need PyTorch and it is not installed.
+    """
+    if (folder / WHOLE).is_file():
+        return _safetensors([folder / WHOLE])
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise UserError(f"{folder / INDEX} names files that are not there: {', '.join(missing)}.")
+        return _safetensors([folder / name for name in names])
+    if (folder / OLD).is_file():
+        return _pytorch(folder / OLD)
+    raise UserError(f"{folder} has no weights: neither {WHOLE} nor {INDEX} nor {OLD} is there.")
+
+
+def _safetensors(paths: list[Path]) -> Tensors:
+    places: dict[str, tuple[Path, np.dtype[Any], tuple[int, ...], int]] = {}
+    for path in paths:
+        # The header is a length, then JSON: read here, because the library has no way to bfloat16 without a framework.
+        try:
+            with safetensors.safe_open(path, framework="numpy") as checked:  # of the whole header
+                checked.keys()
+        except Exception as error:  # the library's own class is not exported everywhere
+            raise UserError(f"{path} is not a safetensors file: {error}.") from None
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in DTYPES:
+                raise UserError(f"{path}: {name} is {entry['dtype']}; what can be read: {', '.join(DTYPES)}.")
+            start = 8 + length + entry["data_offsets"][0]
+            places[name] = (path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+
+    def read(name: str) -> np.ndarray:
+        path, dtype, shape, start = places[name]
+        # Read, not mapped: mapped pages stay counted as this process's memory, which is to hold the weights once.
+        return np.fromfile(path, dtype, int(np.prod(shape, dtype=np.int64)), offset=start).reshape(shape)
+
+    return Tensors({name: place[2] for name, place in places.items()}, read)
+
+
+def _pytorch(path: Path) -> Tensors:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} is a pickle, which runs code when it is read. With PyTorch installed its safe loader reads it; or"
+            " convert it where the model comes from: model.save_pretrained(FOLDER, safe_serialization=True)."
+        ) from None
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    def read(name: str) -> np.ndarray:
+        tensor = loaded[name].detach().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            words: np.ndarray = tensor.view(torch.int16).numpy()
+            return words.view(ml_dtypes.bfloat16)
+        array: np.ndarray = tensor.numpy()
+        return array
+
+    return Tensors({name: tuple(x.shape) for name, x in loaded.items() if hasattr(x, "shape")}, read)
+
+
+def write_tensors(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], dtype: np.dtype[Any]
+) -> None:
+    """`model.safetensors`, or shards of at most 4 GiB and their index; one shard is in memory at a time."""
+    sizes = {name: dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    room = MAX_SHARD_BYTES
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = MAX_SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [WHOLE]
+    for file, names in zip(files, shards, strict=True):
+        # The metadata is what `transformers` asks of a file before it loads it.
+        arrays = {name: np.ascontiguousarray(read(name)) for name in names}
+        safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = {"total_size": sum(sizes.values())}
+        (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": index}, indent=2, sort_keys=True))

@@ -1,0 +1,135 @@
+"""Move parameters between a table's two sides, one array at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tfm_jax.convert.table import Conversion, Row, Section, stacked_path
+from tfm_jax.convert.tensors import Tensors
+from tfm_jax.errors import UserError
+from tfm_jax.paths import flatten, map_with_path
+
+
+def read_params(
+    conversion: Conversion, section: Section, abstract: Any, theirs: Mapping[str, np.ndarray], *, where: str
+) -> Any:
+    """Our parameters from their tensors, each made where it lives and the next one read only then.
+
+    Args:
+      section: the resolved `model` section.
+      abstract: our parameter tree of arrays or abstract arrays; a leaf's sharding, if it has one, is used.
+      theirs: tensors by name; a `Tensors` is read lazily.
+
+    Raises:
+      UserError: tensors are missing, left over, or of another shape: all are listed.
+    """
+    rows = conversion.table(section)
+    names = _canonical(conversion, theirs, [row.theirs for row in rows])
+    _check(conversion, section, rows, abstract, theirs, names, where)
+    found = {path: (row, i) for row in rows for i, path in enumerate(row.ours)}
+    layers: dict[str, list[str]] = {}
+    for path in found:
+        layers.setdefault(stacked_path(path)[0], []).append(path)
+
+    def one(path: str) -> np.ndarray:
+        row, i = found[path]
+        return row.read(theirs[names[row.theirs]])[i]
+
+    def leaf(path: str, like: Any) -> jax.Array:
+        if path in found:
+            value = np.ascontiguousarray(one(path), dtype=like.dtype)
+        else:
+            value = np.empty(like.shape, like.dtype)
+            for layer in layers[path]:
+                value[stacked_path(layer)[1]] = one(layer)
+        placed: jax.Array = jax.device_put(value, getattr(like, "sharding", None))
+        return placed
+
+    return map_with_path(leaf, abstract)
+
+
+def write_tensors_of(
+    conversion: Conversion, section: Section, params: Any, dtype: np.dtype[Any]
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+    """Their tensors from our parameters: the shapes by name, and a function that makes one."""
+    leaves = flatten(params)
+    rows = {row.theirs: row for row in conversion.table(section)}
+
+    def ours(path: str) -> np.ndarray:
+        if path in leaves:
+            return np.asarray(leaves[path])
+        stacked, index = stacked_path(path)
+        return np.asarray(leaves[stacked][index])
+
+    def make(name: str) -> np.ndarray:
+        row = rows[name]
+        return row.write([ours(path) for path in row.ours]).astype(dtype)
+
+    def shape(row: Row) -> tuple[int, ...]:
+        # `write` moves numbers only, so that views of a single zero tell the shape.
+        blank = [np.broadcast_to(np.float32(0), _shape(leaves, path)) for path in row.ours]
+        return tuple(row.write(blank).shape)
+
+    return {name: shape(row) for name, row in rows.items()}, make
+
+
+def _shape(leaves: Mapping[str, Any], path: str) -> tuple[int, ...]:
+    if path in leaves:
+        return tuple(leaves[path].shape)
+    return tuple(leaves[stacked_path(path)[0]].shape[1:])
+
+
+def _canonical(conversion: Conversion, theirs: Iterable[str], wanted: Sequence[str]) -> dict[str, str]:
+    """`{name in the table: name in the file}`; files from TensorFlow's days call a norm's weights gamma and beta."""
+    out = {}
+    for name in theirs:
+        plain = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        out[plain] = name
+    return out
+
+
+def _check(
+    conversion: Conversion,
+    section: Section,
+    rows: Sequence[Row],
+    abstract: Any,
+    theirs: Mapping[str, np.ndarray],
+    names: Mapping[str, str],
+    where: str,
+) -> None:
+    want, have = {row.theirs for row in rows}, set(names)
+    ties = conversion.ties(section)
+    skipped = {name for name in have if any(re.search(pattern, name) for pattern in conversion.skip)}
+    lines = [f"  {name}: missing" for name in sorted(want - have)]
+    for name in sorted(have - want - skipped):
+        if name not in ties:
+            lines.append(f"  {name}: {_shape_of(theirs, names[name])} has no place in the model")
+        elif ties[name] in have and not np.array_equal(theirs[names[name]], theirs[names[ties[name]]]):
+            lines.append(f"  {name}: differs from {ties[name]}, to which the config ties it")
+    leaves = flatten(abstract)
+    covered = set()
+    for row in rows:
+        shapes = []
+        for path in row.ours:
+            covered.add(path if path in leaves else stacked_path(path)[0])
+            shapes.append(_shape(leaves, path))
+        if row.theirs in have:
+            expected = row.write([np.broadcast_to(np.float32(0), shape) for shape in shapes]).shape
+            found = _shape_of(theirs, names[row.theirs])
+            if tuple(expected) != found:
+                lines.append(f"  {row.theirs}: {found}, but the config makes it {tuple(expected)}")
+    assert covered == set(leaves), f"The table of {conversion.architecture} leaves out {set(leaves) - covered}."
+    if lines:
+        more = [f"  ... and {len(lines) - 40} more"] if len(lines) > 40 else []
+        raise UserError(
+            f"{where} does not fit its config ({conversion.architecture}):\n" + "\n".join(lines[:40] + more)
+        )
+
+
+def _shape_of(theirs: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
+    return tuple(theirs.shapes[name] if isinstance(theirs, Tensors) else theirs[name].shape)
