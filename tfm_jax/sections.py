@@ -87,7 +87,12 @@ def _model_fields(given: Mapping[str, Any]) -> Fields:
     inlined = _block_class(cls)
     if inlined is not None:
         del fields["block"]
-        fields |= _dataclass_fields(inlined)
+        # A family's own default block gives the defaults.
+        own = next(f for f in dataclasses.fields(cls) if f.name == "block").default
+        fields |= {
+            key: field if own is dataclasses.MISSING else field._replace(default=getattr(own, key))
+            for key, field in _dataclass_fields(inlined).items()
+        }
     variant = given.get("variant")
     if variant is not None:
         if variant not in variants:

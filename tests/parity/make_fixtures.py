@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .cases import CASES, Arrays
+from .case import Arrays
+from .families import CASES
 
 FOLDER = Path(__file__).parent / "fixtures"
 SEED, GRAIN, STRIDE = 11, np.float32(1 / 64), 5

@@ -14,7 +14,7 @@ from tfm_jax.convert.weights import read_params, write_tensors_of
 from tfm_jax.losses.cross_entropy import cross_entropy
 from tfm_jax.sections import build_model
 
-from .cases import CASES
+from .families import CASES
 from .make_fixtures import FOLDER, compute, load
 
 WITH_GRADIENTS = [name for name, case in CASES.items() if case.loss is not None]

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from tfm_jax.errors import UserError
 from tfm_jax.nn import block
 from tfm_jax.nn.attention import Context
-from tfm_jax.nn.linear import Embedding, matmul
+from tfm_jax.nn.heads import unembed
+from tfm_jax.nn.linear import Embedding
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.positions import Rope, rotation
 from tfm_jax.nn.spec import BlockSpec
@@ -160,8 +161,7 @@ class Model(nn.Module):
         else:
             free = Embedding(self.vocab_size, spec.width, spec.compute_dtype, spec.init_std, name="unembedding")
             unembedding = free.embedding
-        logits = matmul(hidden, unembedding.astype(hidden.dtype).T).astype(jnp.float32)
-        out = {"hidden": hidden, "unembedding": unembedding, "logits": constrain(logits, ("batch", "length", "vocab"))}
+        out = unembed(hidden, unembedding)
         return out if caches is None else out | {"caches": caches}
 
     @property
