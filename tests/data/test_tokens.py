@@ -8,6 +8,7 @@ import pytest
 from tests.errors import says
 from tfm_jax.data.build import build_tokens, open_split
 from tfm_jax.data.index import epoch_records, hash_ints
+from tfm_jax.data.objectives import Next
 from tfm_jax.data.sources import open_source
 from tfm_jax.data.tokens import Pass, Training, cache_root, make
 from tfm_jax.data.vocabularies import byte_tokenizer
@@ -43,7 +44,7 @@ def same(a, b):
 
 def test_training_rows_are_stretches_of_the_stream_and_what_follows(streams):
     stream, slow = streams
-    data = Training(stream, seq_len=17, batch_size=6, seed=3)
+    data = Training(stream, Next(17), batch_size=6, seed=3)
     for step in (0, 1, 50, 10**6):
         batch = data.batch_at(step)
         tokens, targets, weights = batch["inputs"]["tokens"], batch["targets"], batch["weights"]
@@ -63,7 +64,7 @@ def test_training_rows_are_stretches_of_the_stream_and_what_follows(streams):
 def test_an_epoch_of_training_sees_every_window_once_and_the_next_one_is_cut_elsewhere(streams):
     stream, slow = streams
     numbered = type(stream)((np.arange(stream.size, dtype=np.uint16),), np.array([0, stream.size]))
-    data = Training(numbered, seq_len=16, batch_size=1, seed=0)
+    data = Training(numbered, Next(16), batch_size=1, seed=0)
     windows = (len(slow) - 16) // 16
     offsets = []
     for epoch in range(4):
@@ -76,12 +77,12 @@ def test_an_epoch_of_training_sees_every_window_once_and_the_next_one_is_cut_els
 
 def test_batches_are_pure_functions_of_seed_and_step(streams):
     stream, _ = streams
-    data = Training(stream, 16, 4, seed=7)
+    data = Training(stream, Next(16), 4, seed=7)
     first = [data.batch_at(step) for step in range(5)]
-    again = Training(stream, 16, 4, seed=7)
+    again = Training(stream, Next(16), 4, seed=7)
     assert all(same(again.batch_at(step), first[step]) for step in (4, 0, 3, 0, 1, 2))
     assert data.batch_at(1)["targets"].tolist() != first[0]["targets"].tolist()
-    assert Training(stream, 16, 4, seed=8).batch_at(0)["targets"].tolist() != first[0]["targets"].tolist()
+    assert Training(stream, Next(16), 4, seed=8).batch_at(0)["targets"].tolist() != first[0]["targets"].tolist()
     first[0]["inputs"]["tokens"][:] = 0  # what a caller does to a batch stays with the batch
     assert data.batch_at(0)["inputs"]["tokens"].any()
 
@@ -89,7 +90,7 @@ def test_batches_are_pure_functions_of_seed_and_step(streams):
 @pytest.mark.parametrize("rows", [slice(0, 2), slice(3, None), slice(1, None, 2), np.array([4, 0, 0])])
 def test_rows_are_rows_of_the_whole_batch(streams, rows):
     stream, _ = streams
-    for data in (Training(stream, 16, 5, 7), Pass(stream, 300, 5)):
+    for data in (Training(stream, Next(16), 5, 7), Pass(stream, Next(300), 5)):
         for step in (0, 1, 2):  # the pass ends in step 1 or 2: padding too
             whole, part = data.batch_at(step), data.batch_at(step, rows)
             whole = {
@@ -103,7 +104,7 @@ def test_rows_are_rows_of_the_whole_batch(streams, rows):
 @pytest.mark.parametrize(("seq_len", "batch_size"), [(1, 64), (17, 6), (64, 3), (100_000, 2)])
 def test_a_pass_predicts_each_token_after_the_first_exactly_once(streams, seq_len, batch_size):
     stream, slow = streams
-    data = Pass(stream, seq_len, batch_size)
+    data = Pass(stream, Next(seq_len), batch_size)
     batches = [data.batch_at(step) for step in range(data.num_batches)]
     inputs, targets, weights = (
         np.concatenate([b.ravel() for b in part])
@@ -123,7 +124,7 @@ def test_streams_barely_long_enough(extra):
 
     size = 16 + extra
     stream = TokenStream((np.arange(size, dtype=np.uint16),), np.array([0, size]))
-    batches = [Training(stream, 16, 4, seed).batch_at(step) for seed in range(3) for step in range(5)]
+    batches = [Training(stream, Next(16), 4, seed).batch_at(step) for seed in range(3) for step in range(5)]
     for batch in batches:
         starts = batch["inputs"]["tokens"][:, :1]
         assert batch["targets"].tolist() == (starts + np.arange(1, 17)).tolist()  # nothing was clipped at the end

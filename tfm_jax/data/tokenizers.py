@@ -74,6 +74,9 @@ class JsonTokenizer:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
+    def token_id(self, mark: str) -> int | None:
+        return self._vocab.get(mark)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
@@ -127,6 +130,10 @@ class SentencePieceTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.proto).hexdigest()
+
+    def token_id(self, mark: str) -> int | None:
+        found = int(self._engine.piece_to_id(mark))
+        return None if found == self.unk_id else found
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(ids, dtype=np.int32) for ids in self._engine.encode(list(texts))]

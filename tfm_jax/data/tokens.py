@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tfm_jax.data import objectives
 from tfm_jax.data.build import TokenStream, build_tokens, open_split
 from tfm_jax.data.index import epoch_records, hash_ints
 from tfm_jax.data.sources import open_source
@@ -31,6 +32,9 @@ def make(
     source: str,
     tokenizer: str = "bpe:4096",
     seq_len: int = 256,
+    objective: objectives.Name = "next",
+    mask_rate: float | None = None,
+    span_length: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
     feature: str | None = None,
@@ -46,7 +50,11 @@ def make(
       source: `stdlib`, `text:GLOB`, `jsonl:GLOB`, `tfds:NAME` or `hf:DIR`; see `data.sources`.
       tokenizer: `bytes`, `chars`, `bpe:N`, `wordpiece:N`, `unigram:N`, `file:PATH` or `sentencepiece:PATH`; those with
         a size are trained on the train split.
-      seq_len: T, tokens a row.
+      seq_len: T, tokens a row; of an encoder's input where there are two sequences.
+      objective: what is predicted: the `next` token, tokens behind a `mask`, a `span` behind a sentinel (T5), the whole
+        text from one with holes (`denoise`, BART), or how a text goes on (`continue`); see `data.objectives`.
+      mask_rate: share of the tokens that are hidden; 0.15, and 0.3 for `denoise`, if None.
+      span_length: mean length of hidden stretches for `span` and `denoise`; 3 if None.
       batch_size: rows of the global batch.
       seed: of the order of the rows.
       feature: which field of a record is the text, where there are several.
@@ -68,9 +76,10 @@ def make(
             " data.split='hash'."
         )
     codec = load_tokenizer(tokenizer_dir) if tokenizer_dir else open_tokenizer(tokenizer, opened, root)
+    made = objectives.make(objective, seq_len, codec, mask_rate=mask_rate, span_length=span_length)
     folder, meta = build_tokens(opened, codec, root, workers=workers)
     streams = {name: open_split(folder, meta, name) for name in meta["splits"]}
-    if streams["train"].size < seq_len + 1:
+    if streams["train"].size < made.window + 1:
         raise UserError(
             f"data.source={source!r} has {streams['train'].size} training tokens, too few for one row of"
             f" data.seq_len={seq_len} and the token after it."
@@ -79,66 +88,66 @@ def make(
     def evals(name: str, rows: int | None) -> Dataset:
         if name not in streams:
             raise UserError(f"data.source={source!r} has no split {name!r}.{nearest(name, streams)}")
-        return Pass(streams[name], seq_len, rows or batch_size)
+        return Pass(streams[name], made, rows or batch_size)
 
+    plain = objective == "next"
+    facts = meta["splits"]
+    if not plain:
+        # Rates in bytes mean something only where every token is predicted from those before it.
+        facts = {name: {k: v for k, v in found.items() if "bytes" not in k} for name, found in facts.items()}
     return Data(
-        train=Training(streams["train"], seq_len, batch_size, seed),
+        train=Training(streams["train"], made, batch_size, seed),
         evals=evals,
-        vocab_size=codec.vocab_size,
+        vocab_size=codec.vocab_size + made.added,
         tokenizer=codec,
-        facts=meta["splits"],
-        fingerprint=folder.name,
+        facts=facts,
+        fingerprint=folder.name if plain else f"{folder.name} {made!r}",
     )
 
 
 @dataclass(frozen=True)
 class Training:
-    """Endless rows of T tokens and the T that follow each.
+    """Endless rows of a window's tokens, as the objective has them.
 
     In each epoch the stream is cut into windows at an offset drawn from (seed, epoch), and the windows come in an order
     drawn from it too, so that several epochs over a small corpus do not see the same rows.
     """
 
     stream: TokenStream
-    seq_len: int
+    objective: objectives.Objective
     batch_size: int
     seed: int
     num_batches: None = None
 
     def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
         # An offset below `room` leaves the last window, and the token after it, inside the stream.
-        room = min(self.seq_len, self.stream.size - self.seq_len)
-        windows = (self.stream.size - room) // self.seq_len
+        window = self.objective.window
+        room = min(window, self.stream.size - window)
+        windows = (self.stream.size - room) // window
         epoch, index = epoch_records(step, self.batch_size, windows, self.seed, rows)
         offset = (hash_ints(self.seed, 1, epoch) % np.uint64(room)).astype(np.int64)
-        start = index * self.seq_len + offset
-        return _batch(self.stream, start, self.seq_len)
+        seeds = hash_ints(self.seed, 2, epoch, index)
+        return _batch(self.stream, index * window + offset, self.objective, seeds)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass in order that predicts each token behind the leading end mark exactly once."""
+    """One pass in order. Predicting the next token, it predicts each one behind the leading end mark exactly once."""
 
     stream: TokenStream
-    seq_len: int
+    objective: objectives.Objective
     batch_size: int
 
     @property
     def num_batches(self) -> int:
-        windows = -(-(self.stream.size - 1) // self.seq_len)
+        windows = -(-(self.stream.size - 1) // self.objective.window)
         return -(-windows // self.batch_size)
 
     def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
         window = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
-        return _batch(self.stream, window * self.seq_len, self.seq_len)
+        return _batch(self.stream, window * self.objective.window, self.objective, hash_ints(0, 3, window))
 
 
-def _batch(stream: TokenStream, start: np.ndarray, seq_len: int) -> Batch:
-    place = start[:, None] + np.arange(seq_len + 1, dtype=np.int64)[None, :]
-    tokens = stream.at(np.minimum(place, stream.size - 1))
-    weights = (place[:, 1:] < stream.size).astype(np.float32)
-    return {
-        "inputs": {"tokens": np.ascontiguousarray(tokens[:, :-1])},
-        "targets": np.ascontiguousarray(tokens[:, 1:]),
-        "weights": weights,
-    }
+def _batch(stream: TokenStream, start: np.ndarray, objective: objectives.Objective, seeds: np.ndarray) -> Batch:
+    place = start[:, None] + np.arange(objective.window + 1, dtype=np.int64)[None, :]
+    return objective.batch(stream.at(np.minimum(place, stream.size - 1)), place < stream.size, seeds)

@@ -61,6 +61,9 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """sha256 of everything that determines the ids."""
 
+    def token_id(self, mark: str) -> int | None:
+        """The id of a mark such as `[MASK]`, if there is one."""
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text, without marks at either end."""
 

@@ -1,0 +1,140 @@
+"""What each objective hides and asks for: published rates, nothing lost, and each row a function of its seed."""
+
+import numpy as np
+import pytest
+
+from tests.errors import says
+from tfm_jax.data.objectives import make
+from tfm_jax.data.vocabularies import byte_tokenizer
+
+END, FIRST, B = 256, 257, 400
+TOKENIZER = byte_tokenizer()
+
+
+def rows(objective, seed=0, count=B):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 256, (count, objective.window + 1)).astype(np.int32)
+    tokens[:, ::17] = END
+    return tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.uint64) + np.uint64(1000 * seed)
+
+
+def made(name, seq_len=64, mask_rate=None, span_length=None):
+    return make(name, seq_len, TOKENIZER, mask_rate=mask_rate, span_length=span_length)
+
+
+def leaves(batch):
+    return {**batch["inputs"], "targets": batch["targets"], "weights": batch["weights"]}
+
+
+@pytest.mark.parametrize("name", ["next", "mask", "span", "denoise", "continue"])
+def test_rows_are_functions_of_their_seeds(name):
+    objective = made(name)
+    tokens, known, seeds = rows(objective)
+    whole = leaves(objective.batch(tokens, known, seeds))
+    some = np.array([7, 3, 200])
+    part = leaves(objective.batch(tokens[some], known[some], seeds[some]))
+    for key, x in whole.items():
+        np.testing.assert_array_equal(part[key], x[some], err_msg=key)
+    other = leaves(objective.batch(tokens, known, seeds + np.uint64(B)))
+    assert name in ("next", "continue") or np.any(other["tokens"] != whole["tokens"])
+    ids = max(x.max() for key, x in whole.items() if x.dtype == np.int32)
+    assert ids < TOKENIZER.vocab_size + objective.added
+
+
+def test_masking_has_berts_rates():
+    """15 % of the tokens; of those 80 % hidden, 10 % replaced, 10 % left (Devlin et al. 2019, appendix A.1)."""
+    objective = made("mask", 256)
+    tokens, known, seeds = rows(objective)
+    batch = objective.batch(tokens, known, seeds)
+    shown, targets, chosen = batch["inputs"]["tokens"], batch["targets"], batch["weights"] > 0
+    assert objective.added == 1
+    np.testing.assert_array_equal(targets, tokens[:, :-1])
+    np.testing.assert_array_equal(shown[~chosen], targets[~chosen])
+    assert not np.any(chosen & (targets == END))
+    n = chosen.sum()
+    # Four standard errors of a share.
+    near = 4 * np.sqrt(0.15 * 0.85 / (targets != END).sum())
+    assert abs(n / (targets != END).sum() - 0.15) < near
+    hidden, kept = (shown == FIRST)[chosen].mean(), (shown == targets)[chosen].mean()
+    assert abs(hidden - 0.8) < 4 * np.sqrt(0.16 / n) and abs(kept - 0.1) < 4 * np.sqrt(0.09 / n)
+    replaced = shown[chosen & (shown != FIRST) & (shown != targets)]
+    assert len(np.unique(replaced)) > 200
+
+
+def test_spans_have_t5s_sizes_and_lose_nothing():
+    """Rate 0.15 and mean length 3 of 512 tokens: the paper's and its code's 568 tokens become 512 and 114."""
+    objective = made("span", 512)
+    tokens, known, seeds = rows(objective, count=60)
+    batch = objective.batch(tokens, known, seeds)
+    source, targets, weights = batch["inputs"]["tokens"], batch["targets"], batch["weights"]
+    assert (objective.window, source.shape[1], targets.shape[1]) == (568, 512, 114)
+    assert np.all(weights == 1) and objective.added == 28
+    np.testing.assert_array_equal(batch["inputs"]["decoder_tokens"][:, 0], END)
+    np.testing.assert_array_equal(batch["inputs"]["decoder_tokens"][:, 1:], targets[:, :-1])
+    spans = []
+    for row in range(len(tokens)):
+        assert source[row, -1] == targets[row, -1] == END
+        # Putting each span back in the place of its sentinel gives the text.
+        answers, current = {}, None
+        for token in targets[row, :-1]:
+            if token >= FIRST:
+                current = answers.setdefault(int(token), [])
+            else:
+                current.append(int(token))
+        assert list(answers) == list(range(FIRST, FIRST + 28))
+        spans += [len(x) for x in answers.values()]
+        text = [t for token in source[row, :-1] for t in (answers[int(token)] if token >= FIRST else [int(token)])]
+        assert text == tokens[row, :-1].tolist()
+    assert min(spans) == 1 and np.mean(spans) == pytest.approx(85 / 28) and len(set(spans)) > 5
+
+
+def test_denoising_hides_what_it_says_and_keeps_the_order():
+    """30 % in stretches of Poisson(3) (Lewis et al. 2020, section 4)."""
+    objective = made("denoise", 200)
+    tokens, known, seeds = rows(objective)
+    batch = objective.batch(tokens, known, seeds)
+    source, valid = batch["inputs"]["tokens"], batch["inputs"]["valid"]
+    np.testing.assert_array_equal(batch["targets"], tokens[:, :-1])
+    kept = [source[i][valid[i] & (source[i] != FIRST)] for i in range(B)]
+    assert np.mean([len(k) for k in kept]) == pytest.approx(140, abs=0.1)
+    masks = [(source[i][valid[i]] == FIRST).sum() for i in range(B)]
+    assert np.mean(masks) == pytest.approx(60 / 3, rel=0.1)
+    for i in range(20):
+        text = iter(tokens[i, :-1].tolist())
+        assert all(token in text for token in kept[i].tolist()), "what is left is not in the text's order"
+        assert np.all(source[i][~valid[i]] == END)
+
+
+def test_continuing_predicts_the_second_half():
+    objective = made("continue", 8)
+    tokens, known, seeds = rows(objective, count=3)
+    known[2, 12:] = False
+    batch = objective.batch(tokens, known, seeds)
+    np.testing.assert_array_equal(batch["inputs"]["tokens"], tokens[:, :8])
+    np.testing.assert_array_equal(batch["targets"], tokens[:, 8:16])
+    np.testing.assert_array_equal(batch["inputs"]["decoder_tokens"][:, 1:], tokens[:, 8:15])
+    np.testing.assert_array_equal(batch["weights"], [[1] * 8, [1] * 8, [1] * 4 + [0] * 4])
+
+
+@pytest.mark.parametrize("name", ["mask", "span", "denoise"])
+def test_a_row_that_is_cut_off_weighs_nothing(name):
+    objective = made(name)
+    tokens, known, seeds = rows(objective, count=4)
+    known[1, -2:] = False
+    weights = objective.batch(tokens, known, seeds)["weights"]
+    assert weights[1].sum() == 0 and weights[[0, 2, 3]].sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(name="next", mask_rate=0.2), "data.mask_rate=0.2: the objective 'next' has none. Leave it out."),
+        (dict(name="mask", span_length=2.0), "data.span_length=2.0: the objective 'mask' has none. Leave it out."),
+        (dict(name="mask", mask_rate=1.0), "data.mask_rate=1.0: a share of the tokens in (0, 1)."),
+        (dict(name="span", span_length=0.5), "data.span_length=0.5: must be at least 1."),
+        (dict(name="span", seq_len=2), "data.seq_len=2: the objective 'span' needs at least 3."),
+    ],
+)
+def test_errors(fields, message):
+    with says(message):
+        made(**fields)
