@@ -202,8 +202,8 @@ def test_mistakes_on_the_command_line(raw_config, key, text, message):
             "data.batch_size=8 / train.accum=2 = 4 rows does not divide over the mesh: data=8 x fsdp=1 = 8 ways."
             " Nearest that do: 16.",
         ),
-        ({"model.vocab_size": 9}, "model.vocab_size=9 is too small for the tokenizer's 257 entries. Set at least 257,"
-         " or leave it out."),
+        ({"model.vocab_size": 9}, "model.vocab_size=9 is too small: the data has 257. Set at least 257, or leave it"
+         " out."),
         ({"task.vocab_chunk": -1}, "task.vocab_chunk=-1: 0 for no chunks, or the entries in one."),
     ],
 )  # fmt: skip

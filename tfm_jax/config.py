@@ -38,6 +38,8 @@ FREE_KEYS = (
     "data.workers",
     "train.eval_every",
 )
+# Fields of a model that the data set fills in where a config leaves them None.
+FILLED_IN = ("vocab_size", "classes")
 # What may differ between the processes of one run.
 LOCAL_KEYS = ("data.cache_dir", "data.workers")
 

@@ -50,8 +50,8 @@ def test_plain_lines_in_a_pipe():
         progress.report(20, METRICS | {"perf/mfu": 0.256}, 7384)
         progress.say("hello")
     assert out.getvalue().splitlines() == [
-        "step 10/100  loss 1.2346  12,346 tok/s  ETA 1:15",
-        "step 20/100  loss 1.2346  12,346 tok/s  MFU 26%  ETA 2:03:04",
+        "step 10/100  loss 1.2346  12,346 tokens/s  ETA 1:15",
+        "step 20/100  loss 1.2346  12,346 tokens/s  MFU 26%  ETA 2:03:04",
         "hello",
     ]
 
@@ -78,5 +78,5 @@ def test_a_bar_on_a_terminal():
         progress.report(50, METRICS, 75)
         progress.say("an evaluation")
     text = out.getvalue()
-    assert "\r" in text and "50/100" in text and "loss 1.2346" in text and "12,346 tok/s" in text
+    assert "\r" in text and "50/100" in text and "loss 1.2346" in text and "12,346 tokens/s" in text
     assert "an evaluation\n" in text and "ETA" not in text

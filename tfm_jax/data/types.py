@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -102,3 +102,5 @@ class Data:
     """Per split: tokens, documents, bytes, and for held-out splits gzip_bytes and xz_bytes where measured."""
     fingerprint: str
     """Of everything that determines the batches but the seed: hosts compare it and a run records it."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """What a model needs besides the vocabulary, by its field (`classes`); one that a config leaves out is filled in."""

@@ -26,16 +26,17 @@ def make(
       max_batches: stop after this many; the whole split if None.
 
     Returns:
-      A function from a `TrainState` to `loss` (nats a token), each other metric of the task, `perplexity`, `tokens`,
-      and `bits_per_byte` where the data set knows its bytes: loss / ln 2 times predicted tokens a byte of the
-      whole split, so exact without `max_batches` and an estimate with it.
+      A function from a `TrainState` to `loss` (a mean over the task's units), each other metric of the task, and the
+      number of units (`tokens`, `examples`). For a task of tokens also `perplexity`, and `bits_per_byte` where the data
+      set knows its bytes: loss / ln 2 times predicted tokens a byte of the whole split, so exact without `max_batches`
+      and an estimate with it.
     """
     if max_batches is not None and max_batches < 1:
         raise UserError(f"evals: max_batches={max_batches}: must be at least 1, or None for the whole split.")
     dataset = context.data.evals(split, context.rows(batch_size))
     count = min(dataset.num_batches, max_batches or dataset.num_batches)
     step = context.jitted("loss", lambda: _step(context))
-    facts = context.data.facts.get(split, {})
+    facts, unit = context.data.facts.get(split, {}), context.task.unit
 
     def evaluate(state: Any) -> dict[str, float]:
         params = context.task.eval_params(state.params, state.extra)
@@ -49,12 +50,13 @@ def make(
                 pending = result
             _add(sums, pending)
         if sums["loss"][1] <= 0:
-            raise UserError(f"evals: the split {split!r} has no token to predict in its first {count} batches.")
+            raise UserError(f"evals: the split {split!r} has no {unit} to predict in its first {count} batches.")
         out = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
-        out["perplexity"] = math.exp(min(out["loss"], 700.0))
-        out["tokens"] = sums["loss"][1]
-        if facts.get("bytes"):
-            out["bits_per_byte"] = out["loss"] / math.log(2) * (facts["tokens"] - 1) / facts["bytes"]
+        out[f"{unit}s"] = sums["loss"][1]
+        if unit == "token":
+            out["perplexity"] = math.exp(min(out["loss"], 700.0))
+            if facts.get("bytes"):
+                out["bits_per_byte"] = out["loss"] / math.log(2) * (facts["tokens"] - 1) / facts["bytes"]
         return out
 
     return evaluate

@@ -85,6 +85,7 @@ class Task:
       splittable: whether the loss of a batch is the sum over its rows; contrastive losses are not, and refuse
         accumulation.
       predict_fns: named functions `(apply, params, extra, batch) -> dict` that evaluators may call.
+      unit: what a weight of 1 stands for (`token`, `example`); metrics that only mean something for one are named by it.
     """
 
     loss: LossFn
@@ -93,3 +94,4 @@ class Task:
     eval_params: Callable[[Params, Extra], Params] = _own
     splittable: bool = True
     predict_fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    unit: str = "token"

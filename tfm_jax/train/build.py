@@ -32,7 +32,7 @@ from tfm_jax.train.step import StepFn, make_train_step
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything a run is made of. `config` has the data set's vocabulary filled in."""
+    """Everything a run is made of. `config` has the data set's sizes filled in."""
 
     config: configs.Config
     train: settings.Train
@@ -112,7 +112,7 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_trai
     if for_training:
         check_batch(config, layout)
     data = _open_data(config["data"], tokenizer_dir)
-    config = _fill_vocabulary(config, data)
+    config = _fill_sizes(config, data)
     model = build_model(config["model"])
     layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
     task = build_task(config)
@@ -185,16 +185,16 @@ def _open_data(section: dict[str, Any], tokenizer_dir: Path | None) -> Any:
     return make(**arguments)
 
 
-def _fill_vocabulary(config: configs.Config, data: Any) -> configs.Config:
-    """Give the model the data's vocabulary, or refuse one that is too small for it."""
-    model = config["model"]
-    if "vocab_size" not in model or data.vocab_size is None:
-        return config
-    if model["vocab_size"] is None:
-        return {**config, "model": {**model, "vocab_size": data.vocab_size}}
-    if model["vocab_size"] < data.vocab_size:
-        raise UserError(
-            f"model.vocab_size={model['vocab_size']} is too small for the tokenizer's {data.vocab_size} entries."
-            f" Set at least {data.vocab_size}, or leave it out."
-        )
-    return config
+def _fill_sizes(config: configs.Config, data: Any) -> configs.Config:
+    """Give the model the data's vocabulary and the like (`configs.FILLED_IN`), or refuse one that is too small."""
+    model = dict(config["model"])
+    for name, size in {"vocab_size": data.vocab_size, **data.sizes}.items():
+        if name not in model or size is None:
+            continue
+        if model[name] is None:
+            model[name] = size
+        if model[name] < size:
+            raise UserError(
+                f"model.{name}={model[name]} is too small: the data has {size}. Set at least {size}, or leave it out."
+            )
+    return {**config, "model": model}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +85,12 @@ def _step_of(line: str) -> int:
         return _CUT_OFF
 
 
+def _speed(metrics: Metrics) -> list[str]:
+    """Units a second, by their name: `12,346 tokens/s`."""
+    rates = {re.fullmatch(r"perf/(\w+)_per_sec", name): rate for name, rate in metrics.items()}
+    return [f"{rate:,.0f} {found[1]}/s" for found, rate in rates.items() if found and found[1] != "steps"]
+
+
 class Progress:
     """A bar with loss, speed and time left on a terminal; a plain line at each report when piped."""
 
@@ -108,7 +115,7 @@ class Progress:
             self._bar.update()
 
     def report(self, step: int, metrics: Metrics, seconds_left: float) -> None:
-        parts = [f"loss {metrics.get('train/loss', float('nan')):.4f}", f"{metrics['perf/tokens_per_sec']:,.0f} tok/s"]
+        parts = [f"loss {metrics.get('train/loss', float('nan')):.4f}", *_speed(metrics)]
         if "perf/mfu" in metrics:
             parts.append(f"MFU {100 * metrics['perf/mfu']:.0f}%")
         if self._bar is not None:

@@ -63,7 +63,7 @@ class Meter:
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         self.skipped += bad
         self._steps += 1
-        self._tokens += float(metrics["weight"][0])
+        self._units += float(metrics["weight"][0])
         for name, (total, count) in metrics.items():
             if name not in ("skipped", "weight"):
                 entry = self._sums.setdefault(name, [0.0, 0.0])
@@ -75,13 +75,14 @@ class Meter:
         seconds = max(self.train_seconds - self._since, 1e-9)
         waited = self._batches.wait_seconds
         out = {_TAGS.get(n, f"train/{n}"): t / c for n, (t, c) in self._sums.items() if c}
-        per_device = self._tokens / seconds / jax.device_count()
+        per_device = self._units / seconds / jax.device_count()
+        unit = self.experiment.task.unit
         out |= {
             "train/skipped_steps": float(self.skipped),
             "optim/lr": float(self.experiment.optimizer.schedule(max(step - 1 - self.skipped, 0))),
             "perf/steps_per_sec": self._steps / seconds,
-            "perf/tokens_per_sec": self._tokens / seconds,
-            "perf/tokens_per_sec_per_device": per_device,
+            f"perf/{unit}s_per_sec": self._units / seconds,
+            f"perf/{unit}s_per_sec_per_device": per_device,
             "perf/data_wait_frac": (waited - self._waited) / seconds,
             "perf/compile_s": self.compile_seconds,
         }
@@ -99,4 +100,4 @@ class Meter:
 
     def _clear(self) -> None:
         self._sums: dict[str, list[float]] = {}
-        self._steps, self._tokens = 0, 0.0
+        self._steps, self._units = 0, 0.0

@@ -7,11 +7,12 @@ from pathlib import Path
 from tfm_jax.train.log import read_metrics
 
 
-def loss_picture(run: Path, references: dict[str, float] | None = None) -> Path:
+def loss_picture(run: Path, references: dict[str, float] | None = None, unit: str = "token") -> Path:
     """Draw `plots/loss.png`: training loss, every evaluator's loss, and the learning rate below.
 
     Args:
-      references: horizontal lines by name, in nats a token (a compressor's rate, a published figure).
+      references: horizontal lines by name, in nats a unit (a compressor's rate, a published figure).
+      unit: of the task.
     """
     # Drawing is the last thing a run does; importing matplotlib takes longer than its first step.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,7 +34,7 @@ def loss_picture(run: Path, references: dict[str, float] | None = None) -> Path:
     rates = [(r["step"], r["optim/lr"]) for r in records if "optim/lr" in r]
     if rates:
         bottom.plot(*zip(*rates, strict=True), linewidth=1.2)
-    top.set(ylabel="loss (nats per token)", title=run.name)
+    top.set(ylabel=f"loss (nats per {unit})", title=run.name)
     top.legend()
     bottom.set(xlabel="step", ylabel="learning rate")
     for axes in (top, bottom):

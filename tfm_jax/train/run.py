@@ -209,8 +209,9 @@ class _Loop:
                 found = {f"eval/{name}/{key}": value for key, value in evaluate(self.state).items()}
                 self.finals |= found
                 self._write(step, found)
+                unit = self.experiment.task.unit
                 shown = "  ".join(
-                    f"{k.rpartition('/')[2]} {v:.4f}" for k, v in found.items() if not k.endswith("tokens")
+                    f"{k.rpartition('/')[2]} {v:.4f}" for k, v in found.items() if not k.endswith(f"/{unit}s")
                 )
                 self.progress.say(f"step {step}/{self.total}  eval {name}: {shown}")
 
@@ -260,7 +261,7 @@ class _Loop:
         }
         if self.main:
             self.writers.close()  # type: ignore[union-attr]
-            loss_picture(self.run_dir, as_loss(self.experiment.data.facts))
+            loss_picture(self.run_dir, as_loss(self.experiment.data.facts), self.experiment.task.unit)
             write_atomic(self.run_dir / "result.json", configs.to_json(result))
             rundir.write_status(self.run_dir, "finished", step=self.total)
         return Outcome("finished", result)

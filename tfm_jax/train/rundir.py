@@ -49,9 +49,9 @@ def check_config(run: Path, config: configs.Config) -> None:
     if not path.is_file():
         return
     own, model = json.loads(path.read_text()), config["model"]
-    if "vocab_size" in model and model["vocab_size"] is None:
-        # The data fills it in later; the run has it already.
-        config = {**config, "model": {**model, "vocab_size": own["model"].get("vocab_size")}}
+    # The data fills these in later; the run has them already.
+    known = {key: own["model"].get(key) for key in configs.FILLED_IN if key in model and model[key] is None}
+    config = {**config, "model": {**model, **known}}
     if lines := configs.differences(own, config):
         raise UserError(
             f"{run} belongs to another config. What differs (its own -> asked for):\n  "
