@@ -104,7 +104,7 @@ def bring_in(
     meta = {"data": None, "converted_from": str(folder.absolute()), "versions": rundir.versions()}
     checkpoints.save(0, {"step": jax.numpy.zeros((), jax.numpy.int32), "params": params}, meta)
     checkpoints.close()
-    dtypes = sorted({str(tensors[name].dtype) for name in list(tensors)[:1]})
+    dtypes = sorted({str(tensors[name].dtype) for name in list(tensors) if len(tensors.shapes[name]) == 2})
     write_atomic(run / ORIGIN, configs.to_json({"architecture": conversion.architecture, "config": theirs}))
     write_atomic(run / "config.json", configs.to_json(config))
     rundir.write_status(run, "finished", f"converted from {folder}", step=0)
