@@ -15,6 +15,7 @@ RULES: tuple[Rule, ...] = (
     (r"(token_embedding|unembedding)/embedding$", ("tensor", "fsdp")),
     (r"(position|type)_embedding/embedding$", (None, "fsdp")),
     (r"embedding_projection/kernel$", ("fsdp", None)),
+    (r"embedding_projection/bias$", (None,)),
 )
 
 

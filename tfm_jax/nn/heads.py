@@ -14,8 +14,9 @@ from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import Rule, constrain
 
 RULES: tuple[Rule, ...] = (
-    (r"token_head/(transform/kernel|bias)$", (None,)),
-    (r"pooler/kernel$", ("fsdp", None)),
+    (r"token_head/(transform/kernel|transform/bias|bias)$", (None,)),
+    (r"(pooler|pair_head)/dense/kernel$", ("fsdp", None)),
+    (r"(pooler|pair_head)/dense/bias$", (None,)),
 )
 
 
