@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def _pytorch(path: Path) -> Tensors:
             f"{path} is a pickle, which runs code when it is read. With PyTorch installed its safe loader reads it; or"
             " convert it where the model comes from: model.save_pretrained(FOLDER, safe_serialization=True)."
         ) from None
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Files from before PyTorch 1.6 are not archives and can only be read whole.
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
     def read(name: str) -> np.ndarray:
         tensor = loaded[name].detach().contiguous()
