@@ -1,0 +1,38 @@
+"""ALBERT, masked tokens on the sources of your Python's own standard library.
+
+    python -m experiments.train --config=configs/albert_stdlib.py --workdir=runs/albert_stdlib
+
+One block, 256 wide, applied 4 times; token table 64 wide. `:smoke` is the same thing in seconds.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    if arguments not in ("", "smoke"):
+        raise ValueError(f"albert_stdlib.py takes ':smoke' or nothing, not {arguments!r}.")
+    smoke = arguments == "smoke"
+    steps = 20 if smoke else 400
+    config = ml_collections.ConfigDict(
+        {
+            "model": {"name": "albert", "variant": "mini", "types": 0},
+            "data": {
+                "name": "tokens",
+                "source": "stdlib",
+                "tokenizer": "bpe:4096",
+                "objective": "mask",
+                "seq_len": 256,
+                "batch_size": 16,
+            },
+            "optim": {"lr": 1e-3, "warmup_steps": steps // 10},
+            "train": {"steps": steps, "eval_every": steps // 4},
+            "evals": {"validation": {"split": "validation"}},
+        }
+    )
+    if smoke:
+        config.model.update({"layers": 2, "width": 32, "embedding_width": 16, "max_len": 64})
+        config.data.update({"tokenizer": "bytes", "seq_len": 64, "batch_size": 8})
+        config.evals.validation.max_batches = 4
+    return config
