@@ -31,9 +31,13 @@ def model_of(name: str) -> Any:
     case = CASES[name]
     config = getattr(transformers, case.config)(**case.fields, attn_implementation="eager")
     model = getattr(transformers, case.architecture)(config).float().eval()
+    if case.prepare is not None:
+        case.prepare(model)
     rng = np.random.default_rng(SEED)
     with torch.no_grad():
         for key, p in sorted(model.named_parameters()):
+            if not p.requires_grad:  # computed (sinusoids)
+                continue
             scale = p.ndim == 1 and key.endswith("weight")
             value = rng.normal(1.0 if scale else 0.0, 0.1 if p.ndim == 1 else 0.2, p.shape)
             p.copy_(torch.from_numpy(np.clip(np.round(value / GRAIN), -127, 127) * GRAIN))
@@ -54,17 +58,24 @@ def compute(name: str) -> Arrays:
     config = model.config.to_diff_dict() | {"architectures": [case.architecture]}
     out["config"] = np.array(json.dumps(config, sort_keys=True))
     shared: dict[int, str] = {}
-    for key, p in model.state_dict().items():
-        if shared.setdefault(p.data_ptr(), key) == key:
-            out[f"weight/{key}"] = p.detach().numpy()
+    kept = {key: p for key, p in model.state_dict().items() if shared.setdefault(p.data_ptr(), key) == key}
+    out |= {f"weight/{key}": p.detach().numpy() for key, p in as_saved(model, kept).items()}
     if case.loss is not None:
         loss = case.loss(torch, result, theirs)
         loss.backward()
         out["loss"] = loss.detach().numpy()
-        for key, p in model.named_parameters():
-            # The pooler takes no part in a loss of tokens.
-            out[f"gradient/{key}"] = np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
+        # The pooler takes no part in a loss of tokens.
+        found = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in model.named_parameters()}
+        out |= {f"gradient/{key}": p.numpy() for key, p in as_saved(model, found).items()}
     return out
+
+
+def as_saved(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """By the names in files, which for some classes are older than those in memory."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    named: dict[str, Any] = revert_weight_conversion(model, tensors)
+    return named
 
 
 def save(path: Path, arrays: Arrays) -> None:
