@@ -31,6 +31,9 @@ CASES = {
     "fewer_keys": (2, 33, Mask(causal=True)),
     "more_keys": (2, 90, Mask()),
     "more_keys_causal": (H, 90, Mask(causal=True, window=20)),
+    "memory": (2, 90, Mask(causal=True, offset=20)),
+    "memory_window": (H, 90, Mask(causal=True, offset=20, window=9)),
+    "window_both_ways": (H, 90, Mask(offset=20, window=9)),
     "positions": (2, 90, Mask(causal=True, query_positions=jnp.arange(T)[None] + jnp.array([[0], [19]]))),
 }
 
@@ -117,6 +120,9 @@ def test_chunked_never_touches_the_masked_half():
     assert keys(Mask(causal=True)) == [64, 128, 192, 256]
     assert keys(Mask(causal=True, window=10)) == [64, 73, 73, 73]
     assert keys(Mask()) == [256] * 4
+    # Queries that stand behind 100 of the keys.
+    assert keys(Mask(causal=True, offset=100)) == [164, 228, 256, 256]
+    assert keys(Mask(causal=True, offset=100, window=10)) == [73, 73, 37, 1]
 
 
 def test_dropout_acts_on_the_weights_of_xla():

@@ -10,6 +10,7 @@ from tfm_jax.nn.masks import Mask
 
 B, T, S = 2, 7, 7
 POSITIONS = jnp.array([[3, 4, 5, 6, 0, 1, 2], [0, 0, 1, 1, 2, 6, 6]], jnp.int32)
+FAR_VALID = jnp.arange(S + 5)[None] < jnp.array([[12], [3]])
 VALID = jnp.arange(S)[None] < jnp.array([[5], [2]])
 SEGMENTS = jnp.array([[0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 4, 4, 4, 1]], jnp.int32)
 CASES = [
@@ -18,12 +19,17 @@ CASES = [
         (False, True), (None, 1, 3), (None, POSITIONS), (None, VALID), (None, SEGMENTS)
     )
 ]
+# More keys than queries, which stand behind the first few.
+BEHIND = [
+    dict(causal=causal, window=window, offset=offset, key_valid=valid)
+    for causal, window, offset, valid in itertools.product((False, True), (None, 1, 3), (1, 5), (None, FAR_VALID))
+]
 
 
-def slow(mask: Mask) -> np.ndarray:
-    allowed = np.ones((B, T, S), bool)
-    for b, t, s in itertools.product(range(B), range(T), range(S)):
-        at = t if mask.query_positions is None else int(mask.query_positions[b, t])
+def slow(mask: Mask, size: int = S) -> np.ndarray:
+    allowed = np.ones((B, T, size), bool)
+    for b, t, s in itertools.product(range(B), range(T), range(size)):
+        at = mask.offset + t if mask.query_positions is None else int(mask.query_positions[b, t])
         if mask.causal and s > at:
             allowed[b, t, s] = False
         if mask.window is not None and abs(s - at) >= mask.window:
@@ -41,6 +47,18 @@ def test_every_combination_against_loops():
         block = mask.block(slice(0, T), slice(0, S))
         got = np.ones((B, T, S), bool) if block is None else np.broadcast_to(block, (B, T, S))
         np.testing.assert_array_equal(got, slow(mask), err_msg=str(case))
+
+
+def test_queries_behind_a_memory():
+    for case in BEHIND:
+        mask = Mask(**case)
+        want = slow(mask, S + 5)
+        for queries, keys in ((slice(0, T), slice(0, S + 5)), (slice(3, 6), slice(2, 11))):
+            block = mask.block(queries, keys)
+            shape = (B, queries.stop - queries.start, keys.stop - keys.start)
+            got = np.ones(shape, bool) if block is None else np.broadcast_to(block, shape)
+            np.testing.assert_array_equal(got, want[:, queries, keys], err_msg=str(case))
+    assert Mask(causal=True, offset=5).skips_future
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,12 @@ class Context(NamedTuple):
     source_mask: Mask = Mask()
 
 
+def written(cache: Cache, k: jax.Array, v: jax.Array, mask: Mask) -> Cache:
+    """The cache with the keys and values (B, T, G, K) of new positions, which are the mask's queries."""
+    rows = jnp.arange(k.shape[0])[:, None]
+    return Cache(*(old.at[rows, mask.query_positions].set(new) for old, new in zip(cache, (k, v), strict=True)))
+
+
 def _weights(q_BGRTK: jax.Array, k_BGSK: jax.Array, mask: Mask, queries: slice, keys: slice) -> jax.Array:
     """Softmax in float32 over a block of keys, (B, G, R, t, s)."""
     b, g, r, t, size = q_BGRTK.shape
@@ -111,10 +117,10 @@ def _chunked(
     out = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        first, last = 0, min(stop, size) if mask.skips_future else size
+        first, last = 0, min(stop + mask.offset, size) if mask.skips_future else size
         if mask.window is not None and mask.query_positions is None:
-            last = min(last, max(stop + mask.window - 1, 1))
-            first = max(0, min(start - mask.window + 1, last - 1))
+            last = min(last, max(stop + mask.offset + mask.window - 1, 1))
+            first = max(0, min(start + mask.offset - mask.window + 1, last - 1))
         weights = _weights(q[..., start:stop, :], k[:, :, first:last], mask, slice(start, stop), slice(first, last))
         out.append(_mix(weights, v[:, :, first:last]))
     return _ungrouped(jnp.concatenate(out, axis=3))
@@ -239,10 +245,7 @@ class Attention(nn.Module):
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            cache = Cache(
-                *(old.at[rows, mask.query_positions].set(new) for old, new in zip(cache, (k, v), strict=True))
-            )
+            cache = written(cache, k, v, mask)
             k, v = cache
         return mixed(self, q, k, v, mask, x.shape[-1]), cache
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["query_positions", "key_valid", "query_segments", "key_segments", "bias"],
-    meta_fields=["causal", "window"],
+    meta_fields=["causal", "window", "offset"],
 )
 @dataclass(frozen=True)
 class Mask:
@@ -25,8 +25,9 @@ class Mask:
       causal: a query sees keys at its own and earlier positions.
       window: only keys closer than this to the query's own position: with `causal` its own and the `window - 1` before
         it (Mistral), without it as many after it too (Longformer).
-      query_positions: (B, T) int32, where the queries stand among the keys; 0..T-1 if None. Set when decoding
-        with a cache whose slots 0..S-1 are the positions.
+      offset: where the first query stands among the keys: behind a memory of that many.
+      query_positions: (B, T) int32, where each query stands among the keys; offset..offset+T-1 if None. Set when
+        decoding with a cache whose slots 0..S-1 are the positions.
       key_valid: (B, S) bool, False for padding.
       query_segments, key_segments: (B, T) and (B, S) int32; a query sees only keys of its own segment (packed
         documents).
@@ -35,6 +36,7 @@ class Mask:
 
     causal: bool = False
     window: int | None = None
+    offset: int = 0
     query_positions: jax.Array | None = None
     key_valid: jax.Array | None = None
     query_segments: jax.Array | None = None
@@ -46,7 +48,7 @@ class Mask:
         parts = []
         if self.causal or self.window is not None:
             q_pos = (
-                jnp.arange(queries.start, queries.stop)[None]
+                jnp.arange(queries.start + self.offset, queries.stop + self.offset)[None]
                 if self.query_positions is None
                 else self.query_positions[:, queries]
             )[:, :, None]
