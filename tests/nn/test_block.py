@@ -76,7 +76,7 @@ def test_residuals_and_norms(position):
     np.testing.assert_allclose(block.apply({"params": params}, X, None, CAUSAL)[0], want, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [dict(dropout=0.5), dict(attention_dropout=0.5)])
+@pytest.mark.parametrize("fields", [dict(dropout=0.5), dict(mlp_dropout=0.5), dict(attention_dropout=0.5)])
 def test_dropout_only_when_training(fields):
     spec = BlockSpec(width=D, heads=2, init="normal", init_std=0.3, **fields)
     training, variables = made(spec, train=True)

@@ -37,6 +37,7 @@ class MLP(nn.Module):
 
     spec: BlockSpec
     layers: int
+    train: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -48,6 +49,8 @@ class MLP(nn.Module):
         else:
             hidden = activation(up)
         hidden = constrain(hidden, ("batch", "length", "mlp"))
+        if spec.mlp_dropout:
+            hidden = nn.Dropout(spec.mlp_dropout, deterministic=not self.train)(hidden)
         return dense(spec, width, "residual", spec.hidden, self.layers, "down")(hidden)
 
 
@@ -92,6 +95,6 @@ class Block(nn.Module):
         if context.source is not None or cross is not None:
             look = CrossAttention(spec, self.layers, self.train, name="cross_attention")
             x, cross = around(x, lambda y: look(y, context, cross), "cross_attention_norm")
-        mlp = MLP(spec, self.layers, name="mlp")
+        mlp = MLP(spec, self.layers, self.train, name="mlp")
         x, _ = around(x, lambda y: (mlp(y), None), "mlp_norm")
         return x, None if cache is None else LayerCache(own, cross)

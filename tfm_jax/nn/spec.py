@@ -32,6 +32,7 @@ class BlockSpec:
       attention_scale: scores are divided by `sqrt` of the head size, or not at all (`none`: T5).
       bias: `all` linear layers and norms carry one, or `none`.
       dropout: on embeddings, and on each sublayer's output.
+      mlp_dropout: on the MLP's hidden values.
       attention_dropout: on the attention weights; needs the materialised `xla` attention.
       dtype: of activations and matrix products; parameters, norms, softmax and losses stay in float32.
       attention: implementation, see `nn.attention.IMPLEMENTATIONS`; `auto` chooses by platform and says what.
@@ -56,6 +57,7 @@ class BlockSpec:
     attention_scale: Literal["sqrt", "none"] = "sqrt"
     bias: Literal["all", "none"] = "all"
     dropout: float = 0.0
+    mlp_dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: DType = "float32"
     attention: str = "auto"
@@ -77,7 +79,7 @@ class BlockSpec:
                 f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}."
                 f" Nearest that do: {_nearest_divisors(self.heads, self.groups)}."
             )
-        for name in ("dropout", "attention_dropout"):
+        for name in ("dropout", "mlp_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: a probability in [0, 1).")
 
