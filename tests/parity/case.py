@@ -29,6 +29,8 @@ def as_text(theirs: Arrays) -> dict[str, Any]:
     out: dict[str, Any] = {names[k]: v.astype(np.int32) for k, v in theirs.items() if k in names}
     if "attention_mask" in theirs:
         out["valid"] = theirs["attention_mask"].astype(bool)
+    if "decoder_attention_mask" in theirs:
+        out["decoder_valid"] = theirs["decoder_attention_mask"].astype(bool)
     return out
 
 
@@ -57,7 +59,8 @@ class Case:
       ours: their inputs as ours.
       outputs: `{their output: ours}`, compared wherever `attention_mask` (or `decoder_attention_mask`) is 1.
       loss: for families whose gradients are compared: their loss; ours is `kind`.
-      kind: `next` or `own` token.
+      kind: `next` or `own` token, or the `decoder`'s.
+      prepare: changes the reference model before its weights are drawn.
     """
 
     architecture: str
@@ -68,3 +71,4 @@ class Case:
     outputs: Mapping[str, str] = field(default_factory=lambda: {"logits": "logits"})
     loss: Callable[..., Any] | None = None
     kind: str = ""
+    prepare: Callable[[Any], None] | None = None

@@ -22,7 +22,7 @@ class Row:
 
     Attributes:
       theirs: its name.
-      ours: parameter paths, layers unrolled (`stack/block_{i}/mlp/up/kernel`).
+      ours: parameter paths, layers unrolled (`stack/block_{i}/mlp/up/kernel`); none for a tensor that is computed.
       read: from their array to ours, one for each path.
       write: back; exactly, since it only moves numbers.
     """
@@ -44,6 +44,11 @@ def transposed(theirs: str, ours: str) -> list[Row]:
 def reshaped(theirs: str, ours: str, shape: tuple[int, ...], their_shape: tuple[int, ...]) -> list[Row]:
     """Their (1, 1, D) is our (D,), and the like."""
     return [Row(theirs, (ours,), lambda x: (x.reshape(shape),), lambda x: x[0].reshape(their_shape))]
+
+
+def computed(theirs: str, make: Callable[[], np.ndarray]) -> list[Row]:
+    """A tensor of theirs that no parameter of ours stands for: a file has just this value, or leaves it out."""
+    return [Row(theirs, (), lambda x: (), lambda x: make())]
 
 
 def linear(theirs: str, ours: str, *, bias: bool = True) -> list[Row]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from tfm_jax.convert.table import Conversion, Row, Section, stacked_path
@@ -103,9 +104,10 @@ def _check(
     where: str,
 ) -> None:
     want, have = {row.theirs for row in rows}, set(names)
+    optional = {row.theirs for row in rows if not row.ours}
     ties = conversion.ties(section)
     skipped = {name for name in have if any(re.search(pattern, name) for pattern in conversion.skip)}
-    lines = [f"  {name}: missing" for name in sorted(want - have)]
+    lines = [f"  {name}: missing" for name in sorted(want - have - optional)]
     for name in sorted(have - want - skipped):
         if name not in ties:
             lines.append(f"  {name}: {_shape_of(theirs, names[name])} has no place in the model")
@@ -123,12 +125,20 @@ def _check(
             found = _shape_of(theirs, names[row.theirs])
             if tuple(expected) != found:
                 lines.append(f"  {row.theirs}: {found}, but the config makes it {tuple(expected)}")
+            elif not row.ours and not _close(theirs[names[row.theirs]], row.write([])):
+                lines.append(f"  {row.theirs}: is not what this model computes in its place")
     assert covered == set(leaves), f"The table of {conversion.architecture} leaves out {set(leaves) - covered}."
     if lines:
         more = [f"  ... and {len(lines) - 40} more"] if len(lines) > 40 else []
         raise UserError(
             f"{where} does not fit its config ({conversion.architecture}):\n" + "\n".join(lines[:40] + more)
         )
+
+
+def _close(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Equal but for rounding, to the file's precision."""
+    atol = 4 * float(ml_dtypes.finfo(found.dtype).eps) * float(np.max(np.abs(expected), initial=0))
+    return np.allclose(found.astype(np.float64), expected, rtol=0, atol=atol)
 
 
 def _shape_of(theirs: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
