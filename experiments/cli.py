@@ -10,9 +10,11 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tfm_jax.errors import UserError, nearest
@@ -112,6 +114,15 @@ def run(main: Callable[[Sequence[str] | None], int]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def python() -> str:
+    """What to type for this interpreter: `python` if that is what a shell would find, else its path."""
+    found = shutil.which("python")
+    if found is not None and Path(found).absolute() == Path(sys.executable).absolute():
+        return "python"
+    near = os.path.relpath(sys.executable)
+    return near if len(near) < len(sys.executable) else sys.executable
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""Evaluate a checkpoint of a run with the evaluators of its config, on the devices that are here."""
+"""Evaluate a checkpoint of a run with the evaluators of its config, on the devices that are here.
+
+`--config.KEY=VALUE` changes the run's config, for other data or another mesh.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from tfm_jax import config as configs
 
 EXAMPLES = """\
   python -m experiments.evaluate --run runs/gpt_stdlib
-  python -m experiments.evaluate --run runs/gpt_stdlib --step 200 --json
+  python -m experiments.evaluate --run runs/gpt_stdlib --step 400 --json
   JAX_NUM_CPU_DEVICES=8 python -m experiments.evaluate --run runs/gpt_stdlib --config.mesh.tensor=2"""
 
 
@@ -44,7 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     record = {"step": step, "overrides": dict(overrides), **results}
     if multihost.is_main():
-        print(cli.table([(f"step {step}", ""), *((name, f"{value:.6f}") for name, value in sorted(results.items()))]))
+        print(
+            cli.table(
+                [
+                    (f"step {step}", ""),
+                    *(
+                        (name, f"{value:.6f}" if value % 1 else f"{value:.0f}")
+                        for name, value in sorted(results.items())
+                    ),
+                ]
+            )
+        )
         write_atomic(
             flags.run / f"evaluation_{step}.json",
             configs.to_json(record),

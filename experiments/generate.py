@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--run", type=Path, required=True, help="run directory")
     made.add_argument("--step", type=int, help="checkpoint to use; the newest by default")
     made.add_argument("--prompt", default="", help="text to continue; by default a new document")
-    made.add_argument("--max_new", type=int, default=100, help="tokens to make at most")
+    made.add_argument("--max_new", type=int, help="tokens to make at most; 100, or what the model has room for")
     made.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     made.add_argument("--top_k", type=int, default=0, help="draw from this many likeliest tokens; 0 for all")
     made.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens with this probability")
@@ -36,13 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.setup()
     run = Loaded(flags.run, flags.step)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
-    print(flags.prompt, end="", flush=True)
     start = time.perf_counter()
     text, tokens = run.continue_text(
         flags.prompt, sampling, flags.max_new, flags.seed, None if flags.no_stream else sys.stdout
     )
     seconds = time.perf_counter() - start
-    print(text if flags.no_stream else "", flush=True)
+    print(flags.prompt + text if flags.no_stream else "", flush=True)
     if flags.json:
         cli.print_json({"step": run.step, "prompt": flags.prompt, "text": text, "tokens": tokens, "seconds": seconds})
     return 0
@@ -66,8 +65,10 @@ class Loaded:
             raise UserError(f"model.name={config['model']['name']!r} cannot generate: it has no init_caches.")
         self.params, self.step = load_params(path, step)
 
-    def continue_text(self, prompt: str, sampling: Any, max_new: int, seed: int, out: Any = None) -> tuple[str, int]:
-        """The text made after a prompt and its number of tokens, written to `out` as it comes."""
+    def continue_text(
+        self, prompt: str, sampling: Any, max_new: int | None, seed: int, out: Any = None
+    ) -> tuple[str, int]:
+        """The text made after a prompt and its number of tokens, written to `out`, prompt first, as it comes."""
         from tfm_jax.data.tokenizers import TextStream
         from tfm_jax.decode.sample import generate
 
@@ -76,11 +77,17 @@ class Loaded:
             raise UserError(f"The prompt {prompt!r} has characters that the run's tokenizer has never seen.")
         # Documents start after an end mark, so the prompt does too.
         ids = [self.tokenizer.end_id, *ids]
-        stream = TextStream(self.tokenizer)
+        if max_new is None:
+            limit = getattr(self.model, "max_len", None)
+            max_new = 100 if limit is None else max(1, min(100, limit - len(ids)))
+        stream, pending = TextStream(self.tokenizer), prompt
 
         def on_token(new: np.ndarray) -> None:
+            nonlocal pending
             if out is not None and new[0] >= 0:
-                print(stream.push(int(new[0])), end="", file=out, flush=True)
+                # The prompt comes with the first token, behind all messages and errors.
+                print(pending + stream.push(int(new[0])), end="", file=out, flush=True)
+                pending = ""
 
         made = generate(
             self.model,
@@ -94,7 +101,7 @@ class Loaded:
             on_token=on_token if out is not None else None,
         )[0]
         if out is not None:
-            print(stream.flush(), end="", file=out, flush=True)
+            print(pending + stream.flush(), end="", file=out, flush=True)
         return self.tokenizer.decode(made), len(made)
 
 
@@ -106,9 +113,9 @@ def sample(path: Path) -> str | None:
         run = Loaded(path)
     except UserError:
         return None
-    limit = getattr(run.model, "max_len", 128)
-    text, _ = run.continue_text("", Sampling(0.8, 40), min(128, limit - 2), 0)
-    return text
+    text, _ = run.continue_text("", Sampling(0.8, 40), None, 0)
+    # A model that has learnt little may say anything, terminal control codes too.
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 if __name__ == "__main__":

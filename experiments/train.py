@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not multihost.is_main():
         return 0
     if outcome.status == "finished":
-        _summary(flags.workdir, outcome.result)
+        _summary(flags.workdir, outcome.result, profile is not None)
     if flags.json:
         cli.print_json({"status": outcome.status, **outcome.result})
     return 0 if outcome.status == "finished" else cli.PREEMPTED
@@ -65,7 +65,7 @@ def _window(text: str | None) -> tuple[int, int] | None:
     return int(first), int(count)
 
 
-def _summary(run: Path, result: dict[str, Any]) -> None:
+def _summary(run: Path, result: dict[str, Any], profiled: bool) -> None:
     """The figures beside two compressors' on the same bytes, a sample, and how to go on."""
     import jax
 
@@ -82,10 +82,14 @@ def _summary(run: Path, result: dict[str, Any]) -> None:
     # Reading a checkpoint takes all processes, and only this one is here.
     sample = generate.sample(run) if jax.process_count() == 1 else None
     if sample is not None:
-        print(f"\nA sample:\n{sample}\n")
-    print(f"Picture     {run / 'plots' / 'loss.png'}")
-    print(f"Evaluate    python -m experiments.evaluate --run {run}")
-    print(f"Generate    python -m experiments.generate --run {run} --prompt 'def '")
+        print(f"\nA sample:\n{sample}")
+    python = cli.python()
+    print(f"\nPicture     {run / 'plots' / 'loss.png'}")
+    print(f"Evaluate    {python} -m experiments.evaluate --run {run}")
+    if sample is not None:
+        print(f"Generate    {python} -m experiments.generate --run {run} --prompt 'def '")
+    if profiled:
+        print(f"Profile     tensorboard --logdir {run / 'profile'}   (pip install tensorboard-plugin-profile)")
     print(f"Watch       tensorboard --logdir {run}   (pip install tensorboard)")
 
 

@@ -181,7 +181,8 @@ def test_mistakes_on_the_command_line(raw_config, key, text, message):
             {"checkpoint.resume": "a", "checkpoint.init_from": "b"},
             "checkpoint.resume and checkpoint.init_from exclude each other: give one.",
         ),
-        ({"optim.warmup_steps": 8}, "optim.warmup_steps=8: must be at least 0 and below train.steps=8."),
+        ({"optim.warmup_steps": 8}, "optim.warmup_steps=8: must be at least 0 and below train.steps=8."
+         " Usual: optim.warmup_steps=0."),
         ({"data.seq_len": 17}, "data.seq_len=17 is longer than model.max_len=16."),
         (
             {"model.attention": "cudnn"},

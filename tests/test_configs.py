@@ -20,7 +20,7 @@ from tfm_jax.train.build import build
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 GOLDEN = Path(__file__).parent / "configs.txt"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 # This one trains on a text that the user names.
 SMOKE = [name for name in NAMES if name != "gpt_chars"]
 

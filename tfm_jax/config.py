@@ -172,8 +172,11 @@ def _override(raw: Config, key: str, text: str) -> None:
     else:
         fields = section_fields(parts[0], target)
     if path[0] not in fields:
-        names = [f"{'.'.join(parts[: -len(path)])}.{name}" for name in fields]
-        raise UserError(f"--config.{key}={text}: unknown key {key!r}.{nearest(key, names)}")
+        # Compared without the section, which any two keys of it have in common.
+        hint = nearest(path[0], fields)
+        if close := [name for name in fields if hint == f" Did you mean {name!r}?"]:
+            hint = f" Did you mean {'.'.join([*parts[: -len(path)], *close])!r}?"
+        raise UserError(f"--config.{key}={text}: unknown key {key!r}.{hint}")
     hint = fields[path[0]].hint
     for i, part in enumerate(path[:-1]):
         if not isinstance(target.get(part), Mapping):

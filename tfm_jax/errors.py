@@ -10,6 +10,12 @@ class UserError(Exception):
     """A mistake in a config, a command, the data or a run directory; commands print it without a traceback."""
 
 
+def closest(name: object, options: Iterable[object]) -> str:
+    """Like `nearest`, for options too many or too mixed to list (files of a folder)."""
+    close = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.75)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def nearest(name: object, options: Iterable[object]) -> str:
     """A sentence that points from a wrong name to the closest valid one, or lists what there is."""
     names = sorted(str(option) for option in options)

@@ -74,7 +74,7 @@ def test_evaluate_a_step(finished, capsys):
     for command in (evaluate, generate):
         with pytest.raises(UserError) as wrong:
             command.main(["--run", str(run), "--step", "5"])
-        assert str(wrong.value) == f"{run} has no checkpoint of step 5. Valid: 4, 8."
+        assert str(wrong.value) == f"{run} has no checkpoint of step 5. There are: 4, 8."
 
 
 def test_evaluate_on_another_split(finished, capsys):

@@ -48,7 +48,7 @@ def test_the_batch_is_split_over_data_and_fsdp():
         (dict(fsdp=-1, tensor=-1), "mesh: only one axis can be -1, these are: data, fsdp, tensor."),
         (
             dict(fsdp=3),
-            "mesh: data=-1 x fsdp=3 x tensor=1: 3 does not divide the 8 devices, so data=-1 has no size.",
+            "mesh: data=-1 x fsdp=3 x tensor=1: 3 does not divide the number of devices, 8, so data=-1 has no size.",
         ),
         (
             dict(data=2, fsdp=3, tensor=2),

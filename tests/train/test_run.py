@@ -276,3 +276,23 @@ def test_starting_from_another_run(finished, make_config, tmp_path, caplog):
 def test_the_picture_of_a_cut_off_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0, "optim/lr": 0.1}\n{"step": 2, "tr')
     assert plots.loss_picture(tmp_path, {"gzip": 1.5}).stat().st_size > 5000
+
+
+def test_speed_is_of_all_the_time_there_was(make_config, tmp_path):
+    """Units over units a second, line by line, add up to the seconds of training: no second is in two lines or none."""
+    outcome = train(make_config({"train.steps": 40, "checkpoint.every": 0, "data.batch_size": 64}), tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run") if "perf/steps_per_sec" in line]
+    assert len(lines) == 40
+    seconds = sum(1 / line["perf/steps_per_sec"] for line in lines)
+    assert seconds == pytest.approx(outcome.result["train_seconds"], rel=0.1)
+    assert max(line["perf/data_wait_frac"] for line in lines) <= 1
+
+
+def test_a_start_that_failed_can_be_corrected(make_config, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="has no checkpoints"):
+        train(make_config({"checkpoint.init_from": str(tmp_path / "nothing"), "data.tokenizer": "chars"}), run)
+    assert read(run, "status.json")["state"] == "failed"
+    assert train(make_config({"train.steps": 2, "optim.warmup_steps": 0}), run).status == "finished"
+    assert read(run, "config.json")["data"]["tokenizer"] == "bytes"
+    assert read(run, "config.json")["model"]["vocab_size"] == 257

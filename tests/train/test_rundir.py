@@ -49,6 +49,9 @@ def test_another_config_is_refused(tmp_path, make_config):
     rundir.check_config(tmp_path, make_config())  # an empty folder is anybody's
     (tmp_path / "config.json").write_text(json.dumps(make_config()))
     rundir.check_config(tmp_path, make_config({"log.every": 3}))
+    # Nothing is lost by another config as long as there is no checkpoint.
+    rundir.check_config(tmp_path, make_config({"optim.lr": 0.5}))
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     with pytest.raises(UserError) as found:
         rundir.check_config(tmp_path, make_config({"optim.lr": 0.5, "train.seed": 1}))
     assert str(found.value) == (

@@ -52,8 +52,14 @@ def test_end_factor_and_decay_fraction():
     [
         (dict(lr=0.0), "optim.lr=0.0: must be above 0."),
         (dict(steps=0), "train.steps=0: must be at least 1."),
-        (dict(warmup_steps=-1), "optim.warmup_steps=-1: must be at least 0 and below train.steps=50."),
-        (dict(warmup_steps=50), "optim.warmup_steps=50: must be at least 0 and below train.steps=50."),
+        (
+            dict(warmup_steps=-1),
+            "optim.warmup_steps=-1: must be at least 0 and below train.steps=50. Usual: optim.warmup_steps=5.",
+        ),
+        (
+            dict(warmup_steps=50),
+            "optim.warmup_steps=50: must be at least 0 and below train.steps=50. Usual: optim.warmup_steps=5.",
+        ),
         (dict(end_factor=1.5), "optim.end_factor=1.5: a fraction of the peak in [0, 1]."),
         (dict(decay_fraction=0.0), "optim.decay_fraction=0.0: a fraction of the steps in (0, 1]."),
         (

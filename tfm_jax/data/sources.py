@@ -21,7 +21,7 @@ from pathlib import Path
 from tfm_jax.data import files, records
 from tfm_jax.data.splits import Keep, check_rule, split_in_name
 from tfm_jax.data.types import Piece, Source
-from tfm_jax.errors import UserError, nearest
+from tfm_jax.errors import UserError, closest, nearest
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _matching(pattern: str, kind: str) -> tuple[Path, list[Path]]:
     paths = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if os.path.isfile(p))
     if not paths:
         parent = next((p for p in (base, *base.parents) if p.is_dir()), Path())
-        hint = nearest(expanded, [str(p) for p in sorted(parent.iterdir())[:50]])
+        hint = closest(expanded, [str(p) for p in sorted(parent.iterdir())[:1000]])
         raise UserError(f"data.source: {kind}:{pattern} matches no file.{hint}")
     return base, paths
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import logging
 import os
 import platform
 import sysconfig
@@ -20,6 +22,7 @@ SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 )
 VALIDATION_FRACTION = 0.05
+log = logging.getLogger(__name__)
 
 
 def library_files(root: Path) -> list[str]:
@@ -93,5 +96,8 @@ def prepare(data_dir: Path) -> Path:
     with locked(data_dir / name):
         builder = StdlibSource(config=config, data_dir=str(data_dir), file_format="array_record")
         if not builder.is_prepared():
-            builder.download_and_prepare()
+            log.info("Reading the sources of Python %s's standard library (once).", platform.python_version())
+            # TFDS announces a download, of which there is none here.
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare()
     return Path(builder.data_dir)

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 
 from tfm_jax.data.types import Tokenizer
-from tfm_jax.errors import UserError, nearest
+from tfm_jax.errors import UserError, closest
 
 T = TypeVar("T", bound=Tokenizer)
 
@@ -182,7 +182,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def _must_exist(path: Path) -> None:
     if not path.is_file():
         there = sorted(str(p) for p in path.parent.glob("*") if p.is_file()) if path.parent.is_dir() else []
-        raise UserError(f"There is no tokenizer file {path}.{nearest(path, there)}")
+        raise UserError(f"There is no tokenizer file {path}.{closest(path, there)}")
 
 
 def _checked(tokenizer: T) -> T:

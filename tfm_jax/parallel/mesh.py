@@ -46,7 +46,7 @@ def make(
     if free:
         if len(found) % fixed:
             raise UserError(
-                f"mesh: {asked}: {fixed} does not divide the {len(found)} devices, so {free[0]}=-1 has no size."
+                f"mesh: {asked}: {fixed} does not divide the number of devices, {len(found)}, so {free[0]}=-1 has no size."
             )
         sizes[free[0]] = len(found) // fixed
     elif fixed != len(found):

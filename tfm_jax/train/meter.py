@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from tfm_jax.data.prefetch import Prefetcher
 from tfm_jax.parallel.devices import peak_flops
@@ -30,6 +32,9 @@ class Meter:
         self._total = seconds  # over all starts of this run, up to the last pause
         self._resumed_at: float | None = None
         self._batches: Any = None
+        steps = jnp.arange(experiment.train.steps)
+        # Known beforehand: a computation during training would wait for the step that is under way.
+        self._rates = np.asarray(jnp.broadcast_to(jax.vmap(experiment.optimizer.schedule)(steps), steps.shape))
         self._clear()
 
     def start(self, step: int, batches: Prefetcher[Any]) -> None:
@@ -72,14 +77,15 @@ class Meter:
 
     def report(self, step: int) -> Metrics:
         """Means and rates since the last report, under the tags of the run's log."""
-        seconds = max(self.train_seconds - self._since, 1e-9)
+        now = self.train_seconds
+        seconds = max(now - self._since, 1e-9)
         waited = self._batches.wait_seconds
         out = {_TAGS.get(n, f"train/{n}"): t / c for n, (t, c) in self._sums.items() if c}
         per_device = self._units / seconds / jax.device_count()
         unit = self.experiment.task.unit
         out |= {
             "train/skipped_steps": float(self.skipped),
-            "optim/lr": float(self.experiment.optimizer.schedule(max(step - 1 - self.skipped, 0))),
+            "optim/lr": float(self._rates[max(step - 1 - self.skipped, 0)]),
             "perf/steps_per_sec": self._steps / seconds,
             f"perf/{unit}s_per_sec": self._units / seconds,
             f"perf/{unit}s_per_sec_per_device": per_device,
@@ -90,7 +96,7 @@ class Meter:
         flops = self.experiment.flops_per_token
         if flops is not None and peak is not None:
             out["perf/mfu"] = per_device * flops / peak
-        self._since, self._waited, self.last = self.train_seconds, waited, out
+        self._since, self._waited, self.last = now, waited, out
         self._clear()
         return out
 

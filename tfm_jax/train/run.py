@@ -62,7 +62,9 @@ def train(config: configs.Config, run: Path, *, profile: tuple[int, int] | None 
             rundir.check_config(run, config)
             if profile is not None and profile[0] >= config["train"]["steps"]:
                 raise UserError(f"--profile starts at step {profile[0]}, but train.steps={config['train']['steps']}.")
-            experiment = build(config, tokenizer_dir=run / "tokenizer")  # 1
+            # A tokenizer without a checkpoint may be another config's: a start that failed.
+            tokenizer = run / "tokenizer" if rundir.has_checkpoint(run) else None
+            experiment = build(config, tokenizer_dir=tokenizer)  # 1
             evaluators = experiment.evaluators()
         except UserError as error:
             multihost.agree({}, problem=str(error))

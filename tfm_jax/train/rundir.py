@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -44,7 +45,10 @@ def claim(run: Path) -> Iterator[None]:
 
 
 def check_config(run: Path, config: configs.Config) -> None:
-    """Refuse a run directory that belongs to another config, naming the keys that differ."""
+    """Refuse a run directory that belongs to another config, naming the keys that differ.
+
+    One without a checkpoint holds nothing that could be lost: a start that failed, corrected, begins anew.
+    """
     path = run / "config.json"
     if not path.is_file():
         return
@@ -52,7 +56,7 @@ def check_config(run: Path, config: configs.Config) -> None:
     # The data fills these in later; the run has them already.
     known = {key: own["model"].get(key) for key in configs.FILLED_IN if key in model and model[key] is None}
     config = {**config, "model": {**model, **known}}
-    if lines := configs.differences(own, config):
+    if (lines := configs.differences(own, config)) and has_checkpoint(run):
         raise UserError(
             f"{run} belongs to another config. What differs (its own -> asked for):\n  "
             + "\n  ".join(lines)
@@ -60,8 +64,15 @@ def check_config(run: Path, config: configs.Config) -> None:
         )
 
 
+def has_checkpoint(run: Path) -> bool:
+    folder = run / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def begin(run: Path, config: configs.Config, tokenizer: Any) -> None:
     """Write what later commands need: the config, and the tokenizer if there is one."""
+    if not has_checkpoint(run):
+        shutil.rmtree(run / "tokenizer", ignore_errors=True)
     if not (run / "tokenizer").is_dir() and tokenizer is not None:
         temporary = run / f".tokenizer.{os.getpid()}"
         tokenizer.save(temporary)

@@ -26,7 +26,10 @@ def make(
     if steps < 1:
         raise UserError(f"train.steps={steps}: must be at least 1.")
     if not 0 <= warmup_steps < steps and not (schedule in ("constant", "rsqrt") and warmup_steps == steps):
-        raise UserError(f"optim.warmup_steps={warmup_steps}: must be at least 0 and below train.steps={steps}.")
+        raise UserError(
+            f"optim.warmup_steps={warmup_steps}: must be at least 0 and below train.steps={steps}."
+            f" Usual: optim.warmup_steps={steps // 10}."
+        )
     if not 0 <= end_factor <= 1:
         raise UserError(f"optim.end_factor={end_factor}: a fraction of the peak in [0, 1].")
     if not 0 < decay_fraction <= 1:
