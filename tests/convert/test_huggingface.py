@@ -1,0 +1,233 @@
+"""What an import refuses, and how files may look. The numbers are checked by tests/parity."""
+
+import json
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from experiments import convert, evaluate, generate
+from tests.errors import says
+from tfm_jax.convert import huggingface, tensors
+from tfm_jax.convert.table import Conversion, each_layer, embedding, linear, norm
+from tfm_jax.data.vocabularies import byte_tokenizer
+from tfm_jax.errors import UserError
+from tfm_jax.paths import flatten
+from tfm_jax.train.restore import load_params
+
+VOCAB, WIDTH, LAYERS = 257, 16, 2
+CONFIG = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": VOCAB, "n_positions": 32, "n_embd": WIDTH,
+    "n_layer": LAYERS, "n_head": 2, "eos_token_id": 256, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
+
+
+def weights(dtype=np.float32):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return rng.normal(0, 0.1, shape).astype(dtype)
+
+    out = {"transformer.wte.weight": draw(VOCAB, WIDTH), "transformer.wpe.weight": draw(32, WIDTH)}
+    for i in range(LAYERS):
+        h = f"transformer.h.{i}"
+        for name, fan_in, fan_out in (
+            ("attn.c_attn", WIDTH, 3 * WIDTH), ("attn.c_proj", WIDTH, WIDTH), ("mlp.c_fc", WIDTH, 4 * WIDTH),
+            ("mlp.c_proj", 4 * WIDTH, WIDTH),
+        ):  # fmt: skip
+            out |= {f"{h}.{name}.weight": draw(fan_in, fan_out), f"{h}.{name}.bias": draw(fan_out)}
+        for name in ("ln_1", "ln_2"):
+            out |= {f"{h}.{name}.weight": draw(WIDTH), f"{h}.{name}.bias": draw(WIDTH)}
+    return out | {"transformer.ln_f.weight": draw(WIDTH), "transformer.ln_f.bias": draw(WIDTH)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`folder(config={...}, weights={...}, tokenizer=True)`: a model folder."""
+
+    def make(name="theirs", config=(), arrays=None, tokenizer=True):
+        path = tmp_path / name
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps({**CONFIG, **dict(config)}))
+        safetensors.numpy.save_file(weights() if arrays is None else arrays, path / "model.safetensors")
+        if tokenizer:
+            byte_tokenizer().save(path)
+        return path
+
+    return make
+
+
+def test_a_run_made_from_a_folder_is_one_like_any_other(folder, tmp_path, capsys, corpus):
+    run = tmp_path / "run"
+    assert convert.main([f"--from=hf:{folder()}", f"--to={run}", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (
+        record["parameters"] == sum(x.size for x in weights().values())
+        and record["architecture"] == CONFIG["architectures"][0]
+    )
+    assert generate.main([f"--run={run}", "--prompt=The ", "--max_new=4", "--temperature=0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] <= 4
+    data = [f"--config.data.source=text:{corpus}/*.txt", "--config.data.batch_size=8", "--config.data.seq_len=8"]
+    assert evaluate.main([f"--run={run}", *data, "--json"]) == 0
+    # Random weights know nothing: about ln 257.
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["eval/validation/loss"] == pytest.approx(
+        np.log(257), abs=0.3
+    )
+    assert convert.main([f"--from={run}", f"--to=hf:{tmp_path}/again"]) == 0
+    with safetensors.safe_open(tmp_path / "again" / "model.safetensors", framework="numpy") as again:
+        assert again.metadata() == {"format": "pt"}
+        assert {name: again.get_tensor(name).tobytes() for name in again.keys()} == {  # noqa: SIM118 - not a dict
+            name: x.tobytes() for name, x in weights().items()
+        }
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config | CONFIG == config and config["dtype"] == "float32"
+    assert (tmp_path / "again" / "tokenizer.json").read_text() == byte_tokenizer().json
+
+
+def test_files_in_shards(folder, tmp_path, monkeypatch):
+    path = folder()
+    monkeypatch.setattr(tensors, "MAX_SHARD_BYTES", 8000)
+    arrays = weights()
+    (path / "model.safetensors").unlink()
+    tensors.write_tensors(path, {k: x.shape for k, x in arrays.items()}, arrays.__getitem__, np.dtype("float32"))
+    shards = sorted(p.name for p in path.glob("*.safetensors"))
+    assert len(shards) > 2 and all(p.stat().st_size < 20000 for p in path.glob("*.safetensors"))
+    convert.bring_in(path, tmp_path / "run")
+    params, _ = load_params(tmp_path / "run")
+    np.testing.assert_array_equal(params["token_embedding"]["embedding"], arrays["transformer.wte.weight"])
+    (path / shards[1]).unlink()
+    with says(f"{path}/model.safetensors.index.json names files that are not there: {shards[1]}."):
+        tensors.open_tensors(path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_comes_back_in_its_own_bytes(folder, tmp_path, dtype):
+    arrays = weights(dtype)
+    name = np.dtype(dtype).name
+    convert.bring_in(folder(config={"torch_dtype": name}, arrays=arrays), tmp_path / "run")
+    params, _ = load_params(tmp_path / "run")
+    assert {x.dtype for x in flatten(params).values()} == {np.dtype("float32")}
+    convert.give_back(tmp_path / "run", tmp_path / "again")
+    again = tensors.open_tensors(tmp_path / "again")
+    assert {k: again[k].tobytes() for k in again} == {k: x.tobytes() for k, x in arrays.items()}
+
+
+def test_every_mistake_in_the_tensors_is_listed(folder, tmp_path):
+    arrays = weights()
+    del arrays["transformer.h.1.ln_2.bias"]
+    arrays["transformer.wpe.weight"] = arrays["transformer.wpe.weight"][:9]
+    arrays["transformer.h.2.ln_1.bias"] = np.zeros(16, np.float32)
+    arrays["lm_head.weight"] = np.zeros((VOCAB, WIDTH), np.float32)
+    arrays["transformer.h.0.attn.bias"] = np.zeros((1, 1, 4, 4), np.float32)  # a mask that old files carry
+    path = folder(arrays=arrays)
+    with says(
+        f"{path} does not fit its config (GPT2LMHeadModel):\n"
+        "  transformer.h.1.ln_2.bias: missing\n"
+        "  lm_head.weight: differs from transformer.wte.weight, to which the config ties it\n"
+        "  transformer.h.2.ln_1.bias: (16,) has no place in the model\n"
+        "  transformer.wpe.weight: (9, 16), but the config makes it (32, 16)"
+    ):
+        convert.bring_in(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_mistake_in_the_config_is_listed(folder, tmp_path):
+    path = folder(config={"scale_attn_by_inverse_layer_idx": True, "activation_function": "mish", "n_experts": 4})
+    with says(
+        f"{path}/config.json (GPT2LMHeadModel) asks for what is not here:\n"
+        "  scale_attn_by_inverse_layer_idx=True is not supported; what is: False\n"
+        "  activation_function='mish' is not supported; what is: 'gelu', 'gelu_new', 'gelu_pytorch_tanh', 'gelu_fast',"
+        " 'silu', 'swish', 'relu'\n"
+        "  n_experts=4 is not known\n"
+        "If an unknown field changes nothing: --ignore n_experts"
+    ):
+        convert.bring_in(path, tmp_path / "run")
+    harmless = folder("harmless", config={"n_experts": 4})
+    assert convert.main([f"--from=hf:{harmless}", f"--to={tmp_path}/run", "--ignore=n_experts"]) == 0
+
+
+def test_what_is_not_there(folder, tmp_path):
+    with pytest.raises(
+        UserError, match=r"^The architecture GPT2LMHeadModle is not known\. Did you mean 'GPT2LMHeadModel'\?"
+    ):
+        huggingface.find({"architectures": ["GPT2LMHeadModle"]})
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with says(f"There is no {empty}/config.json."):
+        convert.bring_in(empty, tmp_path / "run")
+    (empty / "config.json").write_text(json.dumps(CONFIG))
+    names = "model.safetensors nor model.safetensors.index.json nor pytorch_model.bin"
+    with says(f"{empty} has no weights: neither {names} is there."):
+        convert.bring_in(empty, tmp_path / "run")
+    (empty / "model.safetensors").write_bytes(b"not at all")
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        convert.bring_in(empty, tmp_path / "run")
+    for flags, message in (
+        (["--from=a", "--to=b"], "--from=a --to=b: one of them must be hf:FOLDER, the other a run."),
+        (["--from=hf:a", "--to=b", "--table=x"], "--table=x: write package.module:NAME."),
+    ):
+        with says(message):
+            convert.main(flags)
+
+
+def test_a_pickle_is_not_read_without_the_safe_loader(tmp_path, monkeypatch):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"is a pickle, which runs code when it is read\."):
+        tensors.open_tensors(tmp_path)
+
+
+def test_what_cannot_be_given_back_says_why(tmp_path, make_config):
+    from tfm_jax.train.run import train
+
+    run = tmp_path / "run"
+    train(make_config({"model.norm": "rms", "model.bias": "'none'", "train.steps": 1, "optim.warmup_steps": 0}), run)
+    with pytest.raises(UserError) as found:
+        convert.give_back(run, tmp_path / "out")
+    lines = str(found.value).splitlines()
+    assert lines[0].startswith("No class in transformers computes what this model computes. The nearest, ")
+    assert any("model.norm='rms'" in line or "model.position='learned'" in line for line in lines[1:])
+    assert not (tmp_path / "out").exists()
+
+
+def own_table(section):
+    names = ("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")
+    layer = [row for a, b in names for row in linear(f"l{{i}}.{a}", f"stack/block_{{i}}/attention/{b}")]
+    for name in ("up", "down"):
+        layer += linear(f"l{{i}}.{name}", f"stack/block_{{i}}/mlp/{name}")
+    for name in ("attention_norm", "mlp_norm"):
+        layer += norm(f"l{{i}}.{name}", f"stack/block_{{i}}/{name}")
+    rows = embedding("words", "token_embedding") + embedding("places", "position_embedding")
+    return rows + each_layer(layer, section["layers"]) + norm("last", "stack/final_norm")
+
+
+OWN = Conversion(
+    "MyLabsGPT",
+    "mylab",
+    "gpt",
+    lambda c: {"vocab_size": c.take("v"), "width": c.take("d"), "layers": c.take("n"), "heads": 2, "max_len": 8},
+    lambda m: {"v": m["vocab_size"], "d": m["width"], "n": m["layers"]},
+    own_table,
+)
+
+
+def test_a_table_of_the_users_own(tmp_path):
+    """Named by a dotted path, it serves an architecture that this package has never heard of."""
+    path, rng = tmp_path / "theirs", np.random.default_rng(1)
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"architectures": ["MyLabsGPT"], "v": 11, "d": 4, "n": 1}))
+    sizes = {"words.weight": (11, 4), "places.weight": (8, 4), "l0.up.weight": (16, 4), "l0.up.bias": (16,)}
+    sizes |= {"l0.down.weight": (4, 16), "l0.down.bias": (4,), "last.weight": (4,), "last.bias": (4,)}
+    sizes |= {f"l0.{n}.weight": (4, 4) for n in "qkvo"} | {f"l0.{n}.bias": (4,) for n in "qkvo"}
+    sizes |= {f"l0.{n}.{k}": (4,) for n in ("attention_norm", "mlp_norm") for k in ("weight", "bias")}
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in sizes.items()}
+    safetensors.numpy.save_file(arrays, path / "model.safetensors")
+    table = f"--table={__name__}:OWN"
+    assert convert.main([f"--from=hf:{path}", f"--to={tmp_path}/run", table]) == 0
+    params, _ = load_params(tmp_path / "run")
+    np.testing.assert_array_equal(params["stack"]["block_0"]["mlp"]["up"]["kernel"], arrays["l0.up.weight"].T)
+    assert convert.main([f"--from={tmp_path}/run", f"--to=hf:{tmp_path}/again", table]) == 0
+    again = tensors.open_tensors(tmp_path / "again")
+    assert {k: again[k].tobytes() for k in again} == {k: x.tobytes() for k, x in arrays.items()}
