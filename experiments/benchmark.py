@@ -2,6 +2,8 @@
 
 `step`        one training step (forward, backward, clipping, AdamW) beside a PyTorch model of the same shape; needs the
               extra `parity`.
+`families`    forward and backward of every family beside its reference class; needs `parity`.
+`generate`    greedy decoding of a random GPT-2 of 124 M parameters beside `transformers`, and its import; `parity`.
 `overhead`    the whole loop (logging, prefetch, checkpoints due) beside the bare compiled step, and the data wait.
 `checkpoint`  how long a save of 124 M parameters with Adam's moments blocks the loop, asynchronous beside synchronous.
 `startup`     seconds from start to the first step, with the compile cache cold and warm, the data being built.
@@ -28,7 +30,7 @@ import numpy as np
 
 from experiments import cli
 from experiments.reproduce.record import RESULTS, write_result
-from experiments.reproduce.step_worker import Worker
+from experiments.reproduce.step_worker import Worker, in_turns
 from tfm_jax.errors import UserError, nearest
 
 EXAMPLES = """\
@@ -45,9 +47,10 @@ STEPS_A_TURN = 5
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     parts: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "step": _steps, "overhead": _overhead, "checkpoint": _checkpoint, "startup": _startup,
+        "step": _steps, "families": _families, "generate": _generate, "overhead": _overhead, "checkpoint": _checkpoint, "startup": _startup,
     }  # fmt: skip
     made.add_argument("--only", nargs="+", default=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
+    made.add_argument("--families", action="store_const", dest="only", const=["families"], help="only that part")
     made.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
     made.add_argument("--rounds", type=int, help="turns of each side; by default enough for a steady median")
     made.add_argument("--workdir", type=Path, default=RESULTS, help="folder of benchmark.json")
@@ -71,30 +74,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _steps(flags: Any) -> dict[str, Any]:
-    """Both sides in turns of a few steps, each in its own process, so that a drifting machine favours neither."""
-    if importlib.util.find_spec("torch") is None:
-        raise UserError(
-            "The step benchmark needs PyTorch: make benchmark installs it, or pip install 'tfm_jax[parity]'."
-        )
+    _need_torch()
     out: dict[str, Any] = {}
     rows = [("shape", "tfm_jax ms", "PyTorch ms", "speed ratio", "tokens/s")]
     for shape in flags.shapes:
-        ours, theirs = Worker("tfm_jax", SHAPES[shape]), Worker("pytorch", SHAPES[shape])
-        first: list[float] = []
-        second: list[float] = []
-        for turn in range(1 + (flags.rounds or ROUNDS[shape])):
-            for worker, seconds in ((ours, first), (theirs, second)):
-                worker.step()  # pays for the memory that the system took back while the other side had its turn
-                found = [worker.step() for _ in range(STEPS_A_TURN)]
-                seconds += found if turn else []  # the first turn compiles, and fills caches
-        ours.close()
-        theirs.close()
+        ours = Worker("experiments.benchmark:our_step", *SHAPES[shape])
+        theirs = Worker("experiments.reproduce.torch_gpt:step", *SHAPES[shape])
+        first, second = in_turns(ours, theirs, flags.rounds or ROUNDS[shape], STEPS_A_TURN)
         mine, other = statistics.median(first), statistics.median(second)
         ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
         tokens = SHAPES[shape][3] * SHAPES[shape][4] / mine
         out[f"step/{shape}"] = {"tfm_jax_ms": 1e3 * mine, "pytorch_ms": 1e3 * other, "speed_ratio": ratio}
         times = (f"{1e3 * mine:.1f}", f"{1e3 * other:.1f}")
         rows.append((shape, *times, f"{ratio:.2f}", f"{tokens:,.0f}"))
+    print(cli.table(rows))
+    return out
+
+
+def _need_torch() -> None:
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+        raise UserError("This benchmark needs PyTorch: make benchmark installs it, or pip install 'tfm_jax[parity]'.")
+
+
+def _families(flags: Any) -> dict[str, Any]:
+    """Every family's forward and backward beside its reference class."""
+    from experiments.reproduce.families import FAMILIES
+
+    _need_torch()
+    out: dict[str, Any] = {}
+    rows = [("family", "class", "tfm_jax ms", "PyTorch ms", "speed ratio")]
+    for name, shape in FAMILIES.items():
+        sides = [Worker(f"experiments.reproduce.families:{side}", name) for side in ("ours", "theirs")]
+        first, second = in_turns(sides[0], sides[1], flags.rounds or 4, STEPS_A_TURN)
+        mine, other = statistics.median(first), statistics.median(second)
+        ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
+        out[f"families/{name}"] = {"tfm_jax_ms": 1e3 * mine, "pytorch_ms": 1e3 * other, "speed_ratio": ratio}
+        rows.append((name, shape.architecture, f"{1e3 * mine:.1f}", f"{1e3 * other:.1f}", f"{ratio:.2f}"))
     print(cli.table(rows))
     return out
 
@@ -129,6 +144,29 @@ def our_step(layers: int, width: int, heads: int, length: int, batch: int, vocab
         return float(metrics["loss"][0])
 
     return run
+
+
+# ---- generation ----------------------------------------------------------------------------------------------------
+
+
+def _generate(flags: Any) -> dict[str, Any]:
+    """100 tokens after a prompt of 16, batch 1 and 8; each side in its process, in turns."""
+    _need_torch()
+    out: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "experiments.reproduce.gpt2", folder]
+        record = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        )
+        out["generate/import_s"], out["generate/import_memory_over_weights"] = record["seconds"], record["memory"]
+        print(f"importing it: {record['seconds']:.1f} s, at most {record['memory']:.2f} times the weights in memory")
+        for batch in (1, 8):
+            sides = [Worker(f"experiments.reproduce.gpt2:{side}", folder, batch) for side in ("ours", "theirs")]
+            first, second = in_turns(sides[0], sides[1], flags.rounds or 3, 1)
+            mine, other = (100 * batch / statistics.median(x) for x in (first, second))
+            out[f"generate/batch_{batch}"] = {"tfm_jax": mine, "pytorch": other, "speed_ratio": mine / other}
+            print(f"greedy, batch {batch}: {mine:.0f} tokens/s, PyTorch {other:.0f}: ratio {mine / other:.2f}")
+    return out
 
 
 # ---- the loop's overhead -------------------------------------------------------------------------------------------

@@ -173,10 +173,10 @@ def _override(raw: Config, key: str, text: str) -> None:
         fields = section_fields(parts[0], target)
     if path[0] not in fields:
         # Compared without the section, which any two keys of it have in common.
-        hint = nearest(path[0], fields)
-        if close := [name for name in fields if hint == f" Did you mean {name!r}?"]:
-            hint = f" Did you mean {'.'.join([*parts[: -len(path)], *close])!r}?"
-        raise UserError(f"--config.{key}={text}: unknown key {key!r}.{hint}")
+        said = nearest(path[0], fields)
+        if close := [name for name in fields if said == f" Did you mean {name!r}?"]:
+            said = f" Did you mean {'.'.join([*parts[: -len(path)], *close])!r}?"
+        raise UserError(f"--config.{key}={text}: unknown key {key!r}.{said}")
     hint = fields[path[0]].hint
     for i, part in enumerate(path[:-1]):
         if not isinstance(target.get(part), Mapping):

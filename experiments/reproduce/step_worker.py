@@ -1,21 +1,40 @@
-"""One side of the step benchmark in a process of its own: a line on stdin runs a step, its seconds go to stdout.
+"""One side of a step benchmark in a process of its own: a line on stdin runs a step, its seconds go to stdout.
 
 In one process the two frameworks' allocators and thread pools get in each other's way, by a factor of two at shape B.
 """
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+
+def in_turns(first: Worker, second: Worker, rounds: int, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of both sides' steps, in turns of a few, so that a drifting machine favours neither."""
+    out: tuple[list[float], list[float]] = ([], [])
+    for turn in range(1 + rounds):
+        for worker, seconds in zip((first, second), out, strict=True):
+            worker.step()  # pays for the memory that the system took back while the other side had its turn
+            found = [worker.step() for _ in range(steps)]
+            seconds += found if turn else []  # the first turn compiles, and fills caches
+    first.close()
+    second.close()
+    return out
 
 
 class Worker:
-    """A side, started; `step()` runs one training step there and returns its seconds."""
+    """A side, started; `step()` runs one step there and returns its seconds.
 
-    def __init__(self, side: str, shape: Sequence[int]) -> None:
-        command = [sys.executable, "-m", "experiments.reproduce.step_worker", side, *map(str, shape)]
+    Args:
+      make: `module:function`, which makes a step from the arguments.
+      arguments: integers stay integers.
+    """
+
+    def __init__(self, make: str, *arguments: int | str) -> None:
+        command = [sys.executable, "-m", "experiments.reproduce.step_worker", make, *map(str, arguments)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self) -> float:
@@ -33,13 +52,9 @@ class Worker:
 
 
 def _main() -> None:
-    side, shape = sys.argv[1], [int(x) for x in sys.argv[2:]]
-    make: Callable[..., Callable[[], float]]
-    if side == "tfm_jax":
-        from experiments.benchmark import our_step as make
-    else:
-        from experiments.reproduce.torch_gpt import step as make
-    step = make(*shape)
+    module, _, function = sys.argv[1].partition(":")
+    make: Callable[..., Callable[[], float]] = getattr(importlib.import_module(module), function)
+    step = make(*(int(x) if x.isdigit() else x for x in sys.argv[2:]))
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
