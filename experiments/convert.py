@@ -70,12 +70,12 @@ def bring_in(
     theirs = huggingface.read_json(folder / "config.json")
     conversion = huggingface.find(theirs, own)
     section = huggingface.read_section(conversion, theirs, where=str(folder / "config.json"), ignore=ignore)
-    length = min(section.get("max_len") or 512, 512)
+    text = {"source": "stdlib", "seq_len": min(section.get("max_len") or 512, 512)}
     config = configs.resolve(
         {
             "model": section,
             "task": conversion.task,
-            "data": {"source": "stdlib", "seq_len": length, **conversion.data},
+            "data": {**({} if "name" in conversion.data else text), **conversion.data},
             "train": {"steps": 1000},
             "evals": {"validation": {"split": "validation"}},
         },
