@@ -90,14 +90,19 @@ def _pick_feature(feature: str | None, texts: list[str], every: list[str], name:
 
 
 def open_tfds(name: str, feature: str | None) -> RecordSet:
-    """`my_ds/config` (registered or in the TFDS folder), `my_lab.data:Builder/config`, or a prepared folder's path.
+    """The text of a TFDS data set by its name; see `tfds_folder`."""
+    return open_tfds_folder(tfds_folder(name), feature)
+
+
+def tfds_folder(name: str) -> Path:
+    """Where `my_ds/config` (registered or in the TFDS folder), `my_lab.data:Builder/config`, or a prepared folder's path is.
 
     A data set that is not prepared yet is prepared first.
     """
     import tensorflow_datasets as tfds
 
     if name.startswith(("/", ".", "~")):
-        return open_tfds_folder(Path(name).expanduser(), feature)
+        return Path(name).expanduser()
     if ":" in name:
         builder = _builder_class(name)
     else:
@@ -111,7 +116,7 @@ def open_tfds(name: str, feature: str | None) -> RecordSet:
             ) from None
     if not builder.is_prepared():
         builder.download_and_prepare()
-    return open_tfds_folder(Path(builder.data_dir), feature)
+    return Path(builder.data_dir)
 
 
 def _builder_class(name: str) -> Any:
@@ -130,6 +135,23 @@ def _builder_class(name: str) -> Any:
 def open_tfds_folder(folder: Path, feature: str | None) -> RecordSet:
     import tensorflow_datasets as tfds
 
+    info = tfds_info(folder)
+    features = dict(info.features)
+    texts = [key for key, value in features.items() if isinstance(value, tfds.features.Text)]
+    return tfds_record_set(folder, info, _pick_feature(feature, texts, list(features), f"tfds:{info.full_name}"))
+
+
+def tfds_record_set(folder: Path, info: Any, feature: str) -> RecordSet:
+    splits = tuple(RecordSplit(s.name, s.num_examples, s.num_bytes) for s in info.splits.values())
+    facts = [info.full_name, [[s.name, s.num_bytes, s.shard_lengths] for s in info.splits.values()]]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return RecordSet("tfds", str(folder), feature, splits, fingerprint)
+
+
+def tfds_info(folder: Path) -> Any:
+    """The `DatasetInfo` of a prepared folder that can be read without TensorFlow."""
+    import tensorflow_datasets as tfds
+
     if not (folder / "dataset_info.json").is_file():
         raise UserError(f"{folder} is not a prepared TFDS folder: it has no dataset_info.json.")
     builder = tfds.builder_from_directory(str(folder))
@@ -139,13 +161,7 @@ def open_tfds_folder(folder: Path, feature: str | None) -> RecordSet:
             f"{folder} is prepared as {info.file_format.value}, which cannot be read without TensorFlow; prepare it "
             f"with file_format='array_record'."
         )
-    features = dict(info.features)
-    texts = [key for key, value in features.items() if isinstance(value, tfds.features.Text)]
-    name = f"tfds:{info.full_name}"
-    splits = tuple(RecordSplit(s.name, s.num_examples, s.num_bytes) for s in info.splits.values())
-    facts = [info.full_name, [[s.name, s.num_bytes, s.shard_lengths] for s in info.splits.values()]]
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return RecordSet("tfds", str(folder), _pick_feature(feature, texts, list(features), name), splits, fingerprint)
+    return info
 
 
 @functools.lru_cache(maxsize=8)
