@@ -116,7 +116,8 @@ def test_outputs():
 
 
 def test_padding_is_not_seen():
-    apply = jax.jit(lambda tokens, valid: TINY.apply({"params": params_of(TINY)}, tokens, valid=valid)["logits"])
+    variables = {"params": params_of(TINY)}
+    apply = jax.jit(lambda tokens, valid: TINY.apply(variables, tokens, valid=valid)["logits"])
     valid = jnp.arange(T)[None] < jnp.array([[T], [6]])
     before, after = apply(TOKENS, valid), apply(TOKENS.at[1, 6:].add(1) % V, valid)
     np.testing.assert_array_equal(before[1, :6], after[1, :6])

@@ -112,7 +112,7 @@ def for_export(section: Section, own: Sequence[Conversion] = (), prefer: str | N
 
 # What a model computes does not depend on these.
 _FREE = ("name", "variant", "layer_loop", "remat", "dtype", "attention", "init", "max_len", "mlp_width", "head_dim",
-         "kv_heads")  # fmt: skip
+         "kv_heads", "max_global")  # fmt: skip
 
 
 def _lost(conversion: Conversion, section: Section) -> list[str]:

@@ -1,0 +1,38 @@
+"""Longformer, masked tokens on the sources of your Python's own standard library, 1,024 at a time.
+
+    python -m experiments.train --config=configs/longformer_stdlib.py --workdir=runs/longformer_stdlib
+
+4 layers, 256 wide, 64 tokens to each side. `:smoke` is the same thing in seconds.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    if arguments not in ("", "smoke"):
+        raise ValueError(f"longformer_stdlib.py takes ':smoke' or nothing, not {arguments!r}.")
+    smoke = arguments == "smoke"
+    steps = 20 if smoke else 400
+    config = ml_collections.ConfigDict(
+        {
+            "model": {"name": "longformer", "variant": "mini", "types": 0},
+            "data": {
+                "name": "tokens",
+                "source": "stdlib",
+                "tokenizer": "bpe:4096",
+                "objective": "mask",
+                "seq_len": 1024,
+                "batch_size": 4,
+            },
+            "optim": {"lr": 1e-3, "warmup_steps": steps // 10},
+            "train": {"steps": steps, "eval_every": steps // 4},
+            "evals": {"validation": {"split": "validation"}},
+        }
+    )
+    if smoke:
+        config.model.update({"layers": 2, "width": 32, "window": 16, "max_len": 100})
+        config.data.update({"tokenizer": "bytes", "seq_len": 100, "batch_size": 8})
+        config.evals.validation.max_batches = 4
+    return config
