@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,16 +82,10 @@ class Model(EncoderDecoder):
         super().__post_init__()
 
     def bias(self, side: Side, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        spec = self.block
-        std = spec.width**-0.5
-        table = Embedding(self.relative_buckets, spec.heads, jnp.float32, std, name=f"{side}_relative_bias")
-        found = buckets(
-            keys[:, None, :] - queries[:, :, None],
-            self.relative_buckets,
-            self.relative_max_distance,
-            directions=2 if side == "encoder" else 1,
-        )
-        return constrain(table(found).transpose(0, 3, 1, 2), (None, "heads", None, None))
+        sizes = self.block.heads, self.relative_buckets, self.relative_max_distance
+        directions: Literal[1, 2] = 2 if side == "encoder" else 1
+        relative = RelativeBias(*sizes, directions, self.block.width**-0.5, name=f"{side}_relative_bias")
+        return relative(queries, keys)
 
     def predicted(self, hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
         spec = self.block
@@ -99,6 +94,25 @@ class Model(EncoderDecoder):
         # The standard deviation of a linear layer, since nothing divides by sqrt(D) here.
         free = Embedding(self._entries, spec.width, spec.compute_dtype, spec.width**-0.5, name="unembedding")
         return hidden, free.embedding
+
+
+class RelativeBias(nn.Module):
+    """A bias for each head and bucket of distances, a table (buckets, H)."""
+
+    heads: int
+    buckets: int
+    max_distance: int
+    directions: Literal[1, 2]
+    init_std: float
+
+    @nn.compact
+    def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """(B, H, T, S) float32 of positions (B, T) and (B, S), where B may be 1."""
+        init = nn.initializers.normal(self.init_std)
+        table = self.param("embedding", init, (self.buckets, self.heads), jnp.float32)
+        offsets = keys[:, None, :] - queries[:, :, None]
+        found = buckets(offsets, self.buckets, self.max_distance, directions=self.directions)
+        return constrain(jnp.take(table, found, axis=0).transpose(0, 3, 1, 2), (None, "heads", None, None))
 
 
 def buckets(offsets: jax.Array, count: int, max_distance: int, *, directions: Literal[1, 2]) -> jax.Array:
