@@ -8,7 +8,8 @@ CONFIG ?= configs/gpt_stdlib.py
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test lint evaluate generate benchmark parity clean reproduce-shakespeare reproduce-kills
+.PHONY: help pretrain test lint evaluate generate convert benchmark parity clean reproduce-shakespeare reproduce-kills \
+	reproduce-minilm reproduce-albert reproduce-longformer
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | \
@@ -45,6 +46,9 @@ evaluate: $(VENV)/.ready  ## evaluate RUN
 generate: $(VENV)/.ready  ## continue a prompt with RUN: make generate ARGS="--prompt 'def '"
 	@$(BIN)/python -m experiments.generate --run $(RUN) $(ARGS)
 
+convert: $(VENV)/.ready  ## bring a model in or give it back: make convert ARGS="--from hf:FOLDER --to runs/x"
+	@$(BIN)/python -m experiments.convert $(ARGS)
+
 benchmark: $(VENV)/.parity  ## step times beside PyTorch, the loop's overhead, checkpoint blocking, start-up
 	@$(BIN)/python -m experiments.benchmark $(ARGS)
 
@@ -62,6 +66,16 @@ reproduce-shakespeare: $(VENV)/.ready  ## nanoGPT's CPU figure; DATA=path/to/inp
 
 reproduce-kills: $(VENV)/.ready  ## kill a run 20 times and compare with an undisturbed one (about 10 minutes)
 	@$(BIN)/python -m experiments.reproduce.kills $(ARGS)
+
+reproduce-minilm: $(VENV)/.ready  ## imported MiniLM on STS-B; MODEL=folder DATA=stsb-en-test.csv.gz (about 20 seconds)
+	@$(BIN)/python -m experiments.reproduce.minilm --model $(or $(MODEL),$(error give MODEL=path/to/model)) \
+		--data $(or $(DATA),$(error give DATA=path/to/stsb-en-test.csv.gz)) $(ARGS)
+
+reproduce-albert: $(VENV)/.parity  ## imported ALBERT of rxnmapper beside the reference; MODEL=folder (about 20 seconds)
+	@$(BIN)/python -m experiments.reproduce.albert --model $(or $(MODEL),$(error give MODEL=path/to/model)) $(ARGS)
+
+reproduce-longformer: $(VENV)/.ready  ## Longformer's time and memory at 2,048, 4,096 and 8,192 tokens
+	@$(BIN)/python -m experiments.reproduce.longformer_cost $(ARGS)
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
