@@ -14,7 +14,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     if arguments not in ("", "smoke"):
         raise ValueError(f"albert_stdlib.py takes ':smoke' or nothing, not {arguments!r}.")
     smoke = arguments == "smoke"
-    steps = 20 if smoke else 400
+    steps = 20 if smoke else 300
     config = ml_collections.ConfigDict(
         {
             "model": {"name": "albert", "variant": "mini", "types": 0},
@@ -23,7 +23,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "source": "stdlib",
                 "tokenizer": "bpe:4096",
                 "objective": "mask",
-                "seq_len": 256,
+                "seq_len": 128,
                 "batch_size": 16,
             },
             "optim": {"lr": 1e-3, "warmup_steps": steps // 10},

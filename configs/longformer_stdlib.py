@@ -1,4 +1,4 @@
-"""Longformer, masked tokens on the sources of your Python's own standard library, 1,024 at a time.
+"""Longformer, masked tokens on the sources of your Python's own standard library, 512 at a time.
 
     python -m experiments.train --config=configs/longformer_stdlib.py --workdir=runs/longformer_stdlib
 
@@ -14,7 +14,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     if arguments not in ("", "smoke"):
         raise ValueError(f"longformer_stdlib.py takes ':smoke' or nothing, not {arguments!r}.")
     smoke = arguments == "smoke"
-    steps = 20 if smoke else 400
+    steps = 20 if smoke else 300
     config = ml_collections.ConfigDict(
         {
             "model": {"name": "longformer", "variant": "mini", "types": 0},
@@ -23,7 +23,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "source": "stdlib",
                 "tokenizer": "bpe:4096",
                 "objective": "mask",
-                "seq_len": 1024,
+                "seq_len": 512,
                 "batch_size": 4,
             },
             "optim": {"lr": 1e-3, "warmup_steps": steps // 10},

@@ -161,3 +161,9 @@ def test_any_room_for_global_tokens_can_be_exported():
     defaults = section_fields("model", section)
     resolved = {key: field.default for key, field in defaults.items()} | section | {"vocab_size": V, "max_global": 3}
     assert huggingface.for_export(resolved).architecture == "LongformerForMaskedLM"
+
+
+def test_any_inputs_make_all_parameters():
+    """Data without global tokens trains a model that can be given some later, and exported."""
+    made = jax.eval_shape(lambda: TINY.init(jax.random.key(0), TOKENS))["params"]
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params())

@@ -108,6 +108,9 @@ class Model(nn.Module):
         embed = TextEmbedding(spec, self.vocab_size, self.max_len, self.types, self.offset, name="embeddings")
         x, table = embed(tokens, token_types, positions, train=train)
         spots = None
+        if self.is_initializing() and global_tokens is None:
+            # The same parameters whether or not a data set marks global tokens.
+            global_tokens = jnp.zeros(tokens.shape, bool)
         if global_tokens is not None:
             chosen = global_tokens if valid is None else global_tokens & valid
             spots = find_globals(chosen, self.max_global)
