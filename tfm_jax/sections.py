@@ -64,7 +64,7 @@ def model_class(name: str) -> type[Any]:
 
 
 def family(name: str, attribute: str, default: Any) -> Any:
-    """What stands beside a model class in its file: `VARIANTS`, `RULES`."""
+    """What stands beside a model class in its file: `VARIANTS`, `RULES`, `RESIZE`."""
     return getattr(sys.modules[model_class(name).__module__], attribute, default)
 
 

@@ -54,7 +54,10 @@ class PatchEmbedding(nn.Module):
                 f"Images of {' x '.join(map(str, images.shape[1:]))} (height, width, channels), but"
                 f" model.image_size={side} and model.channels={self.channels}."
             )
-        x = Dense(spec.width, "all", spec.compute_dtype, init, name="patch_embedding")(patches(images, self.patch))
+        x = patches(images, self.patch)
+        std = spec.std("other", x.shape[-1], spec.width, 1)
+        project = Dense(spec.width, "all", spec.compute_dtype, nn.initializers.normal(std), name="patch_embedding")
+        x = project(x)
         first = [self.param(name, init, (spec.width,), jnp.float32).astype(x.dtype) for name in self.extra]
         rows = [jnp.broadcast_to(token, (x.shape[0], 1, spec.width)) for token in (t[None, None] for t in first)]
         x = jnp.concatenate([*rows, x], axis=1)

@@ -11,11 +11,12 @@ import jax
 
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path
+from tfm_jax.sections import family
 from tfm_jax.train.build import Experiment, build_task
 from tfm_jax.train.checkpoint import Checkpointer, CorruptCheckpoint, Restored, first_state
 from tfm_jax.train.rundir import read_config
 from tfm_jax.train.state import TrainState
-from tfm_jax.train.surgery import Report, transfer
+from tfm_jax.train.surgery import LINE, Report, Resize, transfer
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,9 @@ def load_params(path: Path, step: int | None = None, *, sharding: Any = None) ->
     return task.eval_params(state["params"], state["extra"]), found
 
 
-def load_donor(path: Path, params: Any, *, rename: Sequence[Any], resize_positions: bool) -> tuple[Any, Report]:
+def load_donor(
+    path: Path, params: Any, *, rename: Sequence[Any], resize_positions: bool, resize: Sequence[Resize] = LINE
+) -> tuple[Any, Report]:
     """Another run's parameters in the place of `params`; see `surgery.transfer`."""
     own = flatten(params)
     # Where names and shapes agree a parameter is read straight onto its place; the others are whole until they are moved.
@@ -118,7 +121,7 @@ def load_donor(path: Path, params: Any, *, rename: Sequence[Any], resize_positio
         return own[leaf_path].sharding if fits else whole
 
     donor, _ = load_params(path, sharding=place)
-    return transfer(flatten(donor), params, rename=rename, resize_positions=resize_positions)
+    return transfer(flatten(donor), params, rename=rename, resize_positions=resize_positions, resize=resize)
 
 
 def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: bool) -> Restored:
@@ -142,6 +145,7 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
             state.params,
             rename=settings.rename,
             resize_positions=settings.resize_positions,
+            resize=family(experiment.config["model"]["name"], "RESIZE", LINE),
         )
         if main:
             log.warning("init_from %s: %s", settings.init_from, report)

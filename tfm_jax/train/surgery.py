@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,17 @@ from tfm_jax.paths import compile_patterns, flatten, map_with_path
 
 _BLOCK = re.compile(r"(^|/)block_(\d+)/")
 _BLOCKS = re.compile(r"(^|/)blocks/")
-_POSITIONS = re.compile(r"position_embedding/embedding$")
+
+# (regex on a table's path, function from a table (N, D) and another N to a table of that length).
+Resize = tuple[str, Callable[[jax.Array, int], jax.Array]]
+
+
+def _linear(table_ND: jax.Array, length: int) -> jax.Array:
+    return jax.image.resize(table_ND, (length, table_ND.shape[1]), "linear", antialias=False)
+
+
+# Positions in a line. A family whose tables are laid out otherwise says so by a `RESIZE` of its own.
+LINE: tuple[Resize, ...] = ((r"position_embedding/embedding$", _linear),)
 
 
 class Report(NamedTuple):
@@ -36,7 +46,12 @@ class Report(NamedTuple):
 
 
 def transfer(
-    donor: dict[str, jax.Array], params: Any, *, rename: Sequence[Any] = (), resize_positions: bool = False
+    donor: dict[str, jax.Array],
+    params: Any,
+    *,
+    rename: Sequence[Any] = (),
+    resize_positions: bool = False,
+    resize: Sequence[Resize] = LINE,
 ) -> tuple[Any, Report]:
     """The model's parameters with the donor's values where paths agree.
 
@@ -44,7 +59,8 @@ def transfer(
       donor: `{path: array}`; layers may be stacked (`blocks/`) or not (`block_0/`) on either side.
       params: the freshly initialised tree; its shapes, dtypes and shardings stay.
       rename: `(regex, replacement)` pairs, applied in order to the donor's paths.
-      resize_positions: interpolate position tables of another length linearly.
+      resize_positions: interpolate position tables of another length.
+      resize: which tables those are, and how.
 
     Raises:
       UserError: shapes differ (all are listed), or nothing at all fits.
@@ -58,11 +74,12 @@ def transfer(
         value = source[path]
         if value.shape != leaf.shape:
             same_but_length = value.ndim == 2 and leaf.ndim == 2 and value.shape[1] == leaf.shape[1]
-            if _POSITIONS.search(path) and same_but_length and resize_positions:
-                value = jax.image.resize(value, leaf.shape, "linear", antialias=False)
+            interpolate = next((function for pattern, function in resize if re.search(pattern, path)), None)
+            if interpolate is not None and same_but_length and resize_positions:
+                value = interpolate(value, leaf.shape[0])
                 resized.append(path)
             else:
-                hint = " (checkpoint.resize_positions=True would interpolate)" if _POSITIONS.search(path) else ""
+                hint = " (checkpoint.resize_positions=True would interpolate)" if interpolate is not None else ""
                 wrong.append(f"  {path}: donor {value.shape}, model {leaf.shape}{hint}")
                 continue
         values[path] = value
