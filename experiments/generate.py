@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Sequence
@@ -63,6 +64,10 @@ class Loaded:
         self.model = build_model(config["model"])
         if not hasattr(self.model, "init_caches"):
             raise UserError(f"model.name={config['model']['name']!r} cannot generate: it has no init_caches.")
+        if "decoder_tokens" in inspect.signature(type(self.model).__call__).parameters:
+            raise UserError(
+                f"model.name={config['model']['name']!r} cannot continue a text: it makes one text from another."
+            )
         self.params, self.step = load_params(path, step)
 
     def continue_text(

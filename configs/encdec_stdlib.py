@@ -1,0 +1,38 @@
+"""The Transformer of 2017, continuing the sources of your Python's own standard library.
+
+    python -m experiments.train --config=configs/encdec_stdlib.py --workdir=runs/encdec_stdlib
+
+3 + 3 layers, 256 wide: the second 128 tokens of a window from the first 128, 1,000 steps of 16 windows, COST. `:smoke` is the same thing in seconds.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    if arguments not in ("", "smoke"):
+        raise ValueError(f"encdec_stdlib.py takes ':smoke' or nothing, not {arguments!r}.")
+    smoke = arguments == "smoke"
+    steps = 20 if smoke else 1000
+    config = ml_collections.ConfigDict(
+        {
+            "model": {"name": "encdec", "variant": "mini"},
+            "data": {
+                "source": "stdlib",
+                "tokenizer": "bpe:4096",
+                "objective": "continue",
+                "seq_len": 128,
+                "batch_size": 16,
+            },
+            "optim": {"lr": 1e-3, "warmup_steps": steps // 10},
+            "train": {"steps": steps, "eval_every": steps // 4},
+            "checkpoint": {"every": steps // 10},
+            "evals": {"validation": {"split": "validation"}},
+        }
+    )
+    if smoke:
+        config.model.update({"encoder_layers": 2, "decoder_layers": 2, "width": 64, "max_len": 64})
+        config.data.update({"tokenizer": "bytes", "seq_len": 64, "batch_size": 8})
+        config.evals.validation.max_batches = 4
+    return config
