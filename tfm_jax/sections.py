@@ -15,6 +15,8 @@ from tfm_jax.names import resolve as resolve_name
 REQUIRED = inspect.Parameter.empty
 # Section -> (package, attribute) of the code that its `name` stands for.
 NAMED = {"task": ("tfm_jax.tasks", "make"), "data": ("tfm_jax.data", "make")}
+# Arguments of theirs that are not keys of a config.
+HIDDEN = {"task": ("model", "batch_size"), "data": ("tokenizer_dir",)}
 DEFAULT_NAMES = {"task": "token_prediction", "data": "tokens"}
 
 
@@ -34,7 +36,7 @@ def section_fields(section: str, given: Mapping[str, Any]) -> Fields:
         package, attribute = NAMED[section]
         name = given.get("name", DEFAULT_NAMES[section])
         make = resolve_name(name, package=package, attribute=attribute, setting=f"{section}.name")
-        return {"name": Field(str, DEFAULT_NAMES[section]), **_signature(make, hidden=("tokenizer_dir",))}
+        return {"name": Field(str, DEFAULT_NAMES[section]), **_signature(make, hidden=HIDDEN[section])}
     # Imported here: these modules import the device backend, which a config check by itself does not need.
     if section == "optim":
         from tfm_jax.train import optim

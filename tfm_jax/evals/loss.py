@@ -33,19 +33,22 @@ def make(
     """
     if max_batches is not None and max_batches < 1:
         raise UserError(f"evals: max_batches={max_batches}: must be at least 1, or None for the whole split.")
-    dataset = context.data.evals(split, context.rows(batch_size))
+    rows = context.rows(batch_size)
+    dataset = context.data.evals(split, rows)
     count = min(dataset.num_batches, max_batches or dataset.num_batches)
     step = context.jitted("loss", lambda: _step(context))
+    begin = _begin(context, rows)
     facts, unit = context.data.facts.get(split, {}), context.task.unit
 
     def evaluate(state: Any) -> dict[str, float]:
         params = context.task.eval_params(state.params, state.extra)
-        sums: dict[str, list[float]] = {}
+        extra, sums = begin(state.extra), dict[str, list[float]]()
         with Prefetcher(lambda i: global_batch(dataset, i, context.layout.batch()), 0, count) as batches:
             pending: Any = None
             for _, batch in batches:
                 # The previous batch's sums are read while this one computes.
-                result = step(params, state.extra, state.mutables, batch)
+                result, carried = step(params, extra, state.mutables, batch)
+                extra = extra if carried is None else carried
                 _add(sums, pending)
                 pending = result
             _add(sums, pending)
@@ -63,12 +66,27 @@ def make(
 
 
 def _step(context: Context) -> Callable[..., Any]:
-    """`(params, extra, mutables, batch) -> {name: (sum, count)}`, without dropout."""
+    """`(params, extra, mutables, batch) -> {name: (sum, count)}`, without dropout, and the next batch's `extra` if the
+    task carries it on."""
+    carry = context.task.carry
 
-    def step(params: Any, extra: Any, mutables: Any, batch: Any) -> dict[str, Any]:
-        return context.task.loss(bind(context.model, mutables), params, extra, batch, None, False).metrics
+    def step(params: Any, extra: Any, mutables: Any, batch: Any) -> tuple[dict[str, Any], Any]:
+        out = context.task.loss(bind(context.model, mutables), params, extra, batch, None, False)
+        return out.metrics, None if carry is None else carry.after(extra, out.aux)
 
     return step
+
+
+def _begin(context: Context, rows: int) -> Callable[[Any], Any]:
+    """What makes a training state's `extra` that of a pass's first batch."""
+    carry = context.task.carry
+    if carry is None:
+        return lambda extra: extra
+
+    def made(extra: Any) -> Any:
+        return carry.begin(extra, rows)
+
+    return lambda extra: jax.jit(made, out_shardings=context.layout.place(jax.eval_shape(made, extra)))(extra)
 
 
 def _add(sums: dict[str, list[float]], metrics: Any) -> None:

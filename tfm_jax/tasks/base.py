@@ -53,6 +53,20 @@ class LossOut(NamedTuple):
     aux: Mapping[str, Any]
 
 
+class Carry(NamedTuple):
+    """How `extra` flows from batch to batch of an evaluation pass, where it must: a recurrent memory.
+
+    Attributes:
+      forget: `extra -> extra` without what flows, which is all of it that evaluation takes from training.
+      begin: `(extra, rows) -> extra` for the first batch of a pass whose batches have this many rows.
+      after: `(extra, aux) -> extra` for the batch behind the one whose loss said `aux`.
+    """
+
+    forget: Callable[[Extra], Extra]
+    begin: Callable[[Extra, int], Extra]
+    after: Callable[[Extra, Mapping[str, Any]], Extra]
+
+
 class LossFn(Protocol):
     """`loss(apply, params, extra, batch, rng, train) -> LossOut`."""
 
@@ -82,8 +96,9 @@ class Task:
       init_extra: from the initial parameters, what the task carries besides them: teachers, averages, memory, queues.
       update_extra: called once after each update with the new parameters and the loss's `aux`.
       eval_params: which parameters evaluation and generation use.
-      splittable: whether the loss of a batch is the sum over its rows; contrastive losses are not, and refuse
-        accumulation.
+      splittable: whether any rows of a batch can be taken by themselves and their losses summed; contrastive losses and
+        memories of the rows before do not allow it, and refuse accumulation.
+      carry: for tasks whose evaluation remembers the batch before; every batch is evaluated by itself if None.
       predict_fns: named functions `(apply, params, extra, batch) -> dict` that evaluators may call.
       unit: what a weight of 1 stands for (`token`, `example`); metrics that only mean something for one are named by it.
     """
@@ -93,5 +108,6 @@ class Task:
     update_extra: Callable[[Params, Extra, Mapping[str, Any]], Extra] = _keep
     eval_params: Callable[[Params, Extra], Params] = _own
     splittable: bool = True
+    carry: Carry | None = None
     predict_fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     unit: str = "token"

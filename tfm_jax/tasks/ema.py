@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
-from tfm_jax.tasks.base import Extra, Params, Task
+from tfm_jax.tasks.base import Carry, Extra, Params, Task
 
 
 def with_ema(task: Task, decay: float) -> Task:
@@ -32,8 +32,15 @@ def with_ema(task: Task, decay: float) -> Task:
     def loss(apply: Any, params: Any, extra: Any, batch: Any, rng: Any, train: bool) -> Any:
         return task.loss(apply, params, extra["inner"], batch, rng, train)
 
+    inner = task.carry
+    carry = inner and Carry(
+        forget=lambda extra: {**extra, "inner": inner.forget(extra["inner"])},
+        begin=lambda extra, rows: {**extra, "inner": inner.begin(extra["inner"], rows)},
+        after=lambda extra, aux: {**extra, "inner": inner.after(extra["inner"], aux)},
+    )
     return dataclasses.replace(
         task,
+        carry=carry,
         loss=loss,
         init_extra=init_extra,
         update_extra=update_extra,

@@ -52,7 +52,7 @@ def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 
         total = jnp.sum(jnp.where(weights > 0, nll * weights, 0.0))
         weight = jnp.sum(weights)
         metrics = {"loss": (total, weight), "accuracy": (jnp.sum(correct * weights), weight)}
-        aux = {"mutables": out["mutables"]} if "mutables" in out else {}
+        aux: dict[str, Any] = {name: out[name] for name in ("mutables", "memory") if name in out}
         return LossOut(total, weight, metrics, aux)
 
     return Task(loss=loss, predict_fns={"next_token": _next_token})

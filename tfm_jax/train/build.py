@@ -135,9 +135,17 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_trai
 
 
 def build_task(config: configs.Config) -> Task:
-    """The objective, with what `train` wraps around it."""
+    """The objective, with what `train` wraps around it.
+
+    One whose `make` asks for `model` and `batch_size` (recurrent memory has their shape) is given the config's.
+    """
     section, decay = dict(config["task"]), config["train"]["ema"]
     make = resolve(section.pop("name"), package="tfm_jax.tasks", attribute="make", setting="task.name")
+    asked = inspect.signature(make).parameters
+    if "model" in asked:
+        section["model"] = build_model(config["model"])
+    if "batch_size" in asked:
+        section["batch_size"] = config["data"]["batch_size"]
     task: Task = make(**section)
     return task if decay is None else with_ema(task, decay)
 
