@@ -55,6 +55,8 @@ def restore_for_evaluation(
     """
     checkpoints, found = open_checkpoint(path, step)
     abstract = experiment.abstract_state()._replace(opt={})
+    if experiment.task.carry is not None:
+        abstract = abstract._replace(extra=experiment.task.carry.forget(abstract.extra))
     # Orbax keeps no node for an empty tree.
     wanted = {name: tree for name, tree in abstract._asdict().items() if jax.tree.leaves(tree)}
     try:
@@ -149,7 +151,9 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
         )
         if main:
             log.warning("init_from %s: %s", settings.init_from, report)
-        return state._replace(params=params, extra=experiment.task.init_extra(params))
+        # In one program, so that what is not made from the parameters (a memory) is born split too.
+        shardings = jax.tree.map(lambda x: x.sharding, abstract.extra)
+        return state._replace(params=params, extra=jax.jit(experiment.task.init_extra, out_shardings=shardings)(params))
 
     start, origin = first_state(
         checkpoints,
