@@ -37,7 +37,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, 
     if not steps:
         raise UserError(f"{path} has no finished checkpoint yet.")
     if step is not None and step not in steps:
-        raise UserError(f"{path} has no checkpoint of step {step}.{nearest(step, steps)}")
+        raise UserError(f"{path} has no checkpoint of step {step}. There are: {', '.join(map(str, steps))}.")
     return checkpoints, steps[-1] if step is None else step
 
 
