@@ -30,6 +30,14 @@ def test_may_be_left_out(name, tensors):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def test_a_head_that_is_left_out_is_the_token_table():
+    weights = part(fixture("t5_v11"), "weight")
+    assert not np.array_equal(weights["lm_head.weight"], weights["shared.weight"])
+    got = read("t5_v11", {key: x for key, x in weights.items() if key != "lm_head.weight"})
+    np.testing.assert_array_equal(got["unembedding"]["embedding"], weights["shared.weight"])
+    np.testing.assert_array_equal(read("t5_v11", weights)["unembedding"]["embedding"], weights["lm_head.weight"])
+
+
 @pytest.mark.parametrize("dtype", [np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)])
 def test_may_be_rounded(dtype):
     weights = part(fixture("marian"), "weight")

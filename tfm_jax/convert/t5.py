@@ -98,10 +98,8 @@ def _t5(m: Section) -> list[Row]:
     ]
 
 
-def _ties(m: Section) -> dict[str, str]:
-    names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
-    return dict.fromkeys(names + ["lm_head.weight"] * (m["output"] == "tied"), "shared.weight")
-
+# The head too in version 1.1: newer releases tie it in models that they make, and their config does not say so.
+TIES = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"), "shared.weight")
 
 CONVERSIONS = (
     Conversion(
@@ -111,7 +109,7 @@ CONVERSIONS = (
         _read,
         _write,
         _t5,
-        ties=_ties,
+        ties=lambda m: TIES,
         # In files of version 1.0, where the reference has no use for it.
         skip=(r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",),
         data={"objective": "span"},

@@ -133,7 +133,8 @@ class Conversion:
       read: from their fields to our `model` section; says in `fields.problems` what cannot be.
       write: from a resolved `model` section to their fields.
       table: the rows for a resolved `model` section.
-      ties: for such a section, names in a file that only repeat another tensor.
+      ties: for such a section, names in a file that only repeat another tensor; those of a row are read from it where
+        the file leaves them out.
       skip: patterns of names that hold no parameter (position ids, masks).
       data: the section `data` that a converted run begins with.
       task: its section `task`.

@@ -31,6 +31,9 @@ def read_params(
     """
     rows = conversion.table(section)
     names = _canonical(conversion, theirs, [row.theirs for row in rows])
+    for repeated, source in conversion.ties(section).items():
+        if source in names and any(row.theirs == repeated for row in rows):
+            names.setdefault(repeated, names[source])
     _check(conversion, section, rows, abstract, theirs, names, where)
     found = {path: (row, i) for row in rows for i, path in enumerate(row.ours)}
     layers: dict[str, list[str]] = {}
