@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=configs/bart_stdlib.py --workdir=runs/bart_stdlib
 
-3 + 3 layers, 256 wide: windows of 256 tokens from themselves with 30 % hidden, 1,000 steps of 16 windows, COST. `:smoke` is the same thing in seconds.
+3 + 3 layers, 256 wide: windows of 256 tokens from themselves with 30 % hidden, 1,000 steps of 16 windows. `:smoke` is
+the same thing in seconds.
 """
 
 from __future__ import annotations
