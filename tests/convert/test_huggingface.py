@@ -1,6 +1,7 @@
 """What an import refuses, and how files may look. The numbers are checked by tests/parity."""
 
 import json
+import re
 import sys
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import safetensors.numpy
 
 from experiments import convert, evaluate, generate
 from tests.errors import says
+from tfm_jax import config as configs
 from tfm_jax.convert import huggingface, tensors
 from tfm_jax.convert.table import Conversion, each_layer, embedding, linear, norm
 from tfm_jax.data.vocabularies import byte_tokenizer
@@ -190,6 +192,15 @@ def test_what_cannot_be_given_back_says_why(tmp_path, make_config):
     assert lines[0].startswith("No class in transformers computes what this model computes. The nearest, ")
     assert any("model.norm='rms'" in line or "model.position='learned'" in line for line in lines[1:])
     assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_a_class_cannot_have_are_not_lost():
+    """BERT has no field for the size of a head."""
+    given = {"name": "bert", "variant": "mini", "vocab_size": 64, "head_dim": 32}
+    section = configs.resolve({"model": given, "data": {"source": "stdlib"}, "train": {"steps": 1}})["model"]
+    with pytest.raises(UserError, match=re.escape("model.head_dim=32 (it has 64)")):
+        huggingface.for_export(section)
+    assert huggingface.for_export({**section, "head_dim": 64}).architecture == "BertForMaskedLM"
 
 
 def own_table(section):

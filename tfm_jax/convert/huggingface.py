@@ -13,6 +13,7 @@ from typing import Any
 from tfm_jax import convert
 from tfm_jax.convert.table import Conversion, Fields, Section
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.nn.spec import BlockSpec
 
 # In every `config.json`; none of them changes what the model computes.
 HARMLESS = re.compile(
@@ -111,8 +112,7 @@ def for_export(section: Section, own: Sequence[Conversion] = (), prefer: str | N
 
 
 # What a model computes does not depend on these.
-_FREE = ("name", "variant", "layer_loop", "remat", "dtype", "attention", "init", "max_len", "mlp_width", "head_dim",
-         "kv_heads", "max_global")  # fmt: skip
+_FREE = ("name", "variant", "layer_loop", "remat", "dtype", "attention", "init", "max_global")  # fmt: skip
 
 
 def _lost(conversion: Conversion, section: Section) -> list[str]:
@@ -125,9 +125,19 @@ def _lost(conversion: Conversion, section: Section) -> list[str]:
         return [f"a value of {error}"]
     back = {"name": section["name"], **conversion.read(fields)}
     given = {"model": {**back, "dtype": section["dtype"]}, "data": {"source": "stdlib"}, "train": {"steps": 1}}
-    again = resolve(given)["model"]
+    own, again = _effective(section), _effective(resolve(given)["model"])
     return [
-        f"model.{key}={section[key]!r} (it has {again.get(key)!r})"
-        for key in section
-        if key not in _FREE and again.get(key) != section[key]
+        f"model.{key}={own[key]!r} (it has {again.get(key)!r})"
+        for key in own
+        if key not in _FREE and again.get(key) != own[key]
     ] + fields.problems
+
+
+def _effective(section: Section) -> dict[str, Any]:
+    """The section with the sizes that stand for None."""
+    from tfm_jax.sections import build_model
+
+    spec = getattr(build_model(section), "block", None)
+    if not isinstance(spec, BlockSpec):
+        return dict(section)
+    return {**section, "kv_heads": spec.groups, "head_dim": spec.key_size, "mlp_width": spec.hidden}

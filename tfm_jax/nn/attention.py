@@ -136,8 +136,9 @@ def _cudnn(
     allowed = None if plain else mask.block(slice(0, q.shape[1]), slice(0, k.shape[1]))
     if allowed is not None:
         allowed = jnp.broadcast_to(allowed[:, None], (q.shape[0], 1, *allowed.shape[1:]))
+    bias = None if mask.bias is None else mask.bias.astype(q.dtype)
     return jax.nn.dot_product_attention(
-        q, k, v, bias=mask.bias, mask=allowed, scale=scale, is_causal=plain and mask.causal, implementation="cudnn"
+        q, k, v, bias=bias, mask=allowed, scale=scale, is_causal=plain and mask.causal, implementation="cudnn"
     )
 
 
@@ -149,8 +150,11 @@ def available(platform: str) -> tuple[str, ...]:
     return ("xla", "chunked", "cudnn") if platform == "gpu" else ("xla", "chunked")
 
 
-def choose(spec: BlockSpec, platform: str) -> str:
+def choose(spec: BlockSpec, platform: str, *, biased: bool = False) -> str:
     """The implementation for a spec on a platform; `auto` is resolved and logged.
+
+    Args:
+      biased: whether the scores get a bias, for whose gradient cuDNN wants even lengths: `auto` leaves it to the compiler.
 
     Raises:
       UserError: a name that does not exist, or one that this platform or this spec cannot have.
@@ -178,7 +182,7 @@ def choose(spec: BlockSpec, platform: str) -> str:
         choice, reason = "xla", "attention_dropout needs the materialised weights"
     elif platform == "cpu":
         choice, reason = "chunked", "on CPU it leaves out the masked half"
-    elif platform == "gpu" and spec.dtype != "float32" and _hopper():
+    elif platform == "gpu" and spec.dtype != "float32" and not biased and _hopper():
         choice, reason = "cudnn", "fused attention wins on compute capability 9.0 and newer"
     else:
         choice, reason = "xla", f"the compiler's own on {platform} with {spec.dtype}"
@@ -294,7 +298,7 @@ def mixed(module: AttentionModule, q: jax.Array, k: jax.Array, v: jax.Array, mas
     weight_dropout: Any = None
     if module.train and spec.attention_dropout:
         weight_dropout = nn.Dropout(spec.attention_dropout, deterministic=False)
-    implementation = choose(spec, jax.default_backend())
+    implementation = choose(spec, jax.default_backend(), biased=mask.bias is not None)
     scale = None if spec.attention_scale == "sqrt" else 1.0
     out = attention(q, k, v, mask, scale=scale, implementation=implementation, dropout=weight_dropout)
     out = out.reshape(*q.shape[:2], spec.heads * spec.key_size)
