@@ -2,7 +2,9 @@
 
     python -m experiments.train --config=configs/electra_stdlib.py --workdir=runs/electra_stdlib
 
-4 layers, 256 wide, with a generator of a quarter of that on the same embeddings. `:smoke` is the same thing in seconds.
+4 layers, 256 wide, with a generator of a quarter of that on the same embeddings; 300 steps of 16 x 128 tokens. Its loss
+begins near 43: 8.3 of the generator (ln 4096) and 50 times ln 2 of the discriminator. `:smoke` is the same thing in
+seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "seq_len": 128,
                 "batch_size": 16,
             },
-            "optim": {"lr": 1e-3, "warmup_steps": steps // 10},
+            "optim": {
+                "name": "muon",
+                "lr": 6e-3,
+                "schedule": "linear",
+                "end_factor": 0.05,
+                "warmup_steps": 1 if smoke else 10,
+            },
             "train": {"steps": steps, "eval_every": steps // 4},
             "evals": {"validation": {"split": "validation"}},
         }

@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=configs/longformer_stdlib.py --workdir=runs/longformer_stdlib
 
-4 layers, 256 wide, 64 tokens to each side. `:smoke` is the same thing in seconds.
+4 layers, 256 wide, 64 tokens to each side; 300 steps of 4 x 512 tokens. Seen on two busy CPU cores: 2 seconds a step, a
+training loss of 6.23 nats a hidden token after 70 steps. `:smoke` is the same thing in seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "seq_len": 512,
                 "batch_size": 4,
             },
-            "optim": {"lr": 1e-3, "warmup_steps": steps // 10},
+            "optim": {
+                "name": "muon",
+                "lr": 6e-3,
+                "schedule": "linear",
+                "end_factor": 0.05,
+                "warmup_steps": 1 if smoke else 10,
+            },
             "train": {"steps": steps, "eval_every": steps // 4},
             "evals": {"validation": {"split": "validation"}},
         }
