@@ -113,6 +113,7 @@ def _roberta(m: Section) -> list[Row]:
 
 def _read_roberta(c: Fields) -> dict[str, Any]:
     offset = c.take("pad_token_id", 1) + 1
+    c.need("hidden_act", "gelu")  # its head has no other, whatever the blocks have
     section = read_encoder(c)
     return section | {"offset": offset, "max_len": section["max_len"] - offset, "outputs": ("tokens",)}
 
