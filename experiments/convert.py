@@ -5,10 +5,13 @@ A run made this way is taken by evaluate, generate and checkpoint.init_from like
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import inspect
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ EXAMPLES = """\
   python -m experiments.convert --from runs/gpt2 --to hf:exported
   python -m experiments.convert --from hf:models/odd --to runs/odd --table=my_lab.convert:CONVERSION"""
 ORIGIN = "origin.json"
+NO_TOKENIZER = "missing"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if inwards == outwards:
         raise UserError(f"--from={flags.source} --to={flags.to}: one of them must be hf:FOLDER, the other a run.")
     own = [_own_table(flags.table)] if flags.table else []
+    idle = ("step", "dtype") if inwards else ("ignore",)
+    for flag in idle:
+        if getattr(flags, flag) not in (None, []):
+            raise UserError(f"--{flag} has no meaning from {flags.source} to {flags.to}.")
     if inwards:
         record = bring_in(Path(flags.source[3:]), Path(flags.to), own, overrides, ignore=flags.ignore)
     else:
@@ -63,13 +71,16 @@ def bring_in(
     from tfm_jax.files import write_atomic
     from tfm_jax.parallel import mesh
     from tfm_jax.paths import flatten
-    from tfm_jax.sections import build_model, family
+    from tfm_jax.sections import build_model, family, model_class
     from tfm_jax.train import rundir
     from tfm_jax.train.checkpoint import Checkpointer
 
     theirs = huggingface.read_json(folder / "config.json")
     conversion = huggingface.find(theirs, own)
     section = huggingface.read_section(conversion, theirs, where=str(folder / "config.json"), ignore=ignore)
+    start = theirs.get("decoder_start_token_id")
+    if start is not None and "decoder_tokens" in inspect.signature(model_class(conversion.family).__call__).parameters:
+        conversion = dataclasses.replace(conversion, data={**conversion.data, "decoder_start": start})
     text = {"source": "stdlib", "seq_len": min(section.get("max_len") or 512, 512)}
     config = configs.resolve(
         {
@@ -81,8 +92,7 @@ def bring_in(
         },
         overrides,
     )
-    if run.exists() and any(run.iterdir()):
-        raise UserError(f"{run} is not empty: give a new run directory.")
+    _must_be_new(run, "run directory")
     model = build_model(config["model"])
     # Every device holds a part, so that what is larger than one of them can be read.
     layout = mesh.make(**{**config["mesh"], "data": 1, "fsdp": -1, "tensor": 1})
@@ -97,56 +107,73 @@ def bring_in(
         raise UserError(
             f"{folder}: the tokenizer has {codec.vocab_size} entries, but the model only {config['model']['vocab_size']}."
         )
-    if codec is not None:
-        codec.save(run / "tokenizer")
-        tokenizer.keep_files(folder, run / "tokenizer")
-    checkpoints = Checkpointer(run / "checkpoints", asynchronous=False)
-    meta = {"data": None, "converted_from": str(folder.absolute()), "versions": rundir.versions()}
-    checkpoints.save(0, {"step": jax.numpy.zeros((), jax.numpy.int32), "params": params}, meta)
-    checkpoints.close()
-    dtypes = sorted({str(tensors[name].dtype) for name in list(tensors) if len(tensors.shapes[name]) == 2})
-    write_atomic(run / ORIGIN, configs.to_json({"architecture": conversion.architecture, "config": theirs}))
-    write_atomic(run / "config.json", configs.to_json(config))
-    rundir.write_status(run, "finished", f"converted from {folder}", step=0)
+    if codec is None and "tokenizer" in config["data"] and not any(key == "data.tokenizer" for key, _ in overrides):
+        config["data"]["tokenizer"] = NO_TOKENIZER
+    dtypes = {row.theirs: str(tensors.dtypes.get(row.theirs, "float32")) for row in conversion.table(config["model"])}
+    origin = {
+        "architecture": conversion.architecture,
+        "config": theirs,
+        "dtypes": dtypes,
+        "folder": str(folder.absolute()),
+    }
+    with _made_whole(run) as made:
+        if codec is not None:
+            codec.save(made / "tokenizer")
+            tokenizer.keep_files(folder, made / "tokenizer")
+        checkpoints = Checkpointer(made / "checkpoints", asynchronous=False)
+        meta = {"data": None, "converted_from": origin["folder"], "versions": rundir.versions()}
+        checkpoints.save(0, {"step": jax.numpy.zeros((), jax.numpy.int32), "params": params}, meta)
+        checkpoints.close()
+        write_atomic(made / ORIGIN, configs.to_json(origin))
+        write_atomic(made / "config.json", configs.to_json(config))
+        rundir.write_status(made, "finished", f"converted from {folder}", step=0)
     count = sum(x.size for x in jax.tree.leaves(params))
     return {
         "architecture": conversion.architecture,
         "model": config["model"]["name"],
         "parameters": count,
         "arrays": len(flatten(params)),
-        "dtype": ", ".join(dtypes),
+        "dtype": ", ".join(sorted(set(dtypes.values()))),
         "tokenizer": "none" if codec is None else f"{codec.vocab_size} entries",
         "run": str(run),
     }
+
+
+def imported(folder: Path, run: Path) -> None:
+    """Import a folder, if that run does not hold it already."""
+    origin = run / ORIGIN
+    if not origin.is_file():
+        bring_in(folder, run)
+    elif json.loads(origin.read_text())["folder"] != str(folder.absolute()):
+        raise UserError(
+            f"{run} holds another model, {json.loads(origin.read_text())['folder']}. Use another --workdir."
+        )
 
 
 def give_back(
     run: Path, folder: Path, own: Sequence[Any] = (), *, step: int | None = None, dtype: str | None = None
 ) -> dict[str, Any]:
     """Write a run's model as a model folder."""
-    import ml_dtypes
-    import numpy as np
-
     from tfm_jax.convert import huggingface, tokenizer
     from tfm_jax.convert.tensors import write_tensors
     from tfm_jax.convert.weights import write_tensors_of
+    from tfm_jax.data.tokenizers import load_tokenizer
     from tfm_jax.train import rundir
     from tfm_jax.train.restore import load_params
 
     section = rundir.read_config(run)["model"]
     origin = json.loads((run / ORIGIN).read_text()) if (run / ORIGIN).is_file() else {"config": {}}
     conversion = huggingface.for_export(section, own, origin.get("architecture"))
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: give a new folder.")
+    _must_be_new(folder, "folder")
     params, found = load_params(run, step)
     kept = {k: v for k, v in origin["config"].items() if huggingface.HARMLESS.match(k)}
     name = dtype or kept.get("dtype") or kept.get("torch_dtype") or "float32"
-    kind = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
-    temporary.mkdir(parents=True)
-    try:
-        shapes, make = write_tensors_of(conversion, section, params, kind)
-        write_tensors(temporary, shapes, make, kind)
+    shapes, make = write_tensors_of(conversion, section, params)
+    # A file's tensors go back in the type in which each came, whatever its config says.
+    came = {} if dtype else origin.get("dtypes", {})
+    kinds = {tensor: _dtype(came.get(tensor, name)) for tensor in shapes}
+    with _made_whole(folder) as made:
+        write_tensors(made, shapes, make, kinds)
         fields = {
             **kept,
             **conversion.write(section),
@@ -155,15 +182,13 @@ def give_back(
             "dtype": name,
         }
         fields.pop("torch_dtype", None)
-        (temporary / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         if (run / "tokenizer").is_dir():
-            tokenizer.write_files(run / "tokenizer", temporary)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            tokenizer.write_files(run / "tokenizer", made)
+            # Runs trained here begin and end documents with one mark, and decoders begin with it.
+            end = load_tokenizer(run / "tokenizer").end_id
+            marks = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": end}
+            fields = fields if kept else {**marks, **fields}
+        (made / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     return {
         "architecture": conversion.architecture,
         "step": found,
@@ -171,6 +196,32 @@ def give_back(
         "dtype": name,
         "folder": str(folder),
     }
+
+
+def _dtype(name: str) -> Any:
+    import ml_dtypes
+    import numpy as np
+
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def _must_be_new(path: Path, what: str) -> None:
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{path} is not empty: give a new {what}.")
+
+
+@contextlib.contextmanager
+def _made_whole(path: Path) -> Iterator[Path]:
+    """A folder to write in, which takes its name only when all is written."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _own_table(path: str) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import cli
-from experiments.convert import bring_in
+from experiments.convert import imported
 from experiments.reproduce.record import write_result
 from tfm_jax.errors import UserError
 
@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tfm_jax.train import rundir
     from tfm_jax.train.restore import load_params
 
-    if not (flags.workdir / "config.json").is_file():
-        bring_in(flags.model, flags.workdir)
+    imported(flags.model, flags.workdir)
     model = build_model(rundir.read_config(flags.workdir)["model"])
     params, _ = load_params(flags.workdir)
     reference = transformers.AlbertForMaskedLM.from_pretrained(flags.model).eval()

@@ -93,7 +93,9 @@ def test_files_in_shards(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "MAX_SHARD_BYTES", 8000)
     arrays = weights()
     (path / "model.safetensors").unlink()
-    tensors.write_tensors(path, {k: x.shape for k, x in arrays.items()}, arrays.__getitem__, np.dtype("float32"))
+    tensors.write_tensors(
+        path, {k: x.shape for k, x in arrays.items()}, arrays.__getitem__, {k: x.dtype for k, x in arrays.items()}
+    )
     shards = sorted(p.name for p in path.glob("*.safetensors"))
     assert len(shards) > 2 and all(p.stat().st_size < 20000 for p in path.glob("*.safetensors"))
     convert.bring_in(path, tmp_path / "run")

@@ -79,7 +79,7 @@ def check_gradients(name, theirs):
 
     loss, gradients = jax.jit(jax.value_and_grad(loss_of))(params)
     np.testing.assert_allclose(loss, theirs["loss"], rtol=1e-5)
-    _, make = write_tensors_of(conversion, section, gradients, np.dtype("float32"))
+    _, make = write_tensors_of(conversion, section, gradients)
     for key, want in part(theirs, "gradient").items():
         if key in conversion.ties(section):
             continue
@@ -105,7 +105,7 @@ def test_gradients_are_the_references(name):
 def test_import_then_export_gives_the_same_bytes(name, layer_loop):
     theirs = fixture(name)
     conversion, section, _, params = converted(theirs, layer_loop)
-    shapes, make = write_tensors_of(conversion, section, params, np.dtype("float32"))
+    shapes, make = write_tensors_of(conversion, section, params)
     weights = part(theirs, "weight")
     skipped = set(weights) - set(shapes)
     assert not skipped - set(conversion.ties(section)), skipped

@@ -58,7 +58,7 @@ def _table(outputs: tuple[str, ...]) -> Any:
     theirs, ours = "albert.encoder.albert_layer_groups.0.albert_layers.0.", "stack/shared_block/"
 
     def table(m: Section) -> list[Row]:
-        rows = embedding_rows("albert.")
+        rows = embedding_rows(m, "albert.")
         rows += linear("albert.encoder.embedding_hidden_mapping_in", "embeddings/embedding_projection")
         for their_name, our_name in (("query", "query"), ("key", "key"), ("value", "value"), ("dense", "out")):
             rows += linear(f"{theirs}attention.{their_name}", f"{ours}attention/{our_name}")

@@ -37,8 +37,15 @@ def read_encoder(c: Fields, *, eps: float = 1e-12) -> dict[str, Any]:
         "init_std": c.take("initializer_range", 0.02),
         "dropout": c.take("hidden_dropout_prob", 0.1),
         "attention_dropout": c.take("attention_probs_dropout_prob", 0.1),
-        "types": c.take("type_vocab_size", 2),
+        "types": _types(c),
     }
+
+
+def _types(c: Fields) -> int:
+    types: int = c.take("type_vocab_size", 2)
+    if types < 1:
+        c.problems.append("type_vocab_size=0 is not supported; the class always has that table")
+    return types
 
 
 def write_encoder(m: Section) -> dict[str, Any]:
@@ -58,12 +65,13 @@ def write_encoder(m: Section) -> dict[str, Any]:
     }
 
 
-def embedding_rows(prefix: str) -> list[Row]:
+def embedding_rows(m: Section, prefix: str) -> list[Row]:
     ours = "embeddings/"
+    kinds = embedding(f"{prefix}embeddings.token_type_embeddings", f"{ours}type_embedding")
     return [
         *embedding(f"{prefix}embeddings.word_embeddings", f"{ours}token_embedding"),
         *embedding(f"{prefix}embeddings.position_embeddings", f"{ours}position_embedding"),
-        *embedding(f"{prefix}embeddings.token_type_embeddings", f"{ours}type_embedding"),
+        *(kinds if m["types"] else []),
         *norm(f"{prefix}embeddings.LayerNorm", f"{ours}embedding_norm"),
     ]
 
@@ -83,7 +91,7 @@ def layer_rows(theirs: str, ours: str) -> list[Row]:
 
 def trunk_rows(m: Section, prefix: str) -> list[Row]:
     layers = each_layer(layer_rows(f"{prefix}encoder.layer.{{i}}.", "stack/block_{i}/"), m["layers"])
-    return embedding_rows(prefix) + layers
+    return embedding_rows(m, prefix) + layers
 
 
 def _bert(prefix: str, outputs: tuple[str, ...]) -> Any:
@@ -195,7 +203,14 @@ def _bert_conversion(architecture: str, prefix: str, outputs: tuple[str, ...]) -
         write_encoder,
         _bert(prefix, outputs),
         ties=lambda m: ties if "tokens" in outputs else {},
-        skip=(POSITION_IDS,),
+        prefix=prefix,
+        # Published files carry the heads of pretraining whichever class their config names.
+        skip=(
+            POSITION_IDS,
+            *(() if "tokens" in outputs else (r"^cls\.predictions\.",)),
+            *(() if "pair" in outputs else (r"^cls\.seq_relationship\.",)),
+            *(() if {"pooled", "pair"} & {*outputs} else (r"^bert\.pooler\.",)),
+        ),
         data=MASKED,
     )
 
@@ -215,6 +230,7 @@ CONVERSIONS = (
             "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
             "lm_head.decoder.bias": "lm_head.bias",
         },
+        prefix="roberta.",
         skip=(POSITION_IDS, r"^roberta\.pooler\."),
         data=MASKED,
     ),
@@ -226,6 +242,7 @@ CONVERSIONS = (
         _write_distilbert,
         _distilbert,
         ties=lambda m: {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
+        prefix="distilbert.",
         skip=(POSITION_IDS,),
         data=MASKED,
     ),

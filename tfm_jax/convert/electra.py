@@ -30,7 +30,7 @@ def _write(m: Section) -> dict[str, Any]:
 
 def _trunk(m: Section, part: str) -> list[Row]:
     layers = each_layer(layer_rows("electra.encoder.layer.{i}.", f"{part}/stack/block_{{i}}/"), m["layers"])
-    rows = embedding_rows("electra.") + layers
+    rows = embedding_rows(m, "electra.") + layers
     if m["embedding_width"] != m["width"]:
         rows += linear("electra.embeddings_project", f"{part}/embedding_projection")
     return rows

@@ -91,7 +91,7 @@ def _read_llama(c: Fields) -> dict[str, Any]:
     c.need("attention_bias", False)
     c.need("mlp_bias", False)
     c.ignore("pretraining_tp")
-    return _read_rotary(c, theta=10_000.0, max_len=2048, eps=1e-6)
+    return _read_rotary(c, vocab=32000, mlp=11008, kv_heads=None, head_dim=None, max_len=2048)
 
 
 def _read_qwen3(c: Fields) -> dict[str, Any]:
@@ -100,22 +100,25 @@ def _read_qwen3(c: Fields) -> dict[str, Any]:
     layers = c.take("num_hidden_layers", 32)
     c.need("layer_types", None, ["full_attention"] * layers)
     c.ignore("sliding_window", "max_window_layers")
-    return _read_rotary(c, theta=10_000.0, max_len=32768, eps=1e-6) | {"qk_norm": "head"}
+    section = _read_rotary(c, vocab=151936, mlp=22016, kv_heads=32, head_dim=128, max_len=32768)
+    return section | {"qk_norm": "head"}
 
 
-def _read_rotary(c: Fields, *, theta: float, max_len: int, eps: float) -> dict[str, Any]:
+def _read_rotary(
+    c: Fields, *, vocab: int, mlp: int, kv_heads: int | None, head_dim: int | None, max_len: int
+) -> dict[str, Any]:
     width, heads = c.take("hidden_size", 4096), c.take("num_attention_heads", 32)
     return {
-        "vocab_size": c.take("vocab_size", 32000),
+        "vocab_size": c.take("vocab_size", vocab),
         "max_len": c.take("max_position_embeddings", max_len),
         "width": width,
         "layers": c.take("num_hidden_layers", 32),
         "heads": heads,
-        "kv_heads": c.take("num_key_value_heads") or heads,
-        "head_dim": c.take("head_dim") or width // heads,
-        "mlp_width": c.take("intermediate_size", 11008),
+        "kv_heads": c.take("num_key_value_heads", kv_heads) or heads,
+        "head_dim": c.take("head_dim", head_dim) or width // heads,
+        "mlp_width": c.take("intermediate_size", mlp),
         "activation": c.choose("hidden_act", "silu", ACTIVATIONS),
-        "norm_eps": c.take("rms_norm_eps", eps),
+        "norm_eps": c.take("rms_norm_eps", 1e-6),
         "init_std": c.take("initializer_range", 0.02),
         "attention_dropout": c.take("attention_dropout", 0.0),
         "output": c.choose("tie_word_embeddings", False, {True: "tied", False: "free"}),
@@ -123,7 +126,7 @@ def _read_rotary(c: Fields, *, theta: float, max_len: int, eps: float) -> dict[s
         "mlp": "gated",
         "bias": "none",
         "position": "rotary",
-        **_read_rope(c, theta),
+        **_read_rope(c, 10_000.0),
     }
 
 
@@ -211,6 +214,7 @@ CONVERSIONS = (
         _write_gpt2,
         _gpt2,
         ties=lambda m: {"lm_head.weight": "transformer.wte.weight"} if m["output"] == "tied" else {},
+        prefix="transformer.",
         skip=(r"\.attn\.(bias|masked_bias)$",),
     ),
     *(
@@ -222,6 +226,7 @@ CONVERSIONS = (
             _write_rotary,
             _rotary,
             ties=lambda m: {"lm_head.weight": "model.embed_tokens.weight"} if m["output"] == "tied" else {},
+            prefix="model.",
             skip=(r"rotary_emb\.inv_freq$",),
         )
         for architecture, model_type, read in (

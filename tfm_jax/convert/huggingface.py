@@ -49,12 +49,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find(config: dict[str, Any], own: Sequence[Conversion] = ()) -> Conversion:
-    """The conversion for a `config.json`; the user's own come first.
+    """The conversion for a `config.json`; a table of the user's own is taken as it is.
 
     Raises:
       UserError: the architecture is unknown, with the ones that are known.
     """
-    known = {c.architecture: c for c in [*conversions(), *own]}
+    if own:
+        return own[0]
+    known = {c.architecture: c for c in conversions()}
     named = config.get("architectures") or []
     for architecture in named:
         if architecture in known:
@@ -93,6 +95,7 @@ def for_export(section: Section, own: Sequence[Conversion] = (), prefer: str | N
     Raises:
       UserError: none can, with what the nearest one would lose.
     """
+    section = {**section, "name": re.sub(r"^tfm_jax\.models\.(\w+):Model$", r"\1", section["name"])}
     candidates = [c for c in [*own, *conversions()] if c.family == section["name"]]
     candidates.sort(key=lambda c: c.architecture != prefer)
     losses = {c.architecture: _lost(c, section) for c in candidates}
@@ -112,7 +115,8 @@ def for_export(section: Section, own: Sequence[Conversion] = (), prefer: str | N
 
 
 # What a model computes does not depend on these.
-_FREE = ("name", "variant", "layer_loop", "remat", "dtype", "attention", "init", "max_global")  # fmt: skip
+_FREE = ("name", "variant", "layer_loop", "remat", "dtype", "attention", "init", "max_global", "dropout",
+         "attention_dropout", "mlp_dropout")  # fmt: skip
 
 
 def _lost(conversion: Conversion, section: Section) -> list[str]:

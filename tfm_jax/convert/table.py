@@ -135,7 +135,8 @@ class Conversion:
       table: the rows for a resolved `model` section.
       ties: for such a section, names in a file that only repeat another tensor; those of a row are read from it where
         the file leaves them out.
-      skip: patterns of names that hold no parameter (position ids, masks).
+      prefix: what a class puts before its trunk's names; files saved from the trunk alone leave it out.
+      skip: patterns of names that have no place in the model and are left out: buffers, heads that it has not.
       data: the section `data` that a converted run begins with.
       task: its section `task`.
     """
@@ -147,6 +148,7 @@ class Conversion:
     write: Callable[[Section], dict[str, Any]]
     table: Callable[[Section], list[Row]]
     ties: Callable[[Section], Mapping[str, str]] = lambda section: {}
+    prefix: str = ""
     skip: tuple[str, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)

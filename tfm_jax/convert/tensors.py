@@ -11,7 +11,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from tfm_jax.errors import UserError
 
@@ -32,8 +31,13 @@ DTYPES = {
 class Tensors(Mapping[str, np.ndarray]):
     """Named arrays that are read one at a time."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]) -> None:
-        self.shapes, self._read = shapes, read
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, np.dtype[Any]],
+        read: Callable[[str], np.ndarray],
+    ) -> None:
+        self.shapes, self.dtypes, self._read = shapes, dtypes, read
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._read(name)
@@ -88,7 +92,8 @@ def _safetensors(paths: list[Path]) -> Tensors:
         # Read, not mapped: mapped pages stay counted as this process's memory, which is to hold the weights once.
         return np.fromfile(path, dtype, int(np.prod(shape, dtype=np.int64)), offset=start).reshape(shape)
 
-    return Tensors({name: place[2] for name, place in places.items()}, read)
+    shapes = {name: place[2] for name, place in places.items()}
+    return Tensors(shapes, {name: place[1] for name, place in places.items()}, read)
 
 
 def _pytorch(path: Path) -> Tensors:
@@ -100,7 +105,13 @@ def _pytorch(path: Path) -> Tensors:
             " convert it where the model comes from: model.save_pretrained(FOLDER, safe_serialization=True)."
         ) from None
     # Files from before PyTorch 1.6 are not archives and can only be read whole.
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        # PyTorch's own message suggests to switch the safety off.
+        raise UserError(
+            f"{path} holds more than tensors, or is damaged; it was not read ({type(error).__name__})."
+        ) from None
 
     def read(name: str) -> np.ndarray:
         tensor = loaded[name].detach().contiguous()
@@ -110,14 +121,20 @@ def _pytorch(path: Path) -> Tensors:
         array: np.ndarray = tensor.numpy()
         return array
 
-    return Tensors({name: tuple(x.shape) for name, x in loaded.items() if hasattr(x, "shape")}, read)
+    found = {name: x for name, x in loaded.items() if hasattr(x, "shape")}
+    dtypes = {name: np.dtype(getattr(ml_dtypes, str(x.dtype).removeprefix("torch."), None) or str(x.dtype)[6:])
+              for name, x in found.items()}  # fmt: skip
+    return Tensors({name: tuple(x.shape) for name, x in found.items()}, dtypes, read)
 
 
 def write_tensors(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], dtype: np.dtype[Any]
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    dtypes: Mapping[str, np.dtype[Any]],
 ) -> None:
-    """`model.safetensors`, or shards of at most 4 GiB and their index; one shard is in memory at a time."""
-    sizes = {name: dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for name, shape in shapes.items()}
+    """`model.safetensors`, or shards of at most 4 GiB and their index; one tensor is in memory at a time."""
+    sizes = {name: dtypes[name].itemsize * int(np.prod(shape, dtype=np.int64)) for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     room = MAX_SHARD_BYTES
     for name, size in sizes.items():
@@ -130,10 +147,41 @@ def write_tensors(
     if len(shards) == 1:
         files = [WHOLE]
     for file, names in zip(files, shards, strict=True):
-        # The metadata is what `transformers` asks of a file before it loads it.
-        arrays = {name: np.ascontiguousarray(read(name)) for name in names}
-        safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
+        _write_file(folder / file, names, {n: shapes[n] for n in names}, sizes, read, dtypes)
     if len(shards) > 1:
         index = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = {"total_size": sum(sizes.values())}
         (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": index}, indent=2, sort_keys=True))
+
+
+def _write_file(
+    path: Path,
+    names: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, int],
+    read: Callable[[str], np.ndarray],
+    dtypes: Mapping[str, np.dtype[Any]],
+) -> None:
+    """One file: the header's length, the header, the tensors. The library's own writer wants all of them in memory."""
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    # The metadata is what `transformers` asks of a file before it loads it.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        header[name] = {
+            "dtype": kinds[dtypes[name]],
+            "shape": list(shapes[name]),
+            "data_offsets": [end, end + sizes[name]],
+        }
+        end += sizes[name]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            exact = read(name)
+            with np.errstate(over="ignore"):
+                array = np.ascontiguousarray(exact.astype(dtypes[name], copy=False))
+            if array.dtype == np.float16 and not np.array_equal(np.isfinite(array), np.isfinite(exact)):
+                raise UserError(f"{name} has values too large for float16. Use --dtype bfloat16 or float32.")
+            file.write(array.reshape(-1).view(np.uint8).data)

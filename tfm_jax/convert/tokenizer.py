@@ -15,7 +15,7 @@ from tfm_jax.data.types import Tokenizer
 KEPT = "hf"  # folder beside the saved tokenizer, with the files as they came
 FILES = (
     JSON_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
-    "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+    "merges.txt", "spiece.model", "tokenizer.model", "source.spm", "target.spm",
 )  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     """From `tokenizer.json`, a SentencePiece model, `vocab.txt` or `vocab.json` with `merges.txt`; None without any."""
     if (folder / JSON_FILE).is_file():
         return read_json_tokenizer(folder / JSON_FILE)
-    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+    for name in ("tokenizer.model", "spiece.model"):
         if (folder / name).is_file():
             return read_sentencepiece(folder / name)
     settings = folder / "tokenizer_config.json"
@@ -31,7 +31,10 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     if (folder / "vocab.txt").is_file():
         vocab = str(folder / "vocab.txt")
         lower = bool(config.get("do_lower_case", True))
-        made = tokenizers.BertWordPieceTokenizer(vocab, lowercase=lower)
+        accents, chinese = config.get("strip_accents"), bool(config.get("tokenize_chinese_chars", True))
+        made = tokenizers.BertWordPieceTokenizer(
+            vocab, lowercase=lower, strip_accents=accents, handle_chinese_chars=chinese
+        )
         return JsonTokenizer(made.to_str(), vocab)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         bpe = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))

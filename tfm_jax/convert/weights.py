@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ def read_params(
       UserError: tensors are missing, left over, or of another shape: all are listed.
     """
     rows = conversion.table(section)
-    names = _canonical(conversion, theirs, [row.theirs for row in rows])
+    names = _canonical(conversion, theirs, {row.theirs for row in rows})
     for repeated, source in conversion.ties(section).items():
         if source in names and any(row.theirs == repeated for row in rows):
             names.setdefault(repeated, names[source])
@@ -58,7 +58,7 @@ def read_params(
 
 
 def write_tensors_of(
-    conversion: Conversion, section: Section, params: Any, dtype: np.dtype[Any]
+    conversion: Conversion, section: Section, params: Any
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
     """Their tensors from our parameters: the shapes by name, and a function that makes one."""
     leaves = flatten(params)
@@ -72,7 +72,7 @@ def write_tensors_of(
 
     def make(name: str) -> np.ndarray:
         row = rows[name]
-        return row.write([ours(path) for path in row.ours]).astype(dtype)
+        return row.write([ours(path) for path in row.ours])
 
     def shape(row: Row) -> tuple[int, ...]:
         # `write` moves numbers only, so that views of a single zero tell the shape.
@@ -88,11 +88,17 @@ def _shape(leaves: Mapping[str, Any], path: str) -> tuple[int, ...]:
     return tuple(leaves[stacked_path(path)[0]].shape[1:])
 
 
-def _canonical(conversion: Conversion, theirs: Iterable[str], wanted: Sequence[str]) -> dict[str, str]:
-    """`{name in the table: name in the file}`; files from TensorFlow's days call a norm's weights gamma and beta."""
-    out = {}
+def _canonical(conversion: Conversion, theirs: Iterable[str], wanted: Set[str]) -> dict[str, str]:
+    """`{name in the table: name in the file}`.
+
+    Files from TensorFlow's days call a norm's weights gamma and beta, and those saved from a trunk lack its prefix.
+    """
+    out, prefix = {}, conversion.prefix
+    bare = bool(prefix) and not any(name.startswith(prefix) for name in theirs)
     for name in theirs:
         plain = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        if bare and plain not in wanted and f"{prefix}{plain}" in wanted:
+            plain = f"{prefix}{plain}"
         out[plain] = name
     return out
 

@@ -39,7 +39,13 @@ class Objective(Protocol):
 
 
 def make(
-    name: Name, seq_len: int, tokenizer: Tokenizer, *, mask_rate: float | None, span_length: float | None
+    name: Name,
+    seq_len: int,
+    tokenizer: Tokenizer,
+    *,
+    mask_rate: float | None,
+    span_length: float | None,
+    decoder_start: int | None = None,
 ) -> Objective:
     """The objective of the config keys `data.objective`, `data.mask_rate` and `data.span_length`.
 
@@ -49,6 +55,9 @@ def make(
     for key, value in (("mask_rate", mask_rate), ("span_length", span_length)):
         if value is not None and (name in ("next", "continue") or (key == "span_length" and name == "mask")):
             raise UserError(f"data.{key}={value}: the objective {name!r} has none. Leave it out.")
+    if decoder_start is not None and name in ("next", "mask"):
+        raise UserError(f"data.decoder_start={decoder_start}: the objective {name!r} has no decoder. Leave it out.")
+    start = tokenizer.end_id if decoder_start is None else decoder_start
     if mask_rate is not None and not 0 < mask_rate < 1:
         raise UserError(f"data.mask_rate={mask_rate}: a share of the tokens in (0, 1).")
     if span_length is not None and span_length < 1:
@@ -57,13 +66,13 @@ def make(
     if name == "next":
         return Next(seq_len)
     if name == "continue":
-        return Continue(seq_len, tokenizer.end_id)
+        return Continue(seq_len, start)
     mask = next((found for mark in MASKS if (found := tokenizer.token_id(mark)) is not None), None)
     if name == "mask":
         return Mask(seq_len, tokenizer.end_id, first if mask is None else mask, first, mask_rate or 0.15)
     if name == "denoise":
         mask = first if mask is None else mask
-        return Denoise(seq_len, tokenizer.end_id, mask, first, mask_rate or 0.3, span_length or 3.0)
+        return Denoise(seq_len, tokenizer.end_id, start, mask, first, mask_rate or 0.3, span_length or 3.0)
     window, noise, spans = _span_sizes(seq_len, mask_rate or 0.15, span_length or 3.0)
     sentinels = [tokenizer.token_id(f"<extra_id_{i}>") for i in range(spans)]
     own = [i for i in sentinels if i is not None]
@@ -73,7 +82,7 @@ def make(
             " (<extra_id_0>, ...). Shorten it, or take longer spans (data.span_length)."
         )
     marks = own or list(range(first, first + spans))
-    return Span(window, noise, tuple(marks), tokenizer.end_id, first)
+    return Span(window, noise, tuple(marks), tokenizer.end_id, start, first)
 
 
 def uniform(seeds: np.ndarray, size: int, tag: int) -> np.ndarray:
@@ -172,6 +181,7 @@ class Span:
     noise: int
     sentinels: tuple[int, ...]
     end_id: int
+    start_id: int
     vocab_size: int
 
     @property
@@ -196,7 +206,7 @@ class Span:
         weights = np.broadcast_to(whole[:, None], targets.shape).astype(np.float32)
         inputs = {
             "tokens": np.concatenate([source, end], axis=1).astype(np.int32),
-            "decoder_tokens": _shifted(end, targets),
+            "decoder_tokens": _shifted(self.start_id, targets),
         }
         return {"inputs": inputs, "targets": targets, "weights": weights}
 
@@ -218,6 +228,7 @@ class Denoise:
 
     seq_len: int
     end_id: int
+    start_id: int
     mask_id: int
     vocab_size: int
     rate: float
@@ -238,9 +249,8 @@ class Denoise:
         for row, seed in enumerate(seeds):
             found = self._source(targets[row], np.random.Generator(np.random.Philox(key=int(seed))))
             source[row, : len(found)], valid[row, : len(found)] = found, True
-        end = np.full((len(targets), 1), self.end_id, np.int32)
         weights = np.broadcast_to(whole[:, None], targets.shape).astype(np.float32)
-        inputs = {"tokens": source, "valid": valid, "decoder_tokens": _shifted(end, targets)}
+        inputs = {"tokens": source, "valid": valid, "decoder_tokens": _shifted(self.start_id, targets)}
         return {"inputs": inputs, "targets": targets, "weights": weights}
 
     def _source(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -266,7 +276,7 @@ class Continue:
     """The second half of a window from the first, S = T = `seq_len` (sequence to sequence without a parallel text)."""
 
     seq_len: int
-    end_id: int
+    start_id: int
     added: int = 0
 
     @property
@@ -275,12 +285,12 @@ class Continue:
 
     def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
         source, targets = np.split(tokens[:, :-1], 2, axis=1)
-        end = np.full((len(tokens), 1), self.end_id, np.int32)
-        inputs = {"tokens": np.ascontiguousarray(source), "decoder_tokens": _shifted(end, targets)}
+        inputs = {"tokens": np.ascontiguousarray(source), "decoder_tokens": _shifted(self.start_id, targets)}
         weights = known[:, self.seq_len : -1] & known[:, self.seq_len - 1 : self.seq_len]
         return {"inputs": inputs, "targets": np.ascontiguousarray(targets), "weights": weights.astype(np.float32)}
 
 
-def _shifted(start: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """What a decoder is given: the targets one place later, behind the end mark."""
+def _shifted(start_id: int, targets: np.ndarray) -> np.ndarray:
+    """What a decoder is given: the targets one place later, behind its first token."""
+    start = np.full((len(targets), 1), start_id, np.int32)
     return np.concatenate([start, targets[:, :-1]], axis=1).astype(np.int32)

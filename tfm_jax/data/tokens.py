@@ -35,6 +35,7 @@ def make(
     objective: objectives.Name = "next",
     mask_rate: float | None = None,
     span_length: float | None = None,
+    decoder_start: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     feature: str | None = None,
@@ -54,6 +55,7 @@ def make(
       objective: what is predicted: the `next` token, tokens behind a `mask`, a `span` behind a sentinel (T5), the whole
         text from one with holes (`denoise`, BART), or how a text goes on (`continue`); see `data.objectives`.
       mask_rate: share of the tokens that are hidden; 0.15, and 0.3 for `denoise`, if None.
+      decoder_start: the id that a decoder begins with; the end mark if None.
       span_length: mean length of hidden stretches for `span` and `denoise`; 3 if None.
       batch_size: rows of the global batch.
       seed: of the order of the rows.
@@ -76,7 +78,9 @@ def make(
             " data.split='hash'."
         )
     codec = load_tokenizer(tokenizer_dir) if tokenizer_dir else open_tokenizer(tokenizer, opened, root)
-    made = objectives.make(objective, seq_len, codec, mask_rate=mask_rate, span_length=span_length)
+    made = objectives.make(
+        objective, seq_len, codec, mask_rate=mask_rate, span_length=span_length, decoder_start=decoder_start
+    )
     folder, meta = build_tokens(opened, codec, root, workers=workers)
     streams = {name: open_split(folder, meta, name) for name in meta["splits"]}
     if streams["train"].size < made.window + 1:

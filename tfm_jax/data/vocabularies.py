@@ -33,6 +33,11 @@ UNIGRAM_SAMPLE = 2_000_000
 def open_tokenizer(spec: str, source: Source, cache_dir: Path) -> Tokenizer:
     """The tokenizer that `spec` names: read from its file, or trained on `source`'s train split once and cached."""
     kind, _, argument = spec.partition(":")
+    if spec == "missing":
+        raise UserError(
+            "This model came without a tokenizer that can be read. Give one: --config.data.tokenizer=file:PATH, or"
+            " sentencepiece:PATH."
+        )
     valid = {k.partition(":")[0]: k for k in KINDS}
     if kind not in valid:
         raise UserError(f"tokenizer: unknown kind {kind!r} in {spec!r}.{nearest(kind, valid)}")

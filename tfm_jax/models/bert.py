@@ -90,7 +90,7 @@ class Model(nn.Module):
           tokens: (B, T) int32.
           token_types: (B, T) int32, the segment of each token; 0 if None.
           valid: (B, T) bool, False for padding.
-          positions: (B, T) int32; 0..T-1 if None.
+          positions: (B, T) int32; 0..T-1 if None, or with an `offset` how many valid tokens stand before.
           segment_ids: (B, T) int32; positions attend within their own document.
           train: dropout on; needs an rng named `dropout` if a rate is above 0.
 
@@ -99,6 +99,9 @@ class Model(nn.Module):
           `pair` also `pooled` (B, D); for `pair` also `pair_logits` (B, 2) float32.
         """
         spec = self.block
+        if self.offset and positions is None and valid is not None:
+            # RoBERTa counts tokens, not places: padding in front does not move a text.
+            positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
         embed = TextEmbedding(spec, self.vocab_size, self.max_len, self.types, self.offset, name="embeddings")
         x, table = embed(tokens, token_types, positions, train=train)
         mask = Mask(key_valid=valid, query_segments=segment_ids, key_segments=segment_ids)

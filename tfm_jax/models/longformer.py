@@ -97,7 +97,7 @@ class Model(nn.Module):
             row with more than `max_global` of them is NaN.
           token_types: (B, T) int32, the segment of each token; 0 if None.
           valid: (B, T) bool, False for padding.
-          positions: (B, T) int32; 0..T-1 if None.
+          positions: (B, T) int32; 0..T-1 if None, or with an `offset` how many valid tokens stand before.
           segment_ids: (B, T) int32; positions attend within their own document.
           train: dropout on; needs an rng named `dropout` if a rate is above 0.
 
@@ -105,6 +105,9 @@ class Model(nn.Module):
           `states` (B, T, D), `hidden` (B, T, D + 1), `unembedding` (V, D + 1), `logits` (B, T, V) float32.
         """
         spec = self.block
+        if self.offset and positions is None and valid is not None:
+            # As in RoBERTa, tokens are counted, not places.
+            positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
         embed = TextEmbedding(spec, self.vocab_size, self.max_len, self.types, self.offset, name="embeddings")
         x, table = embed(tokens, token_types, positions, train=train)
         spots = None

@@ -34,6 +34,11 @@ def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
         targets, weights = batch["targets"].reshape(-1), batch["weights"].reshape(-1)
         smoothing, z = (label_smoothing, z_loss) if train else (0.0, 0.0)
+        if "logits" not in out:
+            raise UserError(
+                f"This model predicts no tokens: it returns {', '.join(sorted(out))}. Give it a task of its own"
+                " (task.name), or take its parameters into a model that does (checkpoint.init_from)."
+            )
         if "unembedding" in out:
             hidden = out["hidden"].reshape(-1, out["hidden"].shape[-1])
             nll, correct = linear_cross_entropy(

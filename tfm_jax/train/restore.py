@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tfm_jax.train.state import TrainState
 from tfm_jax.train.surgery import LINE, Report, Resize, transfer
 
 log = logging.getLogger(__name__)
+# Settings of a model that do not change what it computes with its parameters.
+_HARMLESS = re.compile(r"model\.(variant|layer_loop|remat|init|init_std|dtype|attention|dropout|\w+_dropout|outputs):")
 
 
 def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, int]:
@@ -151,6 +154,14 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
         )
         if main:
             log.warning("init_from %s: %s", settings.init_from, report)
+            donor = read_config(open_checkpoint(Path(str(settings.init_from)))[0].folder.parent)["model"]
+            own = experiment.config["model"]
+            changed = [
+                f"model.{k}: {donor[k]!r} there, {own[k]!r} here" for k in own if k in donor and donor[k] != own[k]
+            ]
+            changed = [line for line in changed if not _HARMLESS.match(line)]
+            if changed:
+                log.warning("init_from: the donor computes something else with them:\n  %s", "\n  ".join(changed))
         # In one program, so that what is not made from the parameters (a memory) is born split too.
         shardings = jax.tree.map(lambda x: x.sharding, abstract.extra)
         return state._replace(params=params, extra=jax.jit(experiment.task.init_extra, out_shardings=shardings)(params))
