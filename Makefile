@@ -34,8 +34,8 @@ $(VENV)/.ready: pyproject.toml
 pretrain: $(VENV)/.ready  ## train the main job on your Python's standard library; the same command resumes
 	@$(BIN)/python -m experiments.train --config=$(CONFIG) --workdir=$(RUN) $(ARGS)
 
-test: $(VENV)/.ready  ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.ready  ## run the tests, in up to 4 processes
+	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(ARGS)
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -252,6 +252,7 @@ def test_the_log_says_what_is_built_and_what_came_out(tmp_path, books, caplog):
     with caplog.at_level(logging.INFO, "tfm_jax.data.build"):
         folder, meta = build_tokens(opened(tmp_path), byte_tokenizer(), tmp_path)
     train, held = (f"{meta['splits'][split]['tokens']:,} tokens" for split in ("train", "validation"))
-    assert caplog.messages[0] == f"tokens: building 2 of 2 shards of text:{tmp_path}/books/*.txt ..."
-    assert re.fullmatch(f"tokens: train {train}, validation {held} in \\d+\\.\\d s\\.", caplog.messages[1])
+    said = [record.getMessage() for record in caplog.records if record.name == "tfm_jax.data.build"]
+    assert said[0] == f"tokens: building 2 of 2 shards of text:{tmp_path}/books/*.txt ..."
+    assert re.fullmatch(f"tokens: train {train}, validation {held} in \\d+\\.\\d s\\.", said[1])
     assert json.loads((folder / "meta.json").read_text()) == meta

@@ -313,4 +313,4 @@ def test_a_vocabulary_is_needed():
 def test_caches_need_positions():
     with pytest.raises(ValueError) as error:
         model().apply({"params": params_of()}, TOKENS, caches=model().init_caches(2, T))
-    assert str(error.value) == "Decoding with caches needs the tokens' positions."
+    assert str(error.value).startswith("Decoding with caches needs the tokens' positions.")

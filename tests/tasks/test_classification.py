@@ -95,8 +95,8 @@ def test_evaluation_speaks_of_examples(make_digits):
     logits = np.asarray(apply(images), np.float64)
     losses = np.log(np.sum(np.exp(logits), -1)) - logits[np.arange(size), targets]
     assert found["examples"] == size == built.data.facts["validation"]["examples"]
-    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert found["accuracy"] == pytest.approx(np.mean(np.argmax(logits, -1) == targets), abs=1e-6)
+    assert found["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(float(np.mean(np.argmax(logits, -1) == targets)), abs=1e-6)
 
 
 @pytest.fixture
