@@ -14,6 +14,7 @@ from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.convert import huggingface, tensors
 from tfm_jax.convert.table import Conversion, each_layer, embedding, linear, norm
+from tfm_jax.convert.tokenizer import read_tokenizer
 from tfm_jax.data.vocabularies import byte_tokenizer
 from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
@@ -244,3 +245,90 @@ def test_a_table_of_the_users_own(tmp_path):
     assert convert.main([f"--from={tmp_path}/run", f"--to=hf:{tmp_path}/again", table]) == 0
     again = tensors.open_tensors(tmp_path / "again")
     assert {k: again[k].tobytes() for k in again} == {k: x.tobytes() for k, x in arrays.items()}
+
+
+def test_files_saved_from_the_trunk_alone(folder, tmp_path):
+    """As GPT-2 was published: the class with a head, the names without its prefix."""
+    bare = {name.removeprefix("transformer."): x for name, x in weights().items()}
+    convert.bring_in(folder(arrays=bare), tmp_path / "run")
+    params, _ = load_params(tmp_path / "run")
+    np.testing.assert_array_equal(params["stack"]["final_norm"]["bias"], bare["ln_f.bias"])
+    with pytest.raises(UserError, match=re.escape("wte.weight: (257, 16) has no place in the model")):
+        convert.bring_in(folder("both", arrays={**weights(), "wte.weight": bare["wte.weight"]}), tmp_path / "other")
+
+
+def test_heads_of_pretraining_that_the_class_has_not():
+    """BERT's published file names BertForMaskedLM, and holds the pooler and the pair head."""
+    known = {c.architecture: c for c in huggingface.conversions()}
+    extra = ("bert.pooler.dense.weight", "cls.seq_relationship.bias")
+    for name, skipped in (("BertForMaskedLM", extra), ("BertForPreTraining", ()), ("RobertaForMaskedLM", ())):
+        found = [x for x in extra if any(re.search(pattern, x) for pattern in known[name].skip)]
+        assert tuple(found) == skipped, name
+
+
+@pytest.mark.parametrize("architecture", ["RobertaForMaskedLM", "LongformerForMaskedLM"])
+def test_a_head_that_has_one_activation_only(architecture):
+    conversion = huggingface.find({"architectures": [architecture]})
+    with pytest.raises(UserError, match=re.escape("hidden_act='relu' is not supported; what is: 'gelu'")):
+        huggingface.read_section(conversion, {"hidden_act": "relu"}, where="config.json")
+
+
+def test_mixed_types_go_back_as_they_came(folder, tmp_path):
+    arrays = {name: x.astype(np.float16 if ".h.0." in name else np.float32) for name, x in weights().items()}
+    convert.bring_in(folder(config={"dtype": "bfloat16"}, arrays=arrays), tmp_path / "run")
+    convert.give_back(tmp_path / "run", tmp_path / "again")
+    again = tensors.open_tensors(tmp_path / "again")
+    assert {k: (again[k].dtype, again[k].tobytes()) for k in again} == {
+        k: (x.dtype, x.tobytes()) for k, x in arrays.items()
+    }
+
+
+def test_a_model_without_a_tokenizer_asks_for_one(folder, tmp_path, corpus):
+    run = tmp_path / "run"
+    convert.bring_in(folder(tokenizer=False), run)
+    data = [f"--config.data.source=text:{corpus}/*.txt", "--config.data.batch_size=8", "--config.data.seq_len=8"]
+    with says(
+        "This model came without a tokenizer that can be read. Give one: --config.data.tokenizer=file:PATH, or"
+        " sentencepiece:PATH."
+    ):
+        evaluate.main([f"--run={run}", *data])
+    assert evaluate.main([f"--run={run}", *data, "--config.data.tokenizer=bytes"]) == 0
+
+
+def test_flags_that_have_no_meaning_here():
+    with says("--dtype has no meaning from hf:a to b."):
+        convert.main(["--from=hf:a", "--to=b", "--dtype=float16"])
+    with says("--ignore has no meaning from a to hf:b."):
+        convert.main(["--from=a", "--to=hf:b", "--ignore=x"])
+
+
+def test_a_run_takes_its_name_when_it_is_whole(folder, tmp_path, monkeypatch):
+    path = folder()
+    with monkeypatch.context() as patch:
+        patch.setattr("tfm_jax.train.rundir.write_status", lambda *_, **__: (_ for _ in ()).throw(OSError("the plug")))
+        with pytest.raises(OSError, match="the plug"):
+            convert.bring_in(path, tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs"]
+    convert.bring_in(path, tmp_path / "run")
+
+
+def test_vocabularies_of_older_folders(tmp_path):
+    """vocab.txt alone, and vocab.json with merges.txt, give the ids that their own classes would."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "whale", "##s", "!"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    found = read_tokenizer(tmp_path)
+    assert [words[i] for i in found.encode_batch(["The whales!"])[0]] == ["the", "whale", "##s", "!"]
+    assert (found.token_id("[MASK]"), found.end_id) == (4, 3)
+    (tmp_path / "vocab.txt").unlink()
+    assert read_tokenizer(tmp_path) is None
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "</s>": 3, "<mask>": 4}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    found = read_tokenizer(tmp_path)
+    assert found.encode_batch(["abba"])[0].tolist() == [2, 1, 0] and (found.end_id, found.token_id("<mask>")) == (3, 4)
+
+
+def test_a_file_that_is_more_than_tensors(tmp_path):
+    pytest.importorskip("torch")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UserError, match="holds more than tensors, or is damaged; it was not read"):
+        tensors.open_tensors(tmp_path)

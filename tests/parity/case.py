@@ -23,6 +23,14 @@ def tokens(rng: np.random.Generator) -> Arrays:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def padded_left(rng: np.random.Generator) -> Arrays:
+    """Two rows, the second padded at its beginning, with the id that positions are counted without."""
+    out = tokens(rng)
+    out["attention_mask"] = out["attention_mask"][:, ::-1].copy()
+    out["input_ids"][out["attention_mask"] == 0] = 1
+    return out
+
+
 def as_text(theirs: Arrays) -> dict[str, Any]:
     """Their inputs as ours."""
     names = {"input_ids": "tokens", "token_type_ids": "token_types", "decoder_input_ids": "decoder_tokens"}

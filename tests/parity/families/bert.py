@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..case import LENGTH, VOCAB, Arrays, Case, own_token_loss, tokens
+from ..case import LENGTH, VOCAB, Arrays, Case, own_token_loss, padded_left, tokens
 
 _BERT = dict(
     vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
@@ -29,7 +29,9 @@ CASES: dict[str, Case] = {
     "bert_model": Case(
         "BertModel", "BertConfig", _BERT, pairs, outputs={"last_hidden_state": "states", "pooler_output": "pooled"}
     ),
-    "roberta": Case("RobertaForMaskedLM", "RobertaConfig", _BERT | dict(type_vocab_size=1, pad_token_id=1)),
+    "roberta": Case(
+        "RobertaForMaskedLM", "RobertaConfig", _BERT | dict(type_vocab_size=1, pad_token_id=1), padded_left
+    ),
     "distilbert": Case(
         "DistilBertForMaskedLM",
         "DistilBertConfig",
