@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments import cli
+from experiments.convert import ORIGIN
 from tfm_jax.errors import UserError
 
 EXAMPLES = """\
@@ -69,6 +71,13 @@ class Loaded:
                 f"model.name={config['model']['name']!r} cannot continue a text: it makes one text from another."
             )
         self.params, self.step = load_params(path, step)
+        origin = path / ORIGIN
+        self.origin = json.loads(origin.read_text()) if origin.is_file() else None
+        ends = self.origin["config"].get("eos_token_id") if self.origin else None
+        # Where a model has several marks that end a text, the first is the one that ends documents.
+        self.end_id = (
+            next(iter(ends if isinstance(ends, list) else [ends])) if ends is not None else self.tokenizer.end_id
+        )
 
     def continue_text(
         self, prompt: str, sampling: Any, max_new: int | None, seed: int, out: Any = None
@@ -80,8 +89,12 @@ class Loaded:
         ids = [int(i) for i in self.tokenizer.encode_batch([prompt])[0]] if prompt else []
         if self.tokenizer.unk_id is not None and self.tokenizer.unk_id in ids:
             raise UserError(f"The prompt {prompt!r} has characters that the run's tokenizer has never seen.")
-        # Documents start after an end mark, so the prompt does too.
-        ids = [self.tokenizer.end_id, *ids]
+        if self.origin is None:
+            # Documents start after an end mark, so the prompt does too.
+            ids = [self.tokenizer.end_id, *ids]
+        else:
+            # Another library's model begins as its own tokenizer says.
+            ids = self.tokenizer.prompt(prompt) or [self.origin["config"].get("bos_token_id") or self.tokenizer.end_id]
         if max_new is None:
             limit = getattr(self.model, "max_len", None)
             max_new = 100 if limit is None else max(1, min(100, limit - len(ids)))
@@ -100,7 +113,7 @@ class Loaded:
             [ids],
             max_new=max_new,
             sampling=sampling,
-            end_id=self.tokenizer.end_id,
+            end_id=self.end_id,
             allowed=self.tokenizer.vocab_size,
             seed=seed,
             on_token=on_token if out is not None else None,

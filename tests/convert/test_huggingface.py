@@ -332,3 +332,24 @@ def test_a_file_that_is_more_than_tensors(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(UserError, match="holds more than tensors, or is damaged; it was not read"):
         tensors.open_tensors(tmp_path)
+
+
+def test_a_prompt_begins_as_the_models_own_tokenizer_says(folder, tmp_path, monkeypatch):
+    """Llama's file puts <s> before a text; GPT-2's nothing; a run that was trained here goes on after an end mark."""
+    seen = []
+    monkeypatch.setattr(
+        "tfm_jax.decode.sample.generate",
+        lambda model, params, prompts, **kw: (seen.append((prompts, kw["end_id"])), [[]])[1],
+    )
+    plain = folder()
+    convert.bring_in(plain, tmp_path / "plain")
+    engine = json.loads((plain / "tokenizer.json").read_text())
+    mark = {"<s>": {"id": "<s>", "ids": [7], "tokens": ["<s>"]}}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    engine["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": mark}
+    (plain / "tokenizer.json").write_text(json.dumps(engine))
+    (plain / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": [9, 10]}))
+    convert.bring_in(plain, tmp_path / "marked")
+    for name in ("plain", "marked"):
+        generate.main([f"--run={tmp_path / name}", "--prompt=ab", "--max_new=2"])
+    assert seen == [([[97, 98]], 256), ([[7, 97, 98]], 9)]

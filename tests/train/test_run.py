@@ -296,3 +296,18 @@ def test_a_start_that_failed_can_be_corrected(make_config, tmp_path):
     assert train(make_config({"train.steps": 2, "optim.warmup_steps": 0}), run).status == "finished"
     assert read(run, "config.json")["data"]["tokenizer"] == "bytes"
     assert read(run, "config.json")["model"]["vocab_size"] == 257
+
+
+def test_a_donor_that_computes_something_else_is_named(finished, make_config, tmp_path, caplog):
+    changes = {
+        "checkpoint.init_from": str(finished[0]),
+        "model.activation": "relu",
+        "model.dropout": 0.1,
+        "train.steps": 1,
+    }
+    with caplog.at_level(logging.WARNING):
+        train(make_config({**changes, "optim.warmup_steps": 0}), tmp_path / "run")
+    said = [m for m in caplog.messages if "computes something else" in m]
+    assert said == [
+        "init_from: the donor computes something else with them:\n  model.activation: 'gelu_tanh' there, 'relu' here"
+    ]

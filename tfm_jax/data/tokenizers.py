@@ -81,6 +81,9 @@ class JsonTokenizer:
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
+    def prompt(self, text: str) -> list[int]:
+        return list(self._engine.encode(text, add_special_tokens=True).ids)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -137,6 +140,10 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(ids, dtype=np.int32) for ids in self._engine.encode(list(texts))]
+
+    def prompt(self, text: str) -> list[int]:
+        start = int(self._engine.bos_id())
+        return [*([start] if start >= 0 else []), *map(int, self._engine.encode(text))]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         size = self.vocab_size

@@ -67,6 +67,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text, without marks at either end."""
 
+    def prompt(self, text: str) -> list[int]:
+        """A text with the marks that the tokenizer's own file puts around one (`<s>` before Llama's prompts)."""
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Marks are left out; bytes that are not UTF-8 become U+FFFD."""
 
