@@ -188,7 +188,7 @@ def _overhead(flags: Any) -> dict[str, Any]:
             "checkpoint.every": str(every), "data.cache_dir": f"{folder}/cache", "log.every": "10",
         }  # fmt: skip
         config = configs.resolve(configs.load("configs/gpt_chars.py"), list(overrides.items()))
-        for number in range(3):
+        for number in range(7):
             experiment = build(config)
             state = experiment.fresh_state()
             batch = experiment.batch(0)
