@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
+import os
 import subprocess
 import sys
 import time
@@ -14,28 +14,44 @@ NEW, PROMPT = 100, list(range(5, 21))
 
 
 def main() -> None:
-    """Save it, and import it in a process of its own, whose seconds and memory count; one JSON line."""
+    """Save it, and import it in a process of its own, whose seconds and memory count; one JSON line.
+
+    This process stays small, because a child's highest memory begins with its parent's at the fork.
+    """
+    folder = Path(sys.argv[1])
+    if sys.argv[2:] == ["save"]:
+        return save(folder)
+    subprocess.run([sys.executable, "-m", "experiments.reproduce.gpt2", str(folder), "save"], check=True)
+    command = [sys.executable, "-m", "experiments.convert", f"--from=hf:{folder / 'theirs'}"]
+    began = time.perf_counter()
+    peak = _peak([*command, f"--to={folder / 'run'}"])
+    seconds = time.perf_counter() - began
+    # What a process of this library holds before it has read anything.
+    modules = "convert.huggingface, tfm_jax.convert.tokenizer, tfm_jax.convert.weights, tfm_jax.train.checkpoint"
+    idle = f"import experiments.convert, jax, tfm_jax.{modules}; jax.devices(); jax.jit(lambda: 0)()"
+    weights = (folder / "theirs" / "model.safetensors").stat().st_size
+    print(json.dumps({"seconds": seconds, "memory": (peak - _peak([sys.executable, "-c", idle])) / weights}))
+
+
+def save(folder: Path) -> None:
     import torch
     import transformers
 
     from tfm_jax.data.vocabularies import byte_tokenizer
 
-    folder = Path(sys.argv[1])
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
     model.save_pretrained(folder / "theirs")
     byte_tokenizer().save(folder / "theirs")
-    command = [sys.executable, "-m", "experiments.convert", f"--from=hf:{folder / 'theirs'}"]
-    began = time.perf_counter()
-    subprocess.run([*command, f"--to={folder / 'run'}"], check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    # What a process of this library holds before it has read anything.
-    idle = "import resource, jax, experiments.convert, tfm_jax.train.checkpoint as c; jax.devices(); "
-    idle += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    base = int(subprocess.run([sys.executable, "-c", idle], check=True, stdout=subprocess.PIPE, text=True).stdout)
-    weights = sum(p.numel() for p in model.parameters()) * 4 / 1024
-    print(json.dumps({"seconds": seconds, "memory": (peak - base) / weights}))
+
+
+def _peak(command: list[str]) -> int:
+    """A command's highest memory in bytes."""
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise RuntimeError(f"{command} failed; its error stands above.")
+    return usage.ru_maxrss * 1024
 
 
 def ours(folder: str, batch: int) -> Callable[[], float]:
