@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.names import resolve as resolve_name
+from tfm_jax.nn.spec import BlockSpec
 
 REQUIRED = inspect.Parameter.empty
 # Section -> (package, attribute) of the code that its `name` stands for.
@@ -79,6 +80,24 @@ def build_model(section: Mapping[str, Any]) -> Any:
         names = {f.name for f in dataclasses.fields(inlined)}
         values["block"] = inlined(**{k: values.pop(k) for k in names})
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# Fields of a model, or of its blocks, that do not change what it computes with its parameters.
+_IDLE = (
+    "parent", "name", "block", "layer_loop", "remat", "dtype", "attention", "init", "init_std", "max_global", "dropout",
+    "attention_dropout", "mlp_dropout",
+)  # fmt: skip
+
+
+def computes(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides what a model computes: its fields and its blocks', with the sizes that stand for None."""
+    model = build_model(section)
+    found = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in _IDLE}
+    spec = getattr(model, "block", None)
+    if isinstance(spec, BlockSpec):
+        found |= {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name not in _IDLE}
+        found |= {"kv_heads": spec.groups, "head_dim": spec.key_size, "mlp_width": spec.hidden}
+    return found
 
 
 def _model_fields(given: Mapping[str, Any]) -> Fields:

@@ -13,7 +13,7 @@ from typing import Any
 from tfm_jax import convert
 from tfm_jax.convert.table import Conversion, Fields, Section
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.sections import computes, section_fields
 
 # In every `config.json`; none of them changes what the model computes.
 HARMLESS = re.compile(
@@ -114,34 +114,15 @@ def for_export(section: Section, own: Sequence[Conversion] = (), prefer: str | N
     )
 
 
-# What a model computes does not depend on these.
-_FREE = ("name", "variant", "layer_loop", "remat", "dtype", "attention", "init", "max_global", "dropout",
-         "attention_dropout", "mlp_dropout")  # fmt: skip
-
-
 def _lost(conversion: Conversion, section: Section) -> list[str]:
     """What does not come back from a journey there and back."""
-    from tfm_jax.config import resolve
-
     try:
         fields = Fields(conversion.write(section))
     except KeyError as error:
         return [f"a value of {error}"]
     back = {"name": section["name"], **conversion.read(fields)}
-    given = {"model": {**back, "dtype": section["dtype"]}, "data": {"source": "stdlib"}, "train": {"steps": 1}}
-    own, again = _effective(section), _effective(resolve(given)["model"])
+    defaults = {key: field.default for key, field in section_fields("model", back).items()}
+    own, again = computes(section), computes({**defaults, **back})
     return [
-        f"model.{key}={own[key]!r} (it has {again.get(key)!r})"
-        for key in own
-        if key not in _FREE and again.get(key) != own[key]
+        f"model.{key}={own[key]!r} (it has {again[key]!r})" for key in own if own[key] != again[key]
     ] + fields.problems
-
-
-def _effective(section: Section) -> dict[str, Any]:
-    """The section with the sizes that stand for None."""
-    from tfm_jax.sections import build_model
-
-    spec = getattr(build_model(section), "block", None)
-    if not isinstance(spec, BlockSpec):
-        return dict(section)
-    return {**section, "kv_heads": spec.groups, "head_dim": spec.key_size, "mlp_width": spec.hidden}

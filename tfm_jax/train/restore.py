@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from tfm_jax.config import Config
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path
-from tfm_jax.sections import family
+from tfm_jax.sections import computes, family
 from tfm_jax.train.build import Experiment, build_task
 from tfm_jax.train.checkpoint import Checkpointer, CorruptCheckpoint, Restored, first_state
 from tfm_jax.train.rundir import read_config
@@ -20,8 +20,11 @@ from tfm_jax.train.state import TrainState
 from tfm_jax.train.surgery import LINE, Report, Resize, transfer
 
 log = logging.getLogger(__name__)
-# Settings of a model that do not change what it computes with its parameters.
-_HARMLESS = re.compile(r"model\.(variant|layer_loop|remat|init|init_std|dtype|attention|dropout|\w+_dropout|outputs):")
+
+
+def run_folder(path: Path) -> Path:
+    """The run of a `RUN/checkpoints/STEP`, or the folder itself."""
+    return path.parent.parent if path.name.isdigit() and path.parent.name == "checkpoints" else path
 
 
 def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, int]:
@@ -30,8 +33,8 @@ def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, 
     Raises:
       UserError: there is none, with the steps that there are.
     """
-    if path.name.isdigit() and path.parent.name == "checkpoints":
-        path, step = path.parent.parent, int(path.name)
+    if run_folder(path) != path:
+        path, step = run_folder(path), int(path.name)
     folder = path / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{path} has no checkpoints: give a run folder, or RUN/checkpoints/STEP.")
@@ -89,7 +92,7 @@ def load_params(path: Path, step: int | None = None, *, sharding: Any = None) ->
       UserError: no such checkpoint, or it is damaged.
     """
     checkpoints, found = open_checkpoint(path, step)
-    task = build_task(read_config(checkpoints.folder.parent))
+    task = build_task(read_config(run_folder(path)))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), checkpoints.shapes(found)["params"])
     wanted = {"params": params, "extra": jax.eval_shape(task.init_extra, params)}
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -111,6 +114,13 @@ def load_params(path: Path, step: int | None = None, *, sharding: Any = None) ->
     finally:
         checkpoints.close()
     return task.eval_params(state["params"], state["extra"]), found
+
+
+def _differences(donor: Config, own: Config) -> list[str]:
+    """What the same parameters compute differently in two models; heads that only one has are in the transfer's report."""
+    there, here = computes(donor["model"]), computes(own["model"])
+    both = [key for key in here if key in there and key != "outputs"]
+    return [f"model.{key}: {there[key]!r} there, {here[key]!r} here" for key in both if there[key] != here[key]]
 
 
 def load_donor(
@@ -154,13 +164,7 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
         )
         if main:
             log.warning("init_from %s: %s", settings.init_from, report)
-            donor = read_config(open_checkpoint(Path(str(settings.init_from)))[0].folder.parent)["model"]
-            own = experiment.config["model"]
-            changed = [
-                f"model.{k}: {donor[k]!r} there, {own[k]!r} here" for k in own if k in donor and donor[k] != own[k]
-            ]
-            changed = [line for line in changed if not _HARMLESS.match(line)]
-            if changed:
+            if changed := _differences(read_config(run_folder(Path(str(settings.init_from)))), experiment.config):
                 log.warning("init_from: the donor computes something else with them:\n  %s", "\n  ".join(changed))
         # In one program, so that what is not made from the parameters (a memory) is born split too.
         shardings = jax.tree.map(lambda x: x.sharding, abstract.extra)
