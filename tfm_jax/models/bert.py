@@ -13,13 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tfm_jax.errors import UserError
 from tfm_jax.nn import block, embeddings, heads
 from tfm_jax.nn.attention import Context
 from tfm_jax.nn.embeddings import TextEmbedding
 from tfm_jax.nn.heads import Classifier, Pooler, TokenHead
 from tfm_jax.nn.masks import Mask
-from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Remat, Stack
 from tfm_jax.parallel.sharding import Rule
 
@@ -67,10 +66,7 @@ class Model(nn.Module):
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_len", "layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"model.{name}={value}: must be at least 1.")
+        check_sizes(self, "vocab_size", "max_len", "layers")
         super().__post_init__()
 
     @nn.compact

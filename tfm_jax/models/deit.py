@@ -46,7 +46,7 @@ class Model(nn.Module):
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        vit.check_sizes(self)
+        vit.check_vision(self)
         super().__post_init__()
 
     @nn.compact

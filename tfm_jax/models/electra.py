@@ -21,7 +21,7 @@ from tfm_jax.nn.embeddings import TextEmbedding
 from tfm_jax.nn.heads import TokenHead
 from tfm_jax.nn.linear import Dense
 from tfm_jax.nn.masks import Mask
-from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Remat, Stack
 from tfm_jax.parallel.sharding import Rule
 
@@ -115,10 +115,7 @@ class _Electra(nn.Module):
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_len", "embedding_width", "layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"model.{name}={value}: must be at least 1.")
+        check_sizes(self, "vocab_size", "max_len", "embedding_width", "layers")
         super().__post_init__()
 
     def embedding(self) -> TextEmbedding:

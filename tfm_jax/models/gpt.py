@@ -19,7 +19,7 @@ from tfm_jax.nn.heads import unembed
 from tfm_jax.nn.linear import Embedding
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.positions import Rope, rotation
-from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import Caches, LayerLoop, Remat, Stack
 from tfm_jax.parallel.sharding import Rule, constrain
 
@@ -98,10 +98,7 @@ class Model(nn.Module):
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_len", "layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"model.{name}={value}: must be at least 1.")
+        check_sizes(self, "vocab_size", "max_len", "layers")
         if self.position == "rotary" and self.block.key_size % 2:
             raise UserError(
                 f"model.position='rotary' turns pairs, so the head size must be even; it is {self.block.key_size}."

@@ -18,7 +18,7 @@ from tfm_jax.nn.embeddings import TextEmbedding
 from tfm_jax.nn.heads import TokenHead
 from tfm_jax.nn.longformer import LongformerAttention, find_globals
 from tfm_jax.nn.masks import Mask
-from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Remat, Stack
 from tfm_jax.parallel.sharding import Rule
 
@@ -60,10 +60,7 @@ class Model(nn.Module):
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_len", "max_global", "layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"model.{name}={value}: must be at least 1.")
+        check_sizes(self, "vocab_size", "max_len", "max_global", "layers")
         if self.window < 2 or self.window % 2:
             raise UserError(f"model.window={self.window}: must be even, at least 2; half of it is on each side.")
         if self.block.groups != self.block.heads or self.block.qk_norm != "none":

@@ -18,7 +18,7 @@ from tfm_jax.nn.attention import Context
 from tfm_jax.nn.heads import Classifier
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.patches import PatchEmbedding, check_grid
-from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Remat, Stack
 from tfm_jax.parallel.sharding import Rule
 
@@ -69,7 +69,7 @@ class Model(nn.Module):
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        check_sizes(self)
+        check_vision(self)
         super().__post_init__()
 
     @nn.compact
@@ -94,12 +94,9 @@ class Model(nn.Module):
         return {"images": jnp.zeros((batch, self.image_size, self.image_size, self.channels), jnp.float32)}
 
 
-def check_sizes(model: Any) -> None:
+def check_vision(model: Any) -> None:
     """Refuse a vision model's sizes that cannot be."""
-    for name in ("image_size", "patch", "channels", "classes", "layers"):
-        value = getattr(model, name)
-        if value is not None and value < 1:
-            raise UserError(f"model.{name}={value}: must be at least 1.")
+    check_sizes(model, "image_size", "patch", "channels", "classes", "layers")
     check_grid(model.image_size, model.patch)
 
 

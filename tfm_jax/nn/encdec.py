@@ -15,7 +15,7 @@ from tfm_jax.nn.block import LayerCache
 from tfm_jax.nn.heads import unembed
 from tfm_jax.nn.linear import Embedding
 from tfm_jax.nn.masks import Mask
-from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import Caches, LayerLoop, Remat, Stack
 from tfm_jax.parallel.sharding import Rule, constrain
 
@@ -47,10 +47,7 @@ class EncoderDecoder(nn.Module):
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_len", "encoder_layers", "decoder_layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"model.{name}={value}: must be at least 1.")
+        check_sizes(self, "vocab_size", "max_len", "encoder_layers", "decoder_layers")
         super().__post_init__()
 
     @nn.compact

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -12,6 +12,18 @@ from tfm_jax.errors import UserError
 DType = Literal["float32", "bfloat16", "float16"]
 # What a kernel does: make queries, write into the residual stream, or anything else.
 Role = Literal["query", "residual", "other"]
+
+
+def check_sizes(part: Any, *names: str) -> None:
+    """Refuse fields below 1; None stands for a default.
+
+    Raises:
+      UserError: naming the first of them.
+    """
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and value < 1:
+            raise UserError(f"model.{name}={value}: must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -65,10 +77,7 @@ class BlockSpec:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("width", "heads", "kv_heads", "head_dim", "mlp_width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"model.{name}={value}: must be at least 1.")
+        check_sizes(self, "width", "heads", "kv_heads", "head_dim", "mlp_width")
         if self.head_dim is None and self.width % self.heads:
             raise UserError(
                 f"model.heads={self.heads} does not divide model.width={self.width}."
