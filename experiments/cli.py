@@ -67,7 +67,7 @@ def setup() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     import jax
 
-    from tfm_jax.data.tokens import cache_root
+    from tfm_jax.data.corpus import cache_root
     from tfm_jax.parallel import multihost
 
     multihost.initialise()

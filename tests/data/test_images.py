@@ -142,6 +142,28 @@ def test_normalisation_is_by_channel(tmp_path):
         np.testing.assert_allclose(got[..., channel], (images[..., channel] / 255 - mean) / std, atol=1e-5)
 
 
+def test_scaled_then_cut(tmp_path):
+    """`squeeze` keeps all of an image, `cover` its shape; then the middle is taken."""
+    wide = np.zeros((8, 16, 3), np.uint8)
+    wide[:, 4:12] = 200  # the middle half
+    for i in range(9):
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(wide).save(tmp_path / "train" / "a" / f"{i}.png")
+
+    def first(**settings):
+        data = make(
+            source=f"folder:{tmp_path}/**/*.png", batch_size=1, resample="bilinear", valid_fraction=0.5, **settings
+        )
+        return data.train.pictures.read(np.zeros(1, np.int64)).images[0]
+
+    assert np.all(first(image_size=8) == 200)
+    squeezed = np.asarray(Image.fromarray(wide).resize((8, 8), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(first(image_size=8, fit="squeeze"), squeezed)
+    np.testing.assert_array_equal(first(image_size=4, scaled_to=8, fit="squeeze"), squeezed[2:6, 2:6])
+    with says("data.scaled_to=4: must be at least data.image_size, which is 8."):
+        make(source="digits", image_size=8, scaled_to=4)
+
+
 def write_folder(base, counts, size=(6, 6), mode="RGB"):
     """Images named by a number that their first pixel holds, in a folder a class."""
     for place, (name, count) in enumerate(counts.items()):

@@ -7,10 +7,11 @@ import pytest
 
 from tests.errors import says
 from tfm_jax.data.build import build_tokens, open_split
+from tfm_jax.data.corpus import cache_root
 from tfm_jax.data.index import epoch_records, hash_ints
 from tfm_jax.data.objectives import Next
 from tfm_jax.data.sources import open_source
-from tfm_jax.data.tokens import Pass, Training, cache_root, make
+from tfm_jax.data.tokens import Pass, Training, make
 from tfm_jax.data.vocabularies import byte_tokenizer
 from tfm_jax.errors import UserError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tfm_jax.data.index import epoch_records, hash_ints
-from tfm_jax.data.pictures import MODES, Labelled, Pictures, Shape, open_pictures
+from tfm_jax.data.pictures import MODES, Fit, Labelled, Pictures, Resample, Shape, open_pictures
 from tfm_jax.data.splits import check_rule
 from tfm_jax.data.types import Batch, Data, Dataset, Rows
 from tfm_jax.errors import UserError, nearest
@@ -20,6 +21,9 @@ def make(
     *,
     source: str,
     image_size: int | None = None,
+    scaled_to: int | None = None,
+    fit: Fit = "cover",
+    resample: Resample = "bicubic",
     channels: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -35,8 +39,11 @@ def make(
 
     Args:
       source: `digits`, `idx:FOLDER`, `folder:GLOB` or `tfds:NAME`; see `data.pictures`.
-      image_size: height and width in pixels; an image is scaled until it covers the square, whose middle is taken.
-        As the source has them if None.
+      image_size: height and width in pixels; an image is scaled to a square, whose middle is taken. As the source has
+        them if None.
+      scaled_to: side of that square, at least `image_size`, which it is if None. 256 for 224 is usual.
+      fit: `cover` keeps an image's shape and loses its borders, `squeeze` keeps all of it.
+      resample: `bicubic` or `bilinear`.
       channels: 1 for grey, 3 for colour; the source's own if None.
       batch_size: rows of the global batch.
       seed: of the order of the images, and of their augmentation.
@@ -51,6 +58,8 @@ def make(
     for name, value in (("batch_size", batch_size), ("image_size", image_size)):
         if value is not None and value < 1:
             raise UserError(f"data.{name}={value}: must be at least 1.")
+    if scaled_to is not None and scaled_to < (image_size or scaled_to + 1):
+        raise UserError(f"data.scaled_to={scaled_to}: must be at least data.image_size, which is {image_size}.")
     if channels is not None and channels not in MODES:
         raise UserError(f"data.channels={channels}: 1 for grey or 3 for colour.")
     if crop_padding < 0:
@@ -58,9 +67,8 @@ def make(
     if not 0 <= flip <= 1:
         raise UserError(f"data.flip={flip}: a probability in [0, 1].")
     check_rule("hash", valid_fraction)
-    opened = open_pictures(
-        source, shape=Shape(image_size, channels), valid_fraction=valid_fraction, label=label, workers=workers
-    )
+    shape = Shape(image_size, channels, scaled_to, fit, resample)
+    opened = open_pictures(source, shape=shape, valid_fraction=valid_fraction, label=label, workers=workers)
     for name, found in opened.splits.items():
         if not len(found):
             raise UserError(f"data.source={source!r} leaves no image for {name}; set data.valid_fraction.")
@@ -72,7 +80,7 @@ def make(
             raise UserError(f"data.source={source!r} has no split {name!r}.{nearest(name, opened.splits)}")
         return Pass(opened.splits[name], scale, rows or batch_size)
 
-    facts = [opened.fingerprint, image_size, channels, crop_padding, flip, scale.mean, scale.std]
+    facts = [opened.fingerprint, dataclasses.astuple(shape), crop_padding, flip, scale.mean, scale.std]
     return Data(
         train=Training(opened.splits["train"], scale, batch_size, seed, crop_padding, flip),
         evals=evals,

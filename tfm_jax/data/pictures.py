@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from tfm_jax.data import records
 from tfm_jax.data.splits import Keep, split_in_name
 from tfm_jax.errors import UserError, nearest
 
+Fit = Literal["cover", "squeeze"]
+Resample = Literal["bicubic", "bilinear"]
 KINDS = ("digits", "idx:FOLDER", "folder:GLOB", "tfds:NAME")
 MODES = {1: "L", 3: "RGB"}
 IDX_FILES = {"train": "train", "test": "t10k"}
@@ -61,12 +63,18 @@ class Shape:
     """What every image is made to be.
 
     Attributes:
-      size: height and width; an image is scaled until it covers the square, whose middle is taken. None: as it is.
+      size: height and width; an image is scaled to a square, whose middle is taken. None: as it is.
       channels: 1 for grey, 3 for red, green and blue; the source's own if None.
+      scaled_to: the side of that square; `size` if None.
+      fit: "cover" keeps the image's shape and loses its borders, "squeeze" keeps all of it.
+      resample: how pixels are made of their neighbours.
     """
 
     size: int | None = None
     channels: int | None = None
+    scaled_to: int | None = None
+    fit: Fit = "cover"
+    resample: Resample = "bicubic"
 
     def of(self, image: Any) -> np.ndarray:
         """A Pillow image as (height, width, channels) uint8."""
@@ -74,8 +82,14 @@ class Shape:
 
         grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
         image = image.convert(MODES[self.channels or (1 if grey else 3)])
-        if self.size is not None and image.size != (self.size, self.size):
-            image = ImageOps.fit(image, (self.size, self.size), method=Image.Resampling.BICUBIC)
+        side = self.scaled_to or self.size
+        if self.size is not None and side is not None:
+            method = Image.Resampling[self.resample.upper()]
+            if image.size != (side, side):
+                squeeze = self.fit == "squeeze"
+                image = image.resize((side, side), method) if squeeze else ImageOps.fit(image, (side, side), method)
+            edge = (side - self.size) // 2
+            image = image.crop((edge, edge, edge + self.size, edge + self.size))
         array = np.asarray(image)
         return array[:, :, None] if array.ndim == 2 else array
 
@@ -151,6 +165,8 @@ def open_pictures(
     Splits are the source's own. Where it has no validation split, `valid_fraction` of its training images, chosen by a
     hash of their place or path, become one.
     """
+    if source == "missing":
+        raise UserError("This model came without data. Give its images: --config.data.source=folder:GLOB, or another.")
     kind, _, rest = source.partition(":")
     valid = {k.partition(":")[0]: k for k in KINDS}
     if kind not in valid:
@@ -186,7 +202,8 @@ def _held(size: int, split: str, fraction: float) -> np.ndarray:
 
 def _shaped(found: Labelled, shape: Shape) -> InMemory:
     height, width, channels = found.images.shape[1:]
-    if shape.size in (None, height) and shape.size in (None, width) and shape.channels in (None, channels):
+    sizes = {shape.size, shape.scaled_to} - {None}
+    if sizes <= {height} and sizes <= {width} and shape.channels in (None, channels):
         return InMemory(*found)
     _need_pillow("data.image_size and data.channels")
     from PIL import Image

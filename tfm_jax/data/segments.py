@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
-from tfm_jax.data import tokens
 from tfm_jax.data.build import TokenStream
+from tfm_jax.data.corpus import open_corpus
 from tfm_jax.data.index import hash_ints
-from tfm_jax.data.types import Batch, Data, Dataset, Rows
+from tfm_jax.data.types import Batch, Data, Rows
 from tfm_jax.errors import UserError
 
 
@@ -38,11 +37,12 @@ def make(
       seed: of where the epochs are cut.
       source, tokenizer, feature, split, valid_fraction, cache_dir, workers, tokenizer_dir: see `data.tokens`.
     """
-    opened = tokens.make(
+    for key, value in (("seq_len", seq_len), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"data.{key}={value}: must be at least 1.")
+    corpus = open_corpus(
         source=source,
         tokenizer=tokenizer,
-        seq_len=seq_len,
-        batch_size=batch_size,
         feature=feature,
         split=split,
         valid_fraction=valid_fraction,
@@ -50,23 +50,20 @@ def make(
         workers=workers,
         tokenizer_dir=tokenizer_dir,
     )
-    stream = cast(tokens.Training, opened.train).stream
+    stream = corpus.stream("train")
     if stream.size <= batch_size * seq_len:
         raise UserError(
             f"data.source={source!r} has {stream.size} training tokens, too few for data.batch_size={batch_size} rows of"
             f" data.seq_len={seq_len} and the token after them."
         )
 
-    def evals(name: str, rows: int | None) -> Dataset:
-        return Pass(cast(tokens.Pass, opened.evals(name, rows)).stream, seq_len, rows or batch_size)
-
     return Data(
         train=Training(stream, seq_len, batch_size, seed),
-        evals=evals,
-        vocab_size=opened.vocab_size,
-        tokenizer=opened.tokenizer,
-        facts=opened.facts,
-        fingerprint=opened.fingerprint,
+        evals=lambda name, rows: Pass(corpus.stream(name), seq_len, rows or batch_size),
+        vocab_size=corpus.tokenizer.vocab_size,
+        tokenizer=corpus.tokenizer,
+        facts=corpus.facts,
+        fingerprint=corpus.fingerprint,
     )
 
 

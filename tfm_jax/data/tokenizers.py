@@ -149,6 +149,15 @@ class SentencePieceTokenizer:
         size = self.vocab_size
         return str(self._engine.decode([int(i) for i in ids if int(i) < size]))
 
+    def with_marks(self, marks: Sequence[str]) -> SentencePieceTokenizer:
+        """The same with marks behind its pieces, which text does not spell."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto.FromString(self.proto)
+        for mark in marks:
+            model.pieces.add(piece=mark, score=0.0, type=model.SentencePiece.CONTROL)
+        return SentencePieceTokenizer(model.SerializeToString(), self.name)
+
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, SENTENCEPIECE_FILE).write_bytes(self.proto)

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from tfm_jax.data import objectives
-from tfm_jax.data.build import TokenStream, build_tokens, open_split
+from tfm_jax.data.build import TokenStream
+from tfm_jax.data.corpus import open_corpus
 from tfm_jax.data.index import epoch_records, hash_ints
-from tfm_jax.data.sources import open_source
-from tfm_jax.data.tokenizers import load_tokenizer
-from tfm_jax.data.types import Batch, Data, Dataset, Rows
-from tfm_jax.data.vocabularies import open_tokenizer
-from tfm_jax.errors import UserError, nearest
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """The asked folder, else `$TFM_JAX_CACHE`, else `tfm_jax` under `$XDG_CACHE_HOME` or `~/.cache`."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if own := os.environ.get("TFM_JAX_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tfm_jax"
+from tfm_jax.data.types import Batch, Data, Rows
+from tfm_jax.errors import UserError
 
 
 def make(
@@ -62,7 +49,7 @@ def make(
       feature: which field of a record is the text, where there are several.
       split: how files become train and validation: `auto`, `names`, `hash` or `tail`; see `data.sources`.
       valid_fraction: how much `hash` and `tail` hold out; their own default if None.
-      cache_dir: where prepared data goes; see `cache_root`.
+      cache_dir: where prepared data goes; see `corpus.cache_root`.
       workers: processes that tokenize; 0 for one a core.
       tokenizer_dir: a run's saved tokenizer, used instead of making one (not a config key).
     """
@@ -70,42 +57,38 @@ def make(
         raise UserError(f"data.seq_len={seq_len}: must be at least 1.")
     if batch_size < 1:
         raise UserError(f"data.batch_size={batch_size}: must be at least 1.")
-    root = cache_root(cache_dir)
-    opened = open_source(source, feature=feature, split=split, valid_fraction=valid_fraction, cache_dir=root)
-    if valid_fraction is not None and opened.rule == "names":
-        raise UserError(
-            f"data.valid_fraction={valid_fraction}: {source!r} names its own splits. Leave it out, or set"
-            " data.split='hash'."
-        )
-    codec = load_tokenizer(tokenizer_dir) if tokenizer_dir else open_tokenizer(tokenizer, opened, root)
+    corpus = open_corpus(
+        source=source,
+        tokenizer=tokenizer,
+        feature=feature,
+        split=split,
+        valid_fraction=valid_fraction,
+        cache_dir=cache_dir,
+        workers=workers,
+        tokenizer_dir=tokenizer_dir,
+    )
+    codec, stream = corpus.tokenizer, corpus.stream("train")
     made = objectives.make(
         objective, seq_len, codec, mask_rate=mask_rate, span_length=span_length, decoder_start=decoder_start
     )
-    folder, meta = build_tokens(opened, codec, root, workers=workers)
-    streams = {name: open_split(folder, meta, name) for name in meta["splits"]}
-    if streams["train"].size < made.window + 1:
+    if stream.size < made.window + 1:
         raise UserError(
-            f"data.source={source!r} has {streams['train'].size} training tokens, too few for one row of"
+            f"data.source={source!r} has {stream.size} training tokens, too few for one row of"
             f" data.seq_len={seq_len} and the token after it."
         )
 
-    def evals(name: str, rows: int | None) -> Dataset:
-        if name not in streams:
-            raise UserError(f"data.source={source!r} has no split {name!r}.{nearest(name, streams)}")
-        return Pass(streams[name], made, rows or batch_size)
-
     plain = objective == "next"
-    facts = meta["splits"]
+    facts = corpus.facts
     if not plain:
         # Rates in bytes mean something only where every token is predicted from those before it.
         facts = {name: {k: v for k, v in found.items() if "bytes" not in k} for name, found in facts.items()}
     return Data(
-        train=Training(streams["train"], made, batch_size, seed),
-        evals=evals,
+        train=Training(stream, made, batch_size, seed),
+        evals=lambda name, rows: Pass(corpus.stream(name), made, rows or batch_size),
         vocab_size=codec.vocab_size + made.added,
         tokenizer=codec,
         facts=facts,
-        fingerprint=folder.name if plain else f"{folder.name} {made!r}",
+        fingerprint=corpus.fingerprint if plain else f"{corpus.fingerprint} {made!r}",
     )
 
 

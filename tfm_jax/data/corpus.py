@@ -1,0 +1,72 @@
+"""A text source, tokenized: the streams of its splits, on disk and memory-mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfm_jax.data.build import TokenStream, build_tokens, open_split
+from tfm_jax.data.sources import open_source
+from tfm_jax.data.tokenizers import load_tokenizer
+from tfm_jax.data.types import Tokenizer
+from tfm_jax.data.vocabularies import open_tokenizer
+from tfm_jax.errors import UserError, nearest
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """The asked folder, else `$TFM_JAX_CACHE`, else `tfm_jax` under `$XDG_CACHE_HOME` or `~/.cache`."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    if own := os.environ.get("TFM_JAX_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tfm_jax"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token streams by split.
+
+    Attributes:
+      source: as the config names it.
+      facts: see `types.Data`.
+      fingerprint: of everything that determines the tokens.
+    """
+
+    source: str
+    streams: Mapping[str, TokenStream]
+    tokenizer: Tokenizer
+    facts: dict[str, dict[str, Any]]
+    fingerprint: str
+
+    def stream(self, split: str) -> TokenStream:
+        if split not in self.streams:
+            raise UserError(f"data.source={self.source!r} has no split {split!r}.{nearest(split, self.streams)}")
+        return self.streams[split]
+
+
+def open_corpus(
+    *,
+    source: str,
+    tokenizer: str,
+    feature: str | None,
+    split: str,
+    valid_fraction: float | None,
+    cache_dir: str | None,
+    workers: int,
+    tokenizer_dir: str | None,
+) -> Corpus:
+    """Open a source and tokenize it, or find it tokenized; the arguments are those of `data.tokens`."""
+    root = cache_root(cache_dir)
+    opened = open_source(source, feature=feature, split=split, valid_fraction=valid_fraction, cache_dir=root)
+    if valid_fraction is not None and opened.rule == "names":
+        raise UserError(
+            f"data.valid_fraction={valid_fraction}: {source!r} names its own splits. Leave it out, or set"
+            " data.split='hash'."
+        )
+    codec = load_tokenizer(tokenizer_dir) if tokenizer_dir else open_tokenizer(tokenizer, opened, root)
+    folder, meta = build_tokens(opened, codec, root, workers=workers)
+    streams = {name: open_split(folder, meta, name) for name in meta["splits"]}
+    return Corpus(source, streams, codec, meta["splits"], folder.name)
