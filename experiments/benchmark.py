@@ -8,7 +8,7 @@
 `checkpoint`  how long a save of 124 M parameters with Adam's moments blocks the loop, asynchronous beside synchronous.
 `startup`     seconds from start to the first step, with the compile cache cold and warm, the data being built.
 
-Writes `benchmark.json`; what was not run keeps its last figures there.
+Writes `benchmark-PART.json` for each part, with the revision that was measured.
 """
 
 from __future__ import annotations
@@ -53,18 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--families", action="store_const", dest="only", const=["families"], help="only that part")
     made.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
     made.add_argument("--rounds", type=int, help="turns of each side; by default enough for a steady median")
-    made.add_argument("--workdir", type=Path, default=RESULTS, help="folder of benchmark.json")
+    made.add_argument("--workdir", type=Path, default=RESULTS, help="folder of benchmark-PART.json")
     flags, _ = cli.parse(made, argv)
     for name, known in (("only", parts), ("shapes", SHAPES)):
         for value in getattr(flags, name):
             if value not in known:
                 raise UserError(f"--{name} {value}: does not exist.{nearest(value, known)}")
     cli.setup()
-    path = flags.workdir / "benchmark.json"
-    figures = json.loads(path.read_text())["figures"] if path.is_file() else {}
+    figures: dict[str, Any] = {}
     for name in flags.only:
-        figures |= parts[name](flags)
-        write_result("benchmark", figures, config=SHAPES, folder=flags.workdir)
+        found = parts[name](flags)
+        config = {"rounds": flags.rounds, **({"shapes": SHAPES} if name == "step" else {})}
+        write_result(f"benchmark-{name}", found, config=config, folder=flags.workdir)
+        figures |= found
     if flags.json:
         cli.print_json(figures)
     return 0
