@@ -19,7 +19,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     steps = 20 if smoke else 300
     config = ml_collections.ConfigDict(
         {
-            "model": {"name": "albert", "variant": "mini", "types": 0},
+            "model": {"name": "albert", "variant": "mini", "types": 1},
             "data": {
                 "name": "tokens",
                 "source": "stdlib",

@@ -19,7 +19,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     steps = 20 if smoke else 300
     config = ml_collections.ConfigDict(
         {
-            "model": {"name": "electra", "variant": "mini", "types": 0, "generator_heads": 1},
+            "model": {"name": "electra", "variant": "mini", "types": 1, "generator_heads": 1},
             "task": {"name": "replaced_token"},
             "data": {
                 "name": "tokens",

@@ -18,7 +18,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     steps = 20 if smoke else 300
     config = ml_collections.ConfigDict(
         {
-            "model": {"name": "longformer", "variant": "mini", "types": 0},
+            "model": {"name": "longformer", "variant": "mini"},
             "data": {
                 "name": "tokens",
                 "source": "stdlib",

@@ -6,9 +6,9 @@ A run made this way is taken by evaluate, generate and checkpoint.init_from like
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from experiments import cli
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 
+log = logging.getLogger(__name__)
 EXAMPLES = """\
   python -m experiments.convert --from hf:models/gpt2 --to runs/gpt2
   python -m experiments.generate --run runs/gpt2 --prompt 'The meaning of life is'
@@ -65,9 +66,9 @@ def bring_in(
     """Make a run directory of a model folder."""
     import jax
 
-    from tfm_jax.convert import huggingface, tokenizer
+    from tfm_jax.convert import huggingface, images, tokenizer
     from tfm_jax.convert.tensors import open_tensors
-    from tfm_jax.convert.weights import read_params
+    from tfm_jax.convert.weights import read_parts
     from tfm_jax.files import write_atomic
     from tfm_jax.parallel import mesh
     from tfm_jax.paths import flatten
@@ -75,18 +76,20 @@ def bring_in(
     from tfm_jax.train import rundir
     from tfm_jax.train.checkpoint import Checkpointer
 
-    theirs = huggingface.read_json(folder / "config.json")
-    conversion = huggingface.find(theirs, own)
-    section = huggingface.read_section(conversion, theirs, where=str(folder / "config.json"), ignore=ignore)
-    start = theirs.get("decoder_start_token_id")
-    if start is not None and "decoder_tokens" in inspect.signature(model_class(conversion.family).__call__).parameters:
-        conversion = dataclasses.replace(conversion, data={**conversion.data, "decoder_start": start})
-    text = {"source": "stdlib", "seq_len": min(section.get("max_len") or 512, 512)}
+    theirs = huggingface.open_folder(folder, own, ignore)
+    section, data = theirs.section, {**theirs.data}
+    start = theirs.configs.get("", {}).get("decoder_start_token_id")
+    if start is not None and "decoder_tokens" in inspect.signature(model_class(section["name"]).__call__).parameters:
+        data["decoder_start"] = start
+    if data.get("name") == "images":
+        data |= images.read_settings(folder)
+    elif "name" not in data:
+        data = {"source": "stdlib", "seq_len": min(section.get("max_len") or 512, 512), **data}
     config = configs.resolve(
         {
             "model": section,
-            "task": conversion.task,
-            "data": {**({} if "name" in conversion.data else text), **conversion.data},
+            "task": theirs.task,
+            "data": data,
             "train": {"steps": 1000},
             "evals": {"validation": {"split": "validation"}},
         },
@@ -100,40 +103,45 @@ def bring_in(
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **model.example()))["params"]
     placed = layout.place(shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
-    tensors = open_tensors(folder)
-    params = read_params(conversion, config["model"], abstract, tensors, where=str(folder))
-    codec = tokenizer.read_tokenizer(folder)
+    sections = theirs.split(config["model"])
+    tensors = {part: open_tensors(folder / part) for part in sections}
+    params = read_parts(theirs.conversions, sections, abstract, tensors, where=str(folder))
+    codec = next((found for part in sections if (found := tokenizer.read_tokenizer(folder / part))), None)
     if codec is not None and config["model"].get("vocab_size", 0) < codec.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {codec.vocab_size} entries, but the model only {config['model']['vocab_size']}."
         )
     if codec is None and "tokenizer" in config["data"] and not any(key == "data.tokenizer" for key, _ in overrides):
         config["data"]["tokenizer"] = NO_TOKENIZER
-    dtypes = {row.theirs: str(tensors.dtypes.get(row.theirs, "float32")) for row in conversion.table(config["model"])}
-    origin = {
-        "architecture": conversion.architecture,
-        "config": theirs,
-        "dtypes": dtypes,
-        "folder": str(folder.absolute()),
+    dtypes = {
+        part: {
+            row.theirs: str(tensors[part].dtypes.get(row.theirs, "float32")) for row in conversion.table(sections[part])
+        }
+        for part, conversion in theirs.conversions.items()
+    }
+    parts: dict[str, dict[str, Any]] = {
+        part: {"architecture": conversion.architecture, "config": theirs.configs[part], "dtypes": dtypes[part]}
+        for part, conversion in theirs.conversions.items()
     }
     with _made_whole(run) as made:
         if codec is not None:
             codec.save(made / "tokenizer")
-            tokenizer.keep_files(folder, made / "tokenizer")
+        for part in parts:
+            tokenizer.keep_files(folder, made, part)
         checkpoints = Checkpointer(made / "checkpoints", asynchronous=False)
-        meta = {"data": None, "converted_from": origin["folder"], "versions": rundir.versions()}
+        meta = {"data": None, "converted_from": str(folder.absolute()), "versions": rundir.versions()}
         checkpoints.save(0, {"step": jax.numpy.zeros((), jax.numpy.int32), "params": params}, meta)
         checkpoints.close()
-        write_atomic(made / ORIGIN, configs.to_json(origin))
+        write_atomic(made / ORIGIN, configs.to_json({"folder": str(folder.absolute()), "parts": parts}))
         write_atomic(made / "config.json", configs.to_json(config))
         rundir.write_status(made, "finished", f"converted from {folder}", step=0)
     count = sum(x.size for x in jax.tree.leaves(params))
     return {
-        "architecture": conversion.architecture,
+        "architecture": ", ".join(part["architecture"] for part in parts.values()),
         "model": config["model"]["name"],
         "parameters": count,
         "arrays": len(flatten(params)),
-        "dtype": ", ".join(sorted(set(dtypes.values()))),
+        "dtype": ", ".join(sorted({dtype for found in dtypes.values() for dtype in found.values()})),
         "tokenizer": "none" if codec is None else f"{codec.vocab_size} entries",
         "run": str(run),
     }
@@ -141,61 +149,82 @@ def bring_in(
 
 def imported(folder: Path, run: Path) -> None:
     """Import a folder, if that run does not hold it already."""
-    origin = run / ORIGIN
-    if not origin.is_file():
+    origin = read_origin(run)
+    if origin is None:
         bring_in(folder, run)
-    elif json.loads(origin.read_text())["folder"] != str(folder.absolute()):
-        raise UserError(
-            f"{run} holds another model, {json.loads(origin.read_text())['folder']}. Use another --workdir."
-        )
+    elif origin["folder"] != str(folder.absolute()):
+        raise UserError(f"{run} holds another model, {origin['folder']}. Use another --workdir.")
+
+
+def read_origin(run: Path) -> dict[str, Any] | None:
+    """Where an imported run came from: `folder`, and for each part its `architecture`, `config` and `dtypes`."""
+    if not (run / ORIGIN).is_file():
+        return None
+    origin: dict[str, Any] = json.loads((run / ORIGIN).read_text())
+    return origin
 
 
 def give_back(
     run: Path, folder: Path, own: Sequence[Any] = (), *, step: int | None = None, dtype: str | None = None
 ) -> dict[str, Any]:
-    """Write a run's model as a model folder."""
+    """Write a run's model as a model folder, or one with a folder for each part of the model."""
     from tfm_jax.convert import huggingface, tokenizer
     from tfm_jax.convert.tensors import write_tensors
     from tfm_jax.convert.weights import write_tensors_of
-    from tfm_jax.data.tokenizers import load_tokenizer
     from tfm_jax.train import rundir
     from tfm_jax.train.restore import load_params
 
-    section = rundir.read_config(run)["model"]
-    origin = json.loads((run / ORIGIN).read_text()) if (run / ORIGIN).is_file() else {"config": {}}
-    conversion = huggingface.for_export(section, own, origin.get("architecture"))
+    parts = (read_origin(run) or {"parts": {}})["parts"]
+    conversions = huggingface.for_export(rundir.read_config(run)["model"], own, parts.get("", {}).get("architecture"))
     _must_be_new(folder, "folder")
     params, found = load_params(run, step)
-    kept = {k: v for k, v in origin["config"].items() if huggingface.HARMLESS.match(k)}
-    name = dtype or kept.get("dtype") or kept.get("torch_dtype") or "float32"
-    shapes, make = write_tensors_of(conversion, section, params)
-    # A file's tensors go back in the type in which each came, whatever its config says.
-    came = {} if dtype else origin.get("dtypes", {})
-    kinds = {tensor: _dtype(came.get(tensor, name)) for tensor in shapes}
+    count = 0
     with _made_whole(folder) as made:
-        write_tensors(made, shapes, make, kinds)
-        fields = {
-            **kept,
-            **conversion.write(section),
-            "architectures": [conversion.architecture],
-            "model_type": conversion.model_type,
-            "dtype": name,
-        }
-        fields.pop("torch_dtype", None)
-        if (run / "tokenizer").is_dir():
-            tokenizer.write_files(run / "tokenizer", made)
-            # Runs trained here begin and end documents with one mark, and decoders begin with it.
-            end = load_tokenizer(run / "tokenizer").end_id
-            marks = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": end}
-            fields = fields if kept else {**marks, **fields}
-        (made / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        for part, (conversion, section) in conversions.items():
+            came = parts.get(part, {"config": {}, "dtypes": {}})
+            kept = {k: v for k, v in came["config"].items() if huggingface.HARMLESS.match(k)}
+            name = dtype or kept.get("dtype") or kept.get("torch_dtype") or "float32"
+            shapes, make = write_tensors_of(conversion, section, params)
+            # A file's tensors go back in the type in which each came, whatever its config says.
+            kinds = {tensor: _dtype(name if dtype else came["dtypes"].get(tensor, name)) for tensor in shapes}
+            (made / part).mkdir(exist_ok=True)
+            write_tensors(made / part, shapes, make, kinds)
+            fields = conversion.write(section) | {
+                "architectures": [conversion.architecture],
+                "model_type": conversion.model_type,
+                "dtype": name,
+            }
+            marks = kept or _own_marks(run, fields)
+            fields = {k: v for k, v in {**marks, **fields}.items() if k != "torch_dtype"}
+            tokenizer.write_files(run, made / part, part)
+            (made / part / huggingface.CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+            count += len(shapes)
     return {
-        "architecture": conversion.architecture,
+        "architecture": ", ".join(conversion.architecture for conversion, _ in conversions.values()),
         "step": found,
-        "tensors": len(shapes),
+        "tensors": count,
         "dtype": name,
         "folder": str(folder),
     }
+
+
+def _own_marks(run: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """The special ids of a run that was trained here: one mark begins and ends documents, and decoders begin with it."""
+    from tfm_jax.data.tokenizers import load_tokenizer
+
+    if not (run / "tokenizer").is_dir():
+        return {}
+    codec = load_tokenizer(run / "tokenizer")
+    pad = fields.get("pad_token_id")
+    if pad is not None and pad != codec.end_id and (text := codec.decode([pad])):
+        log.warning(
+            "%s counts positions without the token %d, which is %r in this run's tokenizer: behind one, transformers"
+            " numbers positions differently from this run.",
+            fields["architectures"][0],
+            pad,
+            text,
+        )
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"), codec.end_id)
 
 
 def _dtype(name: str) -> Any:

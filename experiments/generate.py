@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments import cli
-from experiments.convert import ORIGIN
+from experiments.convert import read_origin
 from tfm_jax.errors import UserError
 
 EXAMPLES = """\
@@ -71,9 +70,9 @@ class Loaded:
                 f"model.name={config['model']['name']!r} cannot continue a text: it makes one text from another."
             )
         self.params, self.step = load_params(path, step)
-        origin = path / ORIGIN
-        self.origin = json.loads(origin.read_text()) if origin.is_file() else None
-        ends = self.origin["config"].get("eos_token_id") if self.origin else None
+        origin = read_origin(path)
+        self.origin = None if origin is None else origin["parts"][""]["config"]
+        ends = self.origin.get("eos_token_id") if self.origin else None
         # Where a model has several marks that end a text, the first is the one that ends documents.
         self.end_id = (
             next(iter(ends if isinstance(ends, list) else [ends])) if ends is not None else self.tokenizer.end_id
@@ -94,7 +93,7 @@ class Loaded:
             ids = [self.tokenizer.end_id, *ids]
         else:
             # Another library's model begins as its own tokenizer says.
-            ids = self.tokenizer.prompt(prompt) or [self.origin["config"].get("bos_token_id") or self.tokenizer.end_id]
+            ids = self.tokenizer.prompt(prompt) or [self.origin.get("bos_token_id") or self.tokenizer.end_id]
         if max_new is None:
             limit = getattr(self.model, "max_len", None)
             max_new = 100 if limit is None else max(1, min(100, limit - len(ids)))

@@ -12,10 +12,11 @@ import safetensors.numpy
 from experiments import convert, evaluate, generate
 from tests.errors import says
 from tfm_jax import config as configs
-from tfm_jax.convert import huggingface, tensors
+from tfm_jax.convert import huggingface, images, tensors
 from tfm_jax.convert.table import Conversion, each_layer, embedding, linear, norm
-from tfm_jax.convert.tokenizer import read_tokenizer
-from tfm_jax.data.vocabularies import byte_tokenizer
+from tfm_jax.convert.tokenizer import read_tokenizer, write_files
+from tfm_jax.data.tokenizers import load_tokenizer
+from tfm_jax.data.vocabularies import byte_tokenizer, train_tokenizer
 from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
 from tfm_jax.train.restore import load_params
@@ -103,8 +104,13 @@ def test_files_in_shards(folder, tmp_path, monkeypatch):
     params, _ = load_params(tmp_path / "run")
     np.testing.assert_array_equal(params["token_embedding"]["embedding"], arrays["transformer.wte.weight"])
     (path / shards[1]).unlink()
-    with says(f"{path}/model.safetensors.index.json names files that are not there: {shards[1]}."):
+    index = path / "model.safetensors.index.json"
+    with says(f"{index} names files that are not there: {shards[1]}."):
         tensors.open_tensors(path)
+    for content in ("{", "[]", "{}"):
+        index.write_text(content)
+        with pytest.raises(UserError, match="is not an index of tensor files"):
+            tensors.open_tensors(path)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -163,8 +169,8 @@ def test_what_is_not_there(folder, tmp_path):
     with says(f"There is no {empty}/config.json."):
         convert.bring_in(empty, tmp_path / "run")
     (empty / "config.json").write_text(json.dumps(CONFIG))
-    names = "model.safetensors nor model.safetensors.index.json nor pytorch_model.bin"
-    with says(f"{empty} has no weights: neither {names} is there."):
+    names = "model.safetensors, model.safetensors.index.json, pytorch_model.bin and pytorch_model.bin.index.json"
+    with says(f"{empty} has no weights: none of {names} is there."):
         convert.bring_in(empty, tmp_path / "run")
     (empty / "model.safetensors").write_bytes(b"not at all")
     with pytest.raises(UserError, match="is not a safetensors file"):
@@ -203,7 +209,7 @@ def test_sizes_that_a_class_cannot_have_are_not_lost():
     section = configs.resolve({"model": given, "data": {"source": "stdlib"}, "train": {"steps": 1}})["model"]
     with pytest.raises(UserError, match=re.escape("model.head_dim=32 (it has 64)")):
         huggingface.for_export(section)
-    assert huggingface.for_export({**section, "head_dim": 64}).architecture == "BertForMaskedLM"
+    assert huggingface.best({**section, "head_dim": 64}).architecture == "BertForMaskedLM"
 
 
 def own_table(section):
@@ -332,6 +338,102 @@ def test_a_file_that_is_more_than_tensors(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(UserError, match="holds more than tensors, or is damaged; it was not read"):
         tensors.open_tensors(tmp_path)
+
+
+def test_pickles_in_shards(folder, tmp_path):
+    torch = pytest.importorskip("torch")
+    path, arrays = folder(), weights()
+    (path / "model.safetensors").unlink()
+    names = sorted(arrays)
+    index = {}
+    for i, part in enumerate((names[:5], names[5:])):
+        file = f"pytorch_model-{i + 1:05d}-of-00002.bin"
+        torch.save({name: torch.from_numpy(arrays[name]) for name in part}, path / file)
+        index |= dict.fromkeys(part, file)
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    found = tensors.open_tensors(path)
+    assert {k: found[k].tobytes() for k in found} == {k: x.tobytes() for k, x in arrays.items()}
+
+
+def test_t5s_sentinels_are_behind_its_pieces(tmp_path):
+    """Its `spiece.model` has 32,000 pieces, and its class adds <extra_id_99> to <extra_id_0> behind them."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text.txt"
+    text.write_text("the whale swims in the sea and the ship sails on the sea\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "spiece"), vocab_size=18, minloglevel=2
+    )
+    assert read_tokenizer(tmp_path).vocab_size == 18
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 3}))
+    found = read_tokenizer(tmp_path)
+    assert [found.token_id(f"<extra_id_{i}>") for i in range(4)] == [20, 19, 18, None]
+    # As with other marks, text that spells one is text.
+    assert not {18, 19, 20} & {*found.encode_batch(["the <extra_id_0> sails"])[0].tolist()}
+    assert found.decode([*found.encode_batch(["the whale"])[0], 20]) == "the whale"
+    found.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").vocab_size == 21
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    assert read_tokenizer(tmp_path).token_id("<extra_id_0>") == 117
+
+
+VISION = dict(size={"height": 256, "width": 256}, crop_size={"height": 224, "width": 224}, do_center_crop=True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        # google/vit-base-patch16-224, facebook/deit-base-distilled-patch16-224, and one from before sizes were named.
+        (
+            dict(do_normalize=True, do_resize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2, size=224),
+            dict(image_size=224, scaled_to=224, fit="squeeze", resample="bilinear", mean=[0.5] * 3, std=[0.5] * 3),
+        ),
+        (
+            dict(**VISION, image_mean=[0.4, 0.5, 0.6], image_std=[0.1, 0.2, 0.3], resample=3, rescale_factor=1 / 255),
+            dict(image_size=224, scaled_to=256, fit="squeeze", resample="bicubic", mean=[0.4, 0.5, 0.6]),
+        ),
+        (
+            dict(size={"shortest_edge": 256}, crop_size=224, do_center_crop=True, do_normalize=False),
+            dict(image_size=224, scaled_to=256, fit="cover", mean=(0.0,), std=(1.0,)),
+        ),
+    ],
+)
+def test_how_images_are_prepared(tmp_path, theirs, ours):
+    assert images.read_settings(tmp_path) == {}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(theirs))
+    found = images.read_settings(tmp_path)
+    assert {**found, **ours} == found
+
+
+def test_images_prepared_in_an_unknown_way(tmp_path):
+    theirs = dict(size={"height": 256, "width": 128}, resample=1, do_rescale=False)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(theirs))
+    with says(
+        f"{tmp_path}/preprocessor_config.json prepares images as `data.images` cannot:\n"
+        "  size={'height': 256, 'width': 128}, crop_size=None: squares only\n"
+        "  do_rescale=False: only True\n"
+        "  resample=1: only 2, 3"
+    ):
+        images.read_settings(tmp_path)
+
+
+def test_a_type_table_that_the_class_always_has():
+    """A model without segments cannot be a file of these classes, which have at least one."""
+    for architecture in ("BertForMaskedLM", "AlbertForMaskedLM", "ElectraForMaskedLM"):
+        conversion = huggingface.find({"architectures": [architecture]})
+        with pytest.raises(UserError, match=re.escape("type_vocab_size=0 is not supported")):
+            huggingface.read_section(conversion, {"type_vocab_size": 0}, where="config.json")
+
+
+def test_a_tokenizer_made_here_names_its_marks(tmp_path):
+    (tmp_path / "out").mkdir()
+    train_tokenizer("wordpiece", 60, ["the whale swims in the sea"]).save(tmp_path / "run" / "tokenizer")
+    write_files(tmp_path / "run", tmp_path / "out")
+    end = "<|endoftext|>"
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end,
+        "unk_token": "[UNK]",
+    }  # fmt: skip
 
 
 def test_a_prompt_begins_as_the_models_own_tokenizer_says(folder, tmp_path, monkeypatch):

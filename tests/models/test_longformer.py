@@ -160,7 +160,7 @@ def test_any_room_for_global_tokens_can_be_exported():
     section = {"name": "longformer", "variant": None}
     defaults = section_fields("model", section)
     resolved = {key: field.default for key, field in defaults.items()} | section | {"vocab_size": V, "max_global": 3}
-    assert huggingface.for_export(resolved).architecture == "LongformerForMaskedLM"
+    assert huggingface.best(resolved).architecture == "LongformerForMaskedLM"
 
 
 def test_any_inputs_make_all_parameters():

@@ -112,7 +112,7 @@ def test_import_then_export_gives_the_same_bytes(name, layer_loop):
     for key in shapes:
         assert shapes[key] == weights[key].shape and make(key).tobytes() == weights[key].tobytes(), key
     # And the config says the same when it is read again.
-    assert huggingface.for_export(section, prefer=conversion.architecture) == conversion
+    assert huggingface.best(section, prefer=conversion.architecture) == conversion
 
 
 @pytest.mark.parity
@@ -149,7 +149,7 @@ def test_transformers_loads_an_export(name, tmp_path):
     again, info = getattr(transformers, case.architecture).from_pretrained(
         tmp_path / "again", attn_implementation="eager", output_loading_info=True
     )
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     inputs = {k: torch.from_numpy(x) for k, x in part(fixture(name), "input").items()}
     with torch.no_grad():
         ours, theirs = again.eval()(**inputs), model(**inputs)

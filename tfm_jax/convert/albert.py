@@ -4,54 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from tfm_jax.convert.bert import MASKED, POSITION_IDS, embedding_rows
-from tfm_jax.convert.table import ACTIVATION_NAMES, ACTIVATIONS, Conversion, Fields, Row, Section, linear, norm, same
+from tfm_jax.convert.bert import MASKED, POSITION_IDS, embedding_rows, read_encoder, write_encoder
+from tfm_jax.convert.table import Conversion, Fields, Row, Section, linear, norm, same
+
+_DEFAULTS = {
+    "vocab_size": 30000, "hidden_size": 4096, "num_attention_heads": 64, "intermediate_size": 16384,
+    "hidden_act": "gelu_new", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 
 
 def _read(c: Fields) -> dict[str, Any]:
     c.need("num_hidden_groups", 1)
     c.need("inner_group_num", 1)
-    c.need("position_embedding_type", "absolute")
-    c.need("is_decoder", False)
-    c.need("tie_word_embeddings", True)
     # Of the first release in TensorFlow; no version of the class has read them.
     c.ignore("down_scale_factor", "gap_size", "net_structure_type", "num_memory_blocks", "eos_token_ids")
-    width, narrow = c.take("hidden_size", 4096), c.take("embedding_size", 128)
-    if width == narrow:
+    section = read_encoder(c, **_DEFAULTS)
+    narrow = c.take("embedding_size", 128)
+    if section["width"] == narrow:
         c.problems.append(f"embedding_size={narrow!r} is not supported; what is: any but hidden_size")
-    return {
-        "vocab_size": c.take("vocab_size", 30000),
-        "max_len": c.take("max_position_embeddings", 512),
-        "embedding_width": narrow,
-        "width": width,
-        "layers": c.take("num_hidden_layers", 12),
-        "heads": c.take("num_attention_heads", 64),
-        "mlp_width": c.take("intermediate_size", 16384),
-        "activation": c.choose("hidden_act", "gelu_new", ACTIVATIONS),
-        "norm_eps": c.take("layer_norm_eps", 1e-12),
-        "init_std": c.take("initializer_range", 0.02),
-        "dropout": c.take("hidden_dropout_prob", 0.0),
-        "attention_dropout": c.take("attention_probs_dropout_prob", 0.0),
-        "types": c.take("type_vocab_size", 2),
-    }
+    return section | {"embedding_width": narrow}
 
 
 def _write(m: Section) -> dict[str, Any]:
-    return {
-        "vocab_size": m["vocab_size"],
-        "max_position_embeddings": m["max_len"],
-        "embedding_size": m["embedding_width"],
-        "hidden_size": m["width"],
-        "num_hidden_layers": m["layers"],
-        "num_attention_heads": m["heads"],
-        "intermediate_size": m["mlp_width"] or 4 * m["width"],
-        "hidden_act": ACTIVATION_NAMES[m["activation"]],
-        "layer_norm_eps": m["norm_eps"],
-        "initializer_range": m["init_std"],
-        "hidden_dropout_prob": m["dropout"],
-        "attention_probs_dropout_prob": m["attention_dropout"],
-        "type_vocab_size": m["types"],
-    }
+    return write_encoder(m) | {"embedding_size": m["embedding_width"]}
 
 
 def _table(outputs: tuple[str, ...]) -> Any:
@@ -85,6 +60,7 @@ def _conversion(architecture: str, outputs: tuple[str, ...], skip: tuple[str, ..
         _write,
         _table(outputs),
         ties=lambda m: ties,
+        prefix="albert.",
         skip=(POSITION_IDS, *skip),
         data=MASKED,
     )

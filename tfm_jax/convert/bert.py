@@ -18,40 +18,48 @@ from tfm_jax.convert.table import (
     same,
 )
 
+_DEFAULTS = {
+    "vocab_size": 30522, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+}  # fmt: skip
 
-def read_encoder(c: Fields, *, eps: float = 1e-12) -> dict[str, Any]:
-    """The fields that BERT's descendants share, defaults as theirs."""
+
+def read_blocks(c: Fields, **defaults: Any) -> dict[str, Any]:
+    """The fields of an encoder's blocks by BERT's names; `defaults` for what a class has otherwise than BERT."""
+    default = _DEFAULTS | defaults
+    return {
+        "width": c.take("hidden_size", default["hidden_size"]),
+        "layers": c.take("num_hidden_layers", 12),
+        "heads": c.take("num_attention_heads", default["num_attention_heads"]),
+        "mlp_width": c.take("intermediate_size", default["intermediate_size"]),
+        "activation": c.choose("hidden_act", default["hidden_act"], ACTIVATIONS),
+        "norm_eps": c.take("layer_norm_eps", 1e-12),
+        "init_std": c.take("initializer_range", 0.02),
+        "dropout": c.take("hidden_dropout_prob", default["hidden_dropout_prob"]),
+        "attention_dropout": c.take("attention_probs_dropout_prob", default["attention_probs_dropout_prob"]),
+    }
+
+
+def read_encoder(c: Fields, **defaults: Any) -> dict[str, Any]:
+    """The fields that BERT's descendants share."""
     c.need("position_embedding_type", "absolute")
     c.need("is_decoder", False)
     c.need("add_cross_attention", False)
     c.need("tie_word_embeddings", True)
-    return {
-        "vocab_size": c.take("vocab_size", 30522),
+    types = c.take("type_vocab_size", 2)
+    if types < 1:
+        c.problems.append(
+            f"type_vocab_size={types} is not supported; the class always has that table: set model.types=1 and train with it"
+        )
+    return read_blocks(c, **defaults) | {
+        "vocab_size": c.take("vocab_size", (_DEFAULTS | defaults)["vocab_size"]),
         "max_len": c.take("max_position_embeddings", 512),
-        "width": c.take("hidden_size", 768),
-        "layers": c.take("num_hidden_layers", 12),
-        "heads": c.take("num_attention_heads", 12),
-        "mlp_width": c.take("intermediate_size", 3072),
-        "activation": c.choose("hidden_act", "gelu", ACTIVATIONS),
-        "norm_eps": c.take("layer_norm_eps", eps),
-        "init_std": c.take("initializer_range", 0.02),
-        "dropout": c.take("hidden_dropout_prob", 0.1),
-        "attention_dropout": c.take("attention_probs_dropout_prob", 0.1),
-        "types": _types(c),
+        "types": types,
     }
 
 
-def _types(c: Fields) -> int:
-    types: int = c.take("type_vocab_size", 2)
-    if types < 1:
-        c.problems.append("type_vocab_size=0 is not supported; the class always has that table")
-    return types
-
-
-def write_encoder(m: Section) -> dict[str, Any]:
+def write_blocks(m: Section) -> dict[str, Any]:
     return {
-        "vocab_size": m["vocab_size"],
-        "max_position_embeddings": m["max_len"],
         "hidden_size": m["width"],
         "num_hidden_layers": m["layers"],
         "num_attention_heads": m["heads"],
@@ -61,8 +69,12 @@ def write_encoder(m: Section) -> dict[str, Any]:
         "initializer_range": m["init_std"],
         "hidden_dropout_prob": m["dropout"],
         "attention_probs_dropout_prob": m["attention_dropout"],
-        "type_vocab_size": m["types"],
     }
+
+
+def write_encoder(m: Section) -> dict[str, Any]:
+    sizes = {"vocab_size": m["vocab_size"], "max_position_embeddings": m["max_len"], "type_vocab_size": m["types"]}
+    return write_blocks(m) | sizes
 
 
 def embedding_rows(m: Section, prefix: str) -> list[Row]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tfm_jax.convert.bert import MASKED, POSITION_IDS, embedding_rows, layer_rows, read_encoder, write_encoder
-from tfm_jax.convert.table import Conversion, Fields, Row, Section, each_layer, linear, norm, same
+from tfm_jax.convert.table import Conversion, Fields, Joined, Row, Section, each_layer, linear, norm, same
+from tfm_jax.errors import UserError
+from tfm_jax.sections import build_model
 
 _MODELS = "tfm_jax.models.electra"
 
 
 def _read(c: Fields) -> dict[str, Any]:
-    # Left out, these have other defaults than BERT's.
-    section = read_encoder(c)
-    section |= {"width": c.take("hidden_size", 256), "heads": c.take("num_attention_heads", 4)}
-    section |= {"mlp_width": c.take("intermediate_size", 1024), "embedding_width": c.take("embedding_size", 128)}
-    return section
+    section = read_encoder(c, hidden_size=256, num_attention_heads=4, intermediate_size=1024)
+    return section | {"embedding_width": c.take("embedding_size", 128)}
 
 
 def _read_generator(c: Fields) -> dict[str, Any]:
@@ -62,6 +62,7 @@ CONVERSIONS = (
         _write,
         _generator,
         ties=lambda m: {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+        prefix="electra.",
         skip=(POSITION_IDS,),
         data=MASKED,
     ),
@@ -72,7 +73,44 @@ CONVERSIONS = (
         _read,
         _write,
         _discriminator,
+        prefix="electra.",
         skip=(POSITION_IDS,),
         data=MASKED,
+    ),
+)
+
+
+def _split(m: Section) -> dict[str, Section]:
+    narrow = build_model(m).generator_block
+    shared = {key: value for key, value in m.items() if key != "generator_heads"}
+    sizes = {"width": narrow.width, "heads": narrow.heads, "mlp_width": narrow.mlp_width}
+    sizes |= {"kv_heads": narrow.kv_heads, "head_dim": narrow.head_dim}
+    return {
+        "generator": shared | sizes | {"name": f"{_MODELS}:Generator"},
+        "discriminator": shared | {"name": f"{_MODELS}:Discriminator"},
+    }
+
+
+def _join(sections: Mapping[str, Section]) -> dict[str, Any]:
+    """The discriminator's section, and how much narrower the generator is."""
+    small, large = sections["generator"], sections["discriminator"]
+    same_in_both = ("vocab_size", "max_len", "types", "embedding_width", "layers", "activation", "norm_eps")
+    lines = [f"{key}: {small[key]} and {large[key]}" for key in same_in_both if small[key] != large[key]]
+    for key in ("width", "mlp_width"):
+        if small[key] * large["heads"] != large[key] * small["heads"]:
+            lines.append(f"{key}: {small[key]} and {large[key]} are not as {small['heads']} to {large['heads']} heads")
+    if lines:
+        raise UserError("A generator and a discriminator that were not trained together:\n  " + "\n  ".join(lines))
+    return {**large, "name": "electra", "generator_heads": small["heads"]}
+
+
+JOINED = (
+    Joined(
+        "electra",
+        {"generator": "ElectraForMaskedLM", "discriminator": "ElectraForPreTraining"},
+        _split,
+        _join,
+        data=MASKED,
+        task={"name": "replaced_token"},
     ),
 )

@@ -6,7 +6,8 @@ import importlib
 import json
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tfm_jax.convert.table import Conversion, Fields, Section
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.sections import computes, section_fields
 
+CONFIG = "config.json"
 # In every `config.json`; none of them changes what the model computes.
 HARMLESS = re.compile(
     r"^(_.*|architectures|model_type|transformers_version|torch_dtype|dtype|use_cache|return_dict|output_.*|id2label"
@@ -30,11 +32,62 @@ HARMLESS = re.compile(
 
 def conversions() -> list[Conversion]:
     """Every conversion of this package: the `CONVERSIONS` of its modules."""
-    found: list[Conversion] = []
+    return _collected("CONVERSIONS")
+
+
+def _collected(name: str) -> list[Any]:
+    found: list[Any] = []
     for module in pkgutil.iter_modules(convert.__path__):
-        loaded = importlib.import_module(f"{convert.__name__}.{module.name}")
-        found += getattr(loaded, "CONVERSIONS", ())
+        found += getattr(importlib.import_module(f"{convert.__name__}.{module.name}"), name, ())
     return found
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model folder, or one with a folder for each part of a model.
+
+    Attributes:
+      path: where it is.
+      configs: `{part: its config.json}`; a model in one piece is the part "".
+      conversions: of each part.
+      section: our `model` section, not yet resolved.
+      split: from the resolved one to those of the parts.
+      data, task: the sections that a run of it begins with.
+    """
+
+    path: Path
+    configs: dict[str, dict[str, Any]]
+    conversions: dict[str, Conversion]
+    section: dict[str, Any]
+    split: Callable[[Section], dict[str, Section]]
+    data: Mapping[str, Any]
+    task: Mapping[str, Any]
+
+
+def open_folder(path: Path, own: Sequence[Conversion] = (), ignore: Sequence[str] = ()) -> Folder:
+    """Read what a model folder says of itself.
+
+    Raises:
+      UserError: as `find` and `read_section`, or the parts do not fit together.
+    """
+    joined = None
+    if not (path / CONFIG).is_file():
+        joined = next(
+            (j for j in _collected("JOINED") if all((path / part / CONFIG).is_file() for part in j.parts)), None
+        )
+    read = {part: read_json(path / part / CONFIG) for part in (joined.parts if joined else [""])}
+    found = {part: find(config, own) for part, config in read.items()}
+    for part, conversion in found.items():
+        if joined and conversion.architecture != joined.parts[part]:
+            raise UserError(f"{path / part} holds a {conversion.architecture}, but belongs to a {joined.parts[part]}.")
+    sections = {
+        part: read_section(conversion, read[part], where=str(path / part / CONFIG), ignore=ignore)
+        for part, conversion in found.items()
+    }
+    if joined:
+        return Folder(path, read, found, joined.join(sections), joined.split, joined.data, joined.task)
+    only = found[""]
+    return Folder(path, read, found, dict(sections[""]), lambda m: {"": m}, only.data, only.task)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -89,13 +142,27 @@ def read_section(conversion: Conversion, config: dict[str, Any], *, where: str, 
     return section
 
 
-def for_export(section: Section, own: Sequence[Conversion] = (), prefer: str | None = None) -> Conversion:
+def for_export(
+    section: Section, own: Sequence[Conversion] = (), prefer: str | None = None
+) -> dict[str, tuple[Conversion, Section]]:
+    """What gives a resolved `model` section back: for each part of the model its conversion and section.
+
+    Raises:
+      UserError: nothing can, with what the nearest would lose.
+    """
+    section = {**section, "name": re.sub(r"^tfm_jax\.models\.(\w+):Model$", r"\1", section["name"])}
+    joined = next((j for j in _collected("JOINED") if j.family == section["name"]), None)
+    if joined is None or own:
+        return {"": (best(section, own, prefer), section)}
+    return {part: (best(m), m) for part, m in joined.split(section).items()}
+
+
+def best(section: Section, own: Sequence[Conversion] = (), prefer: str | None = None) -> Conversion:
     """The conversion that can say all that a resolved `model` section says, the one it came from first.
 
     Raises:
       UserError: none can, with what the nearest one would lose.
     """
-    section = {**section, "name": re.sub(r"^tfm_jax\.models\.(\w+):Model$", r"\1", section["name"])}
     candidates = [c for c in [*own, *conversions()] if c.family == section["name"]]
     candidates.sort(key=lambda c: c.architecture != prefer)
     losses = {c.architecture: _lost(c, section) for c in candidates}

@@ -58,6 +58,7 @@ CONVERSIONS = (
             "lm_head.decoder.weight": "longformer.embeddings.word_embeddings.weight",
             "lm_head.decoder.bias": "lm_head.bias",
         },
+        prefix="longformer.",
         skip=(POSITION_IDS, r"^longformer\.pooler\."),
         data=MASKED,
     ),

@@ -154,6 +154,26 @@ class Conversion:
     task: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A model of ours that is several of theirs, each in a folder of its own.
+
+    Attributes:
+      family: our `model.name`.
+      parts: `{name of the folder: architecture}`; parameters that parts share are the same in each.
+      split: from a resolved `model` section to those of the parts.
+      join: from the parts' sections to the whole's; raises UserError where they do not fit together.
+      data, task: as in a `Conversion`.
+    """
+
+    family: str
+    parts: Mapping[str, str]
+    split: Callable[[Section], dict[str, Section]]
+    join: Callable[[Mapping[str, Section]], dict[str, Any]]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+
 # What activations are called there.
 ACTIVATIONS = {
     "gelu": "gelu",

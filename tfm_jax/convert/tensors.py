@@ -14,7 +14,8 @@ import safetensors
 
 from tfm_jax.errors import UserError
 
-WHOLE, INDEX, OLD = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+WHOLE, OLD = "model.safetensors", "pytorch_model.bin"
+INDEX, OLD_INDEX = f"{WHOLE}.index.json", f"{OLD}.index.json"
 MAX_SHARD_BYTES = 4 << 30
 DTYPES = {
     "F64": np.dtype("float64"),
@@ -58,13 +59,24 @@ def open_tensors(folder: Path) -> Tensors:
     if (folder / WHOLE).is_file():
         return _safetensors([folder / WHOLE])
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise UserError(f"{folder / INDEX} names files that are not there: {', '.join(missing)}.")
-        return _safetensors([folder / name for name in names])
+        return _safetensors(_shards(folder / INDEX))
     if (folder / OLD).is_file():
-        return _pytorch(folder / OLD)
-    raise UserError(f"{folder} has no weights: neither {WHOLE} nor {INDEX} nor {OLD} is there.")
+        return _pytorch([folder / OLD])
+    if (folder / OLD_INDEX).is_file():
+        return _pytorch(_shards(folder / OLD_INDEX))
+    raise UserError(f"{folder} has no weights: none of {WHOLE}, {INDEX}, {OLD} and {OLD_INDEX} is there.")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files of an index."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [index.parent / Path(name).name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of tensor files: {error!r}.") from None
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise UserError(f"{index} names files that are not there: {', '.join(missing)}.")
+    return paths
 
 
 def _safetensors(paths: list[Path]) -> Tensors:
@@ -96,22 +108,24 @@ def _safetensors(paths: list[Path]) -> Tensors:
     return Tensors(shapes, {name: place[1] for name, place in places.items()}, read)
 
 
-def _pytorch(path: Path) -> Tensors:
+def _pytorch(paths: list[Path]) -> Tensors:
     try:
         import torch
     except ImportError:
         raise UserError(
-            f"{path} is a pickle, which runs code when it is read. With PyTorch installed its safe loader reads it; or"
+            f"{paths[0]} is a pickle, which runs code when it is read. With PyTorch installed its safe loader reads it; or"
             " convert it where the model comes from: model.save_pretrained(FOLDER, safe_serialization=True)."
         ) from None
-    # Files from before PyTorch 1.6 are not archives and can only be read whole.
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        # PyTorch's own message suggests to switch the safety off.
-        raise UserError(
-            f"{path} holds more than tensors, or is damaged; it was not read ({type(error).__name__})."
-        ) from None
+    loaded: dict[str, Any] = {}
+    for path in paths:
+        # Files from before PyTorch 1.6 are not archives and can only be read whole.
+        try:
+            loaded |= torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:
+            # PyTorch's own message suggests to switch the safety off.
+            raise UserError(
+                f"{path} holds more than tensors, or is damaged; it was not read ({type(error).__name__})."
+            ) from None
 
     def read(name: str) -> np.ndarray:
         tensor = loaded[name].detach().contiguous()

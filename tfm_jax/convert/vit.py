@@ -8,19 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tfm_jax.convert.table import (
-    ACTIVATION_NAMES,
-    ACTIVATIONS,
-    Conversion,
-    Fields,
-    Row,
-    Section,
-    each_layer,
-    linear,
-    norm,
-    reshaped,
-    same,
-)
+from tfm_jax.convert.bert import read_blocks, write_blocks
+from tfm_jax.convert.table import Conversion, Fields, Row, Section, each_layer, linear, norm, reshaped, same
 
 
 def _side(c: Fields, name: str, default: int) -> int:
@@ -42,15 +31,7 @@ def _read(c: Fields) -> dict[str, Any]:
         "patch": _side(c, "patch_size", 16),
         "channels": c.take("num_channels", 3),
         "classes": len(labels) if labels is not None else count or 2,
-        "width": c.take("hidden_size", 768),
-        "layers": c.take("num_hidden_layers", 12),
-        "heads": c.take("num_attention_heads", 12),
-        "mlp_width": c.take("intermediate_size", 3072),
-        "activation": c.choose("hidden_act", "gelu", ACTIVATIONS),
-        "norm_eps": c.take("layer_norm_eps", 1e-12),
-        "init_std": c.take("initializer_range", 0.02),
-        "dropout": c.take("hidden_dropout_prob", 0.0),
-        "attention_dropout": c.take("attention_probs_dropout_prob", 0.0),
+        **read_blocks(c, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     }
 
 
@@ -60,15 +41,7 @@ def _write(m: Section) -> dict[str, Any]:
         "patch_size": m["patch"],
         "num_channels": m["channels"],
         "num_labels": m["classes"],
-        "hidden_size": m["width"],
-        "num_hidden_layers": m["layers"],
-        "num_attention_heads": m["heads"],
-        "intermediate_size": m["mlp_width"] or 4 * m["width"],
-        "hidden_act": ACTIVATION_NAMES[m["activation"]],
-        "layer_norm_eps": m["norm_eps"],
-        "initializer_range": m["init_std"],
-        "hidden_dropout_prob": m["dropout"],
-        "attention_probs_dropout_prob": m["attention_dropout"],
+        **write_blocks(m),
     }
 
 
@@ -125,7 +98,8 @@ def _conversion(architecture: str, family: str, tokens: Mapping[str, str], heads
         _read,
         _write,
         functools.partial(_table, family, tokens, heads),
-        data={"name": "images", "source": "digits"},
+        prefix=f"{family}.",
+        data={"name": "images", "source": "missing"},
         task={"name": "classification"},
     )
 

@@ -57,6 +57,36 @@ def read_params(
     return map_with_path(leaf, abstract)
 
 
+def read_parts(
+    conversions: Mapping[str, Conversion],
+    sections: Mapping[str, Section],
+    abstract: Any,
+    theirs: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    where: str,
+) -> Any:
+    """`read_params` of a model that comes in parts; what several of them hold must be the same in each.
+
+    Args:
+      conversions, sections, theirs: by the name of the part, as in `huggingface.Folder`.
+
+    Raises:
+      UserError: as `read_params`, or parts differ in what they share.
+    """
+    params: dict[str, Any] = {}
+    for part, conversion in conversions.items():
+        mine = {path.partition("/")[0] for row in conversion.table(sections[part]) for path in row.ours}
+        wanted = {name: abstract[name] for name in abstract if name in mine or len(conversions) == 1}
+        found = read_params(conversion, sections[part], wanted, theirs[part], where=f"{where}/{part}".rstrip("/"))
+        both = {name: params[name] for name in found if name in params}
+        other = flatten({name: found[name] for name in both})
+        differing = [path for path, x in flatten(both).items() if not np.array_equal(x, other[path])]
+        if differing:
+            raise UserError(f"{where}: its parts share these, but differ in them:\n  " + "\n  ".join(differing))
+        params |= found
+    return params
+
+
 def write_tensors_of(
     conversion: Conversion, section: Section, params: Any
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
