@@ -77,23 +77,26 @@ def setup() -> None:
         logging.getLogger("tfm_jax").setLevel(logging.ERROR)
 
 
-def _use_huge_pages() -> None:
-    """Start this process again, before anything is loaded, with an allocator that asks for huge pages.
+# What the C library's allocator may be told. On CPU, XLA takes its working memory from it anew at each step; in pages of
+# 4 KiB the faults alone are a quarter of the main job's time, so it asks for huge ones.
+FAST = "glibc.malloc.hugetlb=1"
+# Large blocks go back to the system as soon as they are free.
+SPARING = "glibc.malloc.mmap_threshold=262144"
 
-    On CPU, XLA takes its working memory from the C library anew at each step; in pages of 4 KiB the faults alone are a
-    quarter of the main job's time. The C library reads its tunables once, when a process starts.
-    """
+
+def _restart_with(tunables: str) -> None:
+    """Start this process again, before anything is loaded: the C library reads its tunables once, at the start."""
     started = getattr(sys.modules["__main__"].__spec__, "name", "")
     if not started.startswith("experiments."):
         return  # called from another program, which is not ours to start again
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = tunables
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def run(main: Callable[[Sequence[str] | None], int]) -> None:
+def run(main: Callable[[Sequence[str] | None], int], *, memory: str = FAST) -> None:
     """Call a command's main and exit: a user's mistake is one message, anything else keeps its traceback."""
-    _use_huge_pages()
+    _restart_with(memory)
     try:
         code = main(None)
     except UserError as error:

@@ -267,4 +267,4 @@ def _own_table(path: str) -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, memory=cli.SPARING)
