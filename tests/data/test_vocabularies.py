@@ -119,7 +119,7 @@ def test_a_text_too_short_for_the_size_is_said(caplog):
         (
             "gpt",
             "tokenizer: unknown kind 'gpt' in 'gpt'. "
-            "Valid: bpe, bytes, chars, file, sentencepiece, unigram, wordpiece.",
+            "Valid: bpe, bytes, chars, file, run, sentencepiece, unigram, wordpiece.",
         ),
         ("bpe", "tokenizer: 'bpe' should look like 'bpe:N'."),
         ("chars:5", "tokenizer: 'chars:5' should look like 'chars'."),

@@ -51,6 +51,11 @@ class TokenStream:
     def size(self) -> int:
         return int(self.starts[-1])
 
+    def places(self, token: int) -> np.ndarray:
+        """Where a token stands, int64: for the end mark, before the first document and behind each."""
+        found = [np.flatnonzero(shard == token) + start for shard, start in zip(self.shards, self.starts, strict=False)]
+        return np.concatenate(found)
+
     def at(self, place: np.ndarray) -> np.ndarray:
         """The tokens (int32) at positions, any shape."""
         if len(self.shards) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from tfm_jax.data.build import TokenStream, build_tokens, open_split
 from tfm_jax.data.sources import open_source
 from tfm_jax.data.tokenizers import load_tokenizer
-from tfm_jax.data.types import Tokenizer
+from tfm_jax.data.types import Piece, Tokenizer
 from tfm_jax.data.vocabularies import open_tokenizer
 from tfm_jax.errors import UserError, nearest
 
@@ -31,12 +31,14 @@ class Corpus:
 
     Attributes:
       source: as the config names it.
+      pieces: what the streams were made of, by split, in their order.
       facts: see `types.Data`.
       fingerprint: of everything that determines the tokens.
     """
 
     source: str
     streams: Mapping[str, TokenStream]
+    pieces: Mapping[str, Sequence[Piece]]
     tokenizer: Tokenizer
     facts: dict[str, dict[str, Any]]
     fingerprint: str
@@ -57,10 +59,13 @@ def open_corpus(
     cache_dir: str | None,
     workers: int,
     tokenizer_dir: str | None,
+    manual_dir: str | None = None,
 ) -> Corpus:
     """Open a source and tokenize it, or find it tokenized; the arguments are those of `data.tokens`."""
     root = cache_root(cache_dir)
-    opened = open_source(source, feature=feature, split=split, valid_fraction=valid_fraction, cache_dir=root)
+    opened = open_source(
+        source, feature=feature, split=split, valid_fraction=valid_fraction, cache_dir=root, manual_dir=manual_dir
+    )
     if valid_fraction is not None and opened.rule == "names":
         raise UserError(
             f"data.valid_fraction={valid_fraction}: {source!r} names its own splits. Leave it out, or set"
@@ -69,4 +74,4 @@ def open_corpus(
     codec = load_tokenizer(tokenizer_dir) if tokenizer_dir else open_tokenizer(tokenizer, opened, root)
     folder, meta = build_tokens(opened, codec, root, workers=workers)
     streams = {name: open_split(folder, meta, name) for name in meta["splits"]}
-    return Corpus(source, streams, codec, meta["splits"], folder.name)
+    return Corpus(source, streams, opened.splits, codec, meta["splits"], folder.name)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -164,26 +164,29 @@ class JsonlPiece:
         return self.stop - self.start
 
     def documents(self) -> Iterator[Document]:
+        for where, text in self.values(self.feature):
+            if not isinstance(text, str):
+                raise UserError(f"{where}: the field {self.feature!r} is a {type(text).__name__}, not text.")
+            # Half a surrogate pair is legal JSON but no text.
+            yield Document(text.encode("utf-8", "replace").decode("utf-8"), True)
+
+    def values(self, field: str) -> Iterator[tuple[str, Any]]:
         lines = _read_range(self.path, self.start, self.stop).split(b"\n")
         for number, line in enumerate(lines, start=self.first_line + 1):
             if line.strip() and (self.keep is None or self.keep(f"{self.name}:{number}")):
-                yield Document(self._text(line, number), True)
+                where = f"{self.path}, line {number}"
+                yield where, self._value(line, field, where)
 
-    def _text(self, line: bytes, number: int) -> str:
-        where = f"{self.path}, line {number}"
+    def _value(self, line: bytes, field: str, where: str) -> Any:
         try:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{where}: not JSON: {error}.") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: a JSON {type(record).__name__}, not an object.")
-        if self.feature not in record:
-            raise UserError(f"{where}: no field {self.feature!r}.{nearest(self.feature, record)}")
-        text = record[self.feature]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: the field {self.feature!r} is a {type(text).__name__}, not text.")
-        # Half a surrogate pair is legal JSON but no text.
-        return text.encode("utf-8", "replace").decode("utf-8")
+        if field not in record:
+            raise UserError(f"{where}: no field {field!r}.{nearest(field, record)}")
+        return record[field]
 
 
 def jsonl_pieces(index: FileIndex, feature: str, keep: Keep | None) -> list[JsonlPiece]:

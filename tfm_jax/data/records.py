@@ -48,13 +48,19 @@ class RecordPiece:
     keep: Keep | None
 
     def documents(self) -> Iterator[Document]:
+        for _, text in self.values(self.feature):
+            yield Document(text.decode("utf-8", "replace") if isinstance(text, bytes) else text, True)
+
+    def values(self, field: str) -> Iterator[tuple[str, Any]]:
         records = (
             _tfds_records(self.folder, self.split) if self.kind == "tfds" else _hf_records(self.folder, self.split)
         )
         for index in range(self.start, self.stop):
             if self.keep is None or self.keep(f"{self.split}:{index}"):
-                text = records[index][self.feature]
-                yield Document(text.decode("utf-8", "replace") if isinstance(text, bytes) else text, True)
+                where, record = f"{self.kind}:{self.folder}, {self.split} {index}", records[index]
+                if field not in record:
+                    raise UserError(f"{where}: no field {field!r}.{nearest(field, record)}")
+                yield where, record[field]
 
 
 def record_pieces(data: RecordSet, split: RecordSplit, keep: Keep | None, piece_bytes: int) -> list[RecordPiece]:
@@ -89,15 +95,15 @@ def _pick_feature(feature: str | None, texts: list[str], every: list[str], name:
     return feature
 
 
-def open_tfds(name: str, feature: str | None) -> RecordSet:
+def open_tfds(name: str, feature: str | None, manual_dir: str | None = None) -> RecordSet:
     """The text of a TFDS data set by its name; see `tfds_folder`."""
-    return open_tfds_folder(tfds_folder(name), feature)
+    return open_tfds_folder(tfds_folder(name, manual_dir), feature)
 
 
-def tfds_folder(name: str) -> Path:
+def tfds_folder(name: str, manual_dir: str | None = None) -> Path:
     """Where `my_ds/config` (registered or in the TFDS folder), `my_lab.data:Builder/config`, or a prepared folder's path is.
 
-    A data set that is not prepared yet is prepared first.
+    A data set that is not prepared yet is prepared first, from the files in `manual_dir` if its builder asks for any.
     """
     import tensorflow_datasets as tfds
 
@@ -115,8 +121,17 @@ def tfds_folder(name: str) -> Path:
                 f"tfds:my_package.my_module:MyBuilder."
             ) from None
     if not builder.is_prepared():
-        builder.download_and_prepare()
+        if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and manual_dir is None:
+            raise UserError(
+                f"tfds:{name} is made of files that you must have: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS} Name the folder"
+                " they are in: --config.data.manual_dir=FOLDER."
+            )
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=_expanded(manual_dir)))
     return Path(builder.data_dir)
+
+
+def _expanded(folder: str | None) -> str | None:
+    return None if folder is None else str(Path(folder).expanduser().absolute())
 
 
 def _builder_class(name: str) -> Any:

@@ -38,6 +38,7 @@ def open_source(
     feature: str | None = None,
     split: str = "auto",
     valid_fraction: float | None = None,
+    manual_dir: str | None = None,
     piece_bytes: int = 8 << 20,
 ) -> Source:
     """Find the text, its splits and its pieces.
@@ -45,6 +46,7 @@ def open_source(
     split: "names" (file names, or a data set's own splits), "hash" (of the relative path or the record's index),
       "tail" (the end of a single text, nanoGPT's rule) or "auto", which chooses one of them and logs it.
     valid_fraction: what "hash" and "tail" hold out; None is 0.05 and 0.1.
+    manual_dir: the folder of files that a TFDS builder wants the user to have.
     What reading files through found out is kept in `cache_dir` under their paths, sizes and times of change.
     """
     check_rule(split, valid_fraction)
@@ -54,11 +56,13 @@ def open_source(
         raise UserError(f"data.source: unknown kind {kind!r} in {source!r}.{nearest(kind, valid)}")
     if bool(rest) != (":" in valid[kind]):
         raise UserError(f"data.source: {source!r} should look like {valid[kind]!r}.")
+    if manual_dir is not None and kind != "tfds":
+        raise UserError(f"data.manual_dir={manual_dir!r} is for tfds: sources, not {source!r}.")
     if feature is not None and kind in ("stdlib", "text"):
         raise UserError(f"data.feature is {feature!r}, but a {kind} source has no features to choose from.")
 
     if kind in ("stdlib", "tfds"):
-        data = _open_stdlib(cache_dir) if kind == "stdlib" else records.open_tfds(rest, feature)
+        data = _open_stdlib(cache_dir) if kind == "stdlib" else records.open_tfds(rest, feature, manual_dir)
         return _record_source(source, data, split, valid_fraction, piece_bytes)
     if kind == "hf":
         folder = Path(rest).expanduser()

@@ -7,6 +7,7 @@ by name, so nothing else needs keeping.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tokenizers
 
-from tfm_jax.data.types import Tokenizer
+from tfm_jax.data.types import Frame, Tokenizer
 from tfm_jax.errors import UserError, closest
 
 T = TypeVar("T", bound=Tokenizer)
@@ -81,6 +82,17 @@ class JsonTokenizer:
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
+    def frame(self) -> Frame:
+        found = self._engine.encode("a", "a", add_special_tokens=True)
+        texts = [i for i, mark in enumerate(found.special_tokens_mask) if not mark]
+        second = next((i for a, i in itertools.pairwise(texts) if found.sequence_ids[a] != found.sequence_ids[i]), None)
+        if second is None or len(texts) == len(found.ids):
+            # It has no marks of its own: a document begins and ends with the mark of its end.
+            return Frame([self.end_id], [self.end_id], [self.end_id], False)
+        last = texts[texts.index(second) - 1]
+        between = found.ids[last + 1 : second]
+        return Frame(found.ids[: texts[0]], between, found.ids[texts[-1] + 1 :], found.type_ids[second] == 1)
+
     def prompt(self, text: str) -> list[int]:
         return list(self._engine.encode(text, add_special_tokens=True).ids)
 
@@ -140,6 +152,10 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(ids, dtype=np.int32) for ids in self._engine.encode(list(texts))]
+
+    def frame(self) -> Frame:
+        start = int(self._engine.bos_id())
+        return Frame([start] if start >= 0 else [], [self.end_id], [self.end_id], False)
 
     def prompt(self, text: str) -> list[int]:
         start = int(self._engine.bos_id())

@@ -36,8 +36,8 @@ def make(
 
     Args:
       source: `stdlib`, `text:GLOB`, `jsonl:GLOB`, `tfds:NAME` or `hf:DIR`; see `data.sources`.
-      tokenizer: `bytes`, `chars`, `bpe:N`, `wordpiece:N`, `unigram:N`, `file:PATH` or `sentencepiece:PATH`; those with
-        a size are trained on the train split.
+      tokenizer: `bytes`, `chars`, `bpe:N`, `wordpiece:N`, `unigram:N`, `file:PATH`, `sentencepiece:PATH` or `run:FOLDER`,
+        the tokenizer of a run; those with a size are trained on the train split.
       seq_len: T, tokens a row; of an encoder's input where there are two sequences.
       objective: what is predicted: the `next` token, tokens behind a `mask`, a `span` behind a sentinel (T5), the whole
         text from one with holes (`denoise`, BART), or how a text goes on (`continue`); see `data.objectives`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,14 @@ class Piece(Protocol):
     def documents(self) -> Iterator[Document]: ...
 
 
+@runtime_checkable
+class Records(Piece, Protocol):
+    """A piece of records, each of which is a document by one of its fields."""
+
+    def values(self, field: str) -> Iterator[tuple[str, Any]]:
+        """For each record, in the order of its documents, where it stands and what it has in a field."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where text comes from, cut into splits ("train", "validation", "test") and those into pieces, in order."""
@@ -42,6 +50,16 @@ class Source:
     fingerprint: str
     """sha256 of everything that determines the text and its cutting."""
     splits: Mapping[str, Sequence[Piece]]
+
+
+class Frame(NamedTuple):
+    """The ids before a text, between two texts, and after the last; `types` says whether two texts are told apart by
+    their segment (0 up to the marks between them, then 1)."""
+
+    before: list[int]
+    between: list[int]
+    after: list[int]
+    types: bool
 
 
 class Tokenizer(Protocol):
@@ -66,6 +84,9 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text, without marks at either end."""
+
+    def frame(self) -> Frame:
+        """The marks that stand around one text or two."""
 
     def prompt(self, text: str) -> list[int]:
         """A text with the marks that the tokenizer's own file puts around one (`<s>` before Llama's prompts)."""

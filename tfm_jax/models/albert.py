@@ -6,7 +6,7 @@ B batch, T length, D width, E width of the token table, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from tfm_jax.nn import block, embeddings, heads
 from tfm_jax.nn.attention import Context
 from tfm_jax.nn.embeddings import TextEmbedding
-from tfm_jax.nn.heads import Classifier, Pooler, TokenHead
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Remat, Stack
@@ -47,8 +46,9 @@ class Model(nn.Module):
       embedding_width: E, of the tables that are summed before the projection to D.
       types: number of segments; 0 for none.
       layers: applications of the block.
-      outputs: `tokens` predicts the token at each position, `pooled` is a tanh layer over the first position, and
-        `pair` says whether two segments stand in their own order (two classes over `pooled`; section 3.1).
+      outputs: `tokens` predicts the token at each position, `pooled` is a tanh layer over the first position; over it,
+        `pair` says whether two segments stand in their own order (section 3.1) and `classes` is a class of the whole, or a number.
+      classes: how many, 1 for a number; the data's own if None.
       layer_loop, remat: see `nn.stack.Stack`; both loops have the same parameters.
     """
 
@@ -58,12 +58,14 @@ class Model(nn.Module):
     embedding_width: int = 128
     types: int = 2
     layers: int = 12
-    outputs: Sequence[Literal["tokens", "pooled", "pair"]] = ("tokens", "pair")
+    outputs: Sequence[heads.Output] = ("tokens", "pair")
+    classes: int | None = None
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        check_sizes(self, "vocab_size", "max_len", "embedding_width", "layers")
+        check_sizes(self, "vocab_size", "max_len", "embedding_width", "layers", "classes")
+        heads.check_outputs(self.outputs)
         super().__post_init__()
 
     @nn.compact
@@ -88,8 +90,7 @@ class Model(nn.Module):
           train: dropout on; needs an rng named `dropout` if a rate is above 0.
 
         Returns:
-          `states` (B, T, D); for `tokens` also `hidden`, `unembedding` and `logits` (B, T, V) float32; for `pooled` and
-          `pair` also `pooled` (B, D); for `pair` also `pair_logits` (B, 2) float32.
+          `states` (B, T, D), and what `nn.heads.predictions` makes for `outputs`.
         """
         spec = self.block
         embed = TextEmbedding(
@@ -99,14 +100,7 @@ class Model(nn.Module):
         mask = Mask(key_valid=valid, query_segments=segment_ids, key_segments=segment_ids)
         stack = Stack(spec, self.layers, self.layer_loop, self.remat, sharing="all", name="stack")
         x, _ = stack(x, Context(mask), train=train)
-        out: dict[str, Any] = {"states": x}
-        if "tokens" in self.outputs:
-            out |= TokenHead(spec, name="token_head")(x, table)
-        if "pooled" in self.outputs or "pair" in self.outputs:
-            out["pooled"] = Pooler(spec, name="pooler")(x)
-        if "pair" in self.outputs:
-            out["pair_logits"] = Classifier(spec, 2, name="pair_head")(out["pooled"])
-        return out
+        return {"states": x} | heads.predictions(self, x, table, train=train)
 
     def example(self, batch: int = 1) -> dict[str, Any]:
         """The smallest inputs that make every parameter."""

@@ -7,7 +7,7 @@ B batch, T length, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from tfm_jax.nn import block, embeddings, heads
 from tfm_jax.nn.attention import Context
 from tfm_jax.nn.embeddings import TextEmbedding
-from tfm_jax.nn.heads import Classifier, Pooler, TokenHead
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Remat, Stack
@@ -50,8 +49,9 @@ class Model(nn.Module):
       max_len: longest sequence.
       types: number of segments; 0 for none (DistilBERT).
       offset: first row of the position table that is used; 2 in RoBERTa.
-      outputs: `tokens` predicts the token at each position, `pooled` is a tanh layer over the first position, and
-        `pair` says whether two segments follow each other (two classes over `pooled`).
+      outputs: `tokens` predicts the token at each position, `pooled` is a tanh layer over the first position; over it,
+        `pair` says whether two segments follow each other and `classes` is a class of the whole, or a number.
+      classes: how many, 1 for a number; the data's own if None.
       layers, layer_loop, remat: see `nn.stack.Stack`.
     """
 
@@ -61,12 +61,14 @@ class Model(nn.Module):
     types: int = 2
     offset: int = 0
     layers: int = 12
-    outputs: Sequence[Literal["tokens", "pooled", "pair"]] = ("tokens", "pair")
+    outputs: Sequence[heads.Output] = ("tokens", "pair")
+    classes: int | None = None
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        check_sizes(self, "vocab_size", "max_len", "layers")
+        check_sizes(self, "vocab_size", "max_len", "layers", "classes")
+        heads.check_outputs(self.outputs)
         super().__post_init__()
 
     @nn.compact
@@ -91,8 +93,7 @@ class Model(nn.Module):
           train: dropout on; needs an rng named `dropout` if a rate is above 0.
 
         Returns:
-          `states` (B, T, D); for `tokens` also `hidden`, `unembedding` and `logits` (B, T, V) float32; for `pooled` and
-          `pair` also `pooled` (B, D); for `pair` also `pair_logits` (B, 2) float32.
+          `states` (B, T, D), and what `nn.heads.predictions` makes for `outputs`.
         """
         spec = self.block
         if self.offset and positions is None and valid is not None:
@@ -102,14 +103,7 @@ class Model(nn.Module):
         x, table = embed(tokens, token_types, positions, train=train)
         mask = Mask(key_valid=valid, query_segments=segment_ids, key_segments=segment_ids)
         x, _ = Stack(spec, self.layers, self.layer_loop, self.remat, name="stack")(x, Context(mask), train=train)
-        out: dict[str, Any] = {"states": x}
-        if "tokens" in self.outputs:
-            out |= TokenHead(spec, name="token_head")(x, table)
-        if "pooled" in self.outputs or "pair" in self.outputs:
-            out["pooled"] = Pooler(spec, name="pooler")(x)
-        if "pair" in self.outputs:
-            out["pair_logits"] = Classifier(spec, 2, name="pair_head")(out["pooled"])
-        return out
+        return {"states": x} | heads.predictions(self, x, table, train=train)
 
     def example(self, batch: int = 1) -> dict[str, Any]:
         """The smallest inputs that make every parameter."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from tfm_jax.models import vit
 from tfm_jax.nn import patches
 from tfm_jax.nn.attention import Context
-from tfm_jax.nn.heads import Classifier
+from tfm_jax.nn.heads import Classifier, classes_of
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.patches import PatchEmbedding
 from tfm_jax.nn.spec import BlockSpec
@@ -66,7 +66,7 @@ class Model(nn.Module):
         embed = PatchEmbedding(spec, self.image_size, self.patch, self.channels, extra, name="embeddings")
         x = embed(images, train=train)
         x, _ = Stack(spec, self.layers, self.layer_loop, self.remat, name="stack")(x, Context(Mask()), train=train)
-        classes = vit.classes_of(self)
+        classes = classes_of(self)
         by_class = Classifier(spec, classes, name="class_head")(x[:, 0])
         by_teacher = Classifier(spec, classes, name="distillation_head")(x[:, 1])
         return {

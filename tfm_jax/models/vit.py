@@ -12,10 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tfm_jax.errors import UserError
 from tfm_jax.nn import block, patches
 from tfm_jax.nn.attention import Context
-from tfm_jax.nn.heads import Classifier
+from tfm_jax.nn.heads import Classifier, classes_of
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.patches import PatchEmbedding, check_grid
 from tfm_jax.nn.spec import BlockSpec, check_sizes
@@ -98,10 +97,3 @@ def check_vision(model: Any) -> None:
     """Refuse a vision model's sizes that cannot be."""
     check_sizes(model, "image_size", "patch", "channels", "classes", "layers")
     check_grid(model.image_size, model.patch)
-
-
-def classes_of(model: Any) -> int:
-    if model.classes is None:
-        raise UserError("model.classes is not set, and no data set has filled it in.")
-    classes: int = model.classes
-    return classes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tfm_jax.errors import UserError
 from tfm_jax.nn.block import ACTIVATIONS
 from tfm_jax.nn.linear import Dense, Norm, matmul
 from tfm_jax.nn.spec import BlockSpec
@@ -15,9 +17,46 @@ from tfm_jax.parallel.sharding import Rule, constrain
 
 RULES: tuple[Rule, ...] = (
     (r"token_head/(transform/kernel|transform/bias|bias)$", (None,)),
-    (r"(pooler|pair_head)/dense/kernel$", ("fsdp", None)),
-    (r"(pooler|pair_head)/dense/bias$", (None,)),
+    (r"(pooler|pair_head|class_head)/dense/kernel$", ("fsdp", None)),
+    (r"(pooler|pair_head|class_head)/dense/bias$", (None,)),
 )
+
+# What an encoder may say of its states.
+Output = Literal["tokens", "pooled", "pair", "classes"]
+
+
+def check_outputs(outputs: Sequence[Output]) -> None:
+    if {"tokens", "classes"} <= {*outputs}:
+        raise UserError(f"model.outputs={tuple(outputs)}: both 'tokens' and 'classes' would be the logits. Give one.")
+
+
+def classes_of(model: Any) -> int:
+    """The field `classes`, once it is set."""
+    if model.classes is None:
+        raise UserError("model.classes is not set, and no data set has filled it in.")
+    classes: int = model.classes
+    return classes
+
+
+def predictions(model: Any, x: jax.Array, table: jax.Array, *, train: bool) -> dict[str, Any]:
+    """What an encoder's `outputs` ask for, from its states (B, T, D) and token table (V, E); from its compact method.
+
+    Returns:
+      for `tokens` `hidden`, `unembedding` and `logits` (B, T, V) float32; for `pooled`, `pair` and `classes` `pooled`
+      (B, D); for `pair` `pair_logits` (B, 2), for `classes` `logits` (B, C), from what dropout leaves of `pooled`.
+    """
+    spec: BlockSpec = model.block
+    asked, out = {*model.outputs}, dict[str, Any]()
+    if "tokens" in asked:
+        out |= TokenHead(spec, name="token_head")(x, table)
+    if asked & {"pooled", "pair", "classes"}:
+        out["pooled"] = Pooler(spec, name="pooler")(x)
+    if "pair" in asked:
+        out["pair_logits"] = Classifier(spec, 2, name="pair_head")(out["pooled"])
+    if "classes" in asked:
+        pooled = nn.Dropout(spec.dropout, deterministic=not train)(out["pooled"]) if spec.dropout else out["pooled"]
+        out["logits"] = Classifier(spec, classes_of(model), name="class_head")(pooled)
+    return out
 
 
 def unembed(hidden: jax.Array, unembedding: jax.Array) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -83,6 +83,10 @@ def _keep(params: Params, extra: Extra, aux: Mapping[str, Any]) -> Extra:
     return extra
 
 
+def _as_made(params: Params, key: jax.Array) -> Params:
+    return params
+
+
 def _own(params: Params, extra: Extra) -> Params:
     return params
 
@@ -93,6 +97,8 @@ class Task:
 
     Attributes:
       loss: see `LossFn`.
+      init_params: from the model's initial parameters and a key, what is trained: with adapters, or a part of them.
+      frozen: regexes on the paths of what is not trained.
       init_extra: from the initial parameters, what the task carries besides them: teachers, averages, memory, queues.
       update_extra: called once after each update with the new parameters and the loss's `aux`.
       eval_params: which parameters evaluation and generation use.
@@ -104,6 +110,8 @@ class Task:
     """
 
     loss: LossFn
+    init_params: Callable[[Params, jax.Array], Params] = _as_made
+    frozen: Sequence[str] = ()
     init_extra: Callable[[Params], Extra] = _nothing
     update_extra: Callable[[Params, Extra, Mapping[str, Any]], Extra] = _keep
     eval_params: Callable[[Params, Extra], Params] = _own

@@ -31,6 +31,8 @@ def make(*, label_smoothing: float = 0.0) -> Task:
         rngs = None if rng is None else {"dropout": rng}
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
         logits, targets, weights = out["logits"], batch["targets"], batch["weights"]
+        if logits.ndim != 2:
+            raise UserError(f"This model's logits are {logits.shape}, a class for each example wants (B, classes).")
         nll = cross_entropy(logits, targets, label_smoothing=label_smoothing if train else 0.0)
         # A padded row may hold anything, infinities included; weight 0 must silence it.
         total = jnp.sum(jnp.where(weights > 0, nll * weights, 0.0))

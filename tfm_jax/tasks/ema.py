@@ -44,7 +44,7 @@ def with_ema(task: Task, decay: float) -> Task:
         loss=loss,
         init_extra=init_extra,
         update_extra=update_extra,
-        eval_params=lambda params, extra: extra["ema"],
+        eval_params=lambda params, extra: task.eval_params(extra["ema"], extra["inner"]),
         predict_fns={
             name: lambda apply, params, extra, batch, f=f: f(apply, params, extra["inner"], batch)
             for name, f in task.predict_fns.items()

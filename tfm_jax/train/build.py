@@ -25,6 +25,7 @@ from tfm_jax.parallel.sharding import Layout
 from tfm_jax.sections import build_model, family
 from tfm_jax.tasks.base import Task
 from tfm_jax.tasks.ema import with_ema
+from tfm_jax.tasks.lora import with_lora
 from tfm_jax.train import optim, schedules, settings
 from tfm_jax.train.state import TrainState, initialiser
 from tfm_jax.train.step import StepFn, make_train_step
@@ -117,8 +118,12 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_trai
     layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
     task = build_task(config)
     inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs, train=False))
-    optimizer = optim.make(shapes["params"], steps=train.steps, **config["optim"])
+    _check_inputs(config, model, inputs)
+    shapes = jax.eval_shape(
+        lambda key: task.init_params(model.init(key, **inputs, train=False)["params"], key), jax.random.key(0)
+    )
+    frozen = [*config["optim"]["freeze"], *task.frozen]
+    optimizer = optim.make(shapes, steps=train.steps, **{**config["optim"], "freeze": frozen})
     return Experiment(
         config=config,
         train=train,
@@ -147,6 +152,8 @@ def build_task(config: configs.Config) -> Task:
     if "batch_size" in asked:
         section["batch_size"] = config["data"]["batch_size"]
     task: Task = make(**section)
+    if config["train"]["lora"] is not None:
+        task = with_lora(task, **config["train"]["lora"])
     return task if decay is None else with_ema(task, decay)
 
 
@@ -182,6 +189,18 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
         raise UserError(
             f"data.batch_size={batch}{micro} does not divide over the mesh: data={sizes['data']} x"
             f" fsdp={sizes['fsdp']} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
+        )
+
+
+def _check_inputs(config: configs.Config, model: nn.Module, inputs: dict[str, Any]) -> None:
+    """The model must take what the data gives it; what it needs besides is the task's to give."""
+    taken = inspect.signature(type(model).__call__).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return
+    if wrong := sorted(set(inputs) - set(taken)):
+        raise UserError(
+            f"data.name={config['data']['name']!r} gives {', '.join(sorted(inputs))}, but"
+            f" model.name={config['model']['name']!r} takes no {', '.join(wrong)}."
         )
 
 

@@ -57,6 +57,13 @@ class Meter:
             if running:
                 self._resumed_at = time.perf_counter()
 
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        began = time.perf_counter()
+        with self.paused():
+            yield
+        self.compile_seconds += time.perf_counter() - began
+
     @property
     def train_seconds(self) -> float:
         """Seconds of training in all starts of this run, without compiling, evaluating and saving."""

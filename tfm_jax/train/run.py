@@ -32,6 +32,7 @@ from tfm_jax.train.meter import Meter
 from tfm_jax.train.plots import loss_picture
 from tfm_jax.train.references import as_loss, compressors
 from tfm_jax.train.restore import starting_state
+from tfm_jax.train.step import Programs
 from tfm_jax.train.stop import StopRequest
 from tfm_jax.train.trace import Trace
 
@@ -148,7 +149,8 @@ class _Loop:
     def run(self) -> Outcome:
         experiment = self.experiment
         began = time.perf_counter()
-        compiled = experiment.jitted_step().lower(self.state, experiment.batch(self.first)).compile()
+        programs = Programs(experiment.jitted_step())
+        programs.get(self.state, experiment.batch(self.first))
         self.meter.compile_seconds = time.perf_counter() - began
         progress = Progress(start=self.first, total=self.total, shown=self.main)
         batches = Prefetcher(experiment.batch, self.first, self.total)
@@ -168,7 +170,10 @@ class _Loop:
                             return self._preempted(step)
                     if self.trace is not None:
                         self.trace.before(step, self.state)
-                    self.state, metrics = compiled(self.state, batch)  # 6, 7
+                    if not programs.has(batch):
+                        with self.meter.compiling():
+                            programs.get(self.state, batch)
+                    self.state, metrics = programs.get(self.state, batch)(self.state, batch)  # 6, 7
                     self._read()  # 8, 9
                     self.pending = (step + 1, metrics)
                     progress.advance()

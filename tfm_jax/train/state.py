@@ -41,8 +41,9 @@ def initialiser(
     def init() -> TrainState:
         blank = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), inputs)
         # Key 0 of the seed makes the parameters; training steps fold in step + 1.
-        variables = dict(model.init(jax.random.fold_in(jax.random.key(seed), 0), **blank, train=False))
-        params = variables.pop("params")
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        variables = dict(model.init(key, **blank, train=False))
+        params = task.init_params(variables.pop("params"), jax.random.fold_in(key, 0))
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), task.init_extra(params), variables)
 
     return init

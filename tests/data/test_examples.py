@@ -1,0 +1,173 @@
+"""Labelled texts: rows against a slow version and against the tokenizer library's own truncation; order; bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import RobertaProcessing, TemplateProcessing
+
+from tests.errors import says
+from tfm_jax.data.examples import POOL, Training, make
+from tfm_jax.data.tokenizers import read_json_tokenizer
+from tfm_jax.data.types import Frame
+from tfm_jax.data.vocabularies import byte_tokenizer
+
+WORDS = ["the", "whale", "ship", "sea", "sails", "swims", "on", "in", "and", "a"]
+DRAW = np.random.default_rng(0)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sentence(longest):
+    return " ".join(DRAW.choice(WORDS, DRAW.integers(0, longest)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`train.jsonl` of 300 records with two texts, a class by name, by number, and a number; 40 in `valid.jsonl`."""
+    base = tmp_path_factory.mktemp("examples")
+    for name, count in (("train", 300), ("valid", 40)):
+        rows = [
+            {
+                "text": sentence(40),
+                "other": sentence(60),
+                "mood": ("good", "bad", "none")[i % 3],
+                "class": i % 4,
+                "score": i / 7,
+                "place": i,
+            }
+            for i in range(count)
+        ]
+        write(base / f"{name}.jsonl", rows)
+    return base
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A tokenizer file with BERT's marks."""
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    engine = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*marks, *WORDS])}, unk_token="[UNK]"))
+    engine.pre_tokenizer = pre_tokenizers.Whitespace()
+    engine.add_special_tokens(marks)
+    engine.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    path = tmp_path_factory.mktemp("bert") / "tokenizer.json"
+    path.write_text(engine.to_str())
+    return path
+
+
+def records(folder, split="train"):
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+
+
+def opened(folder, bert, **settings):
+    return make(source=f"jsonl:{folder}/*.jsonl", tokenizer=f"file:{bert}", **settings)
+
+
+@pytest.mark.parametrize("pair", [None, "other"])
+@pytest.mark.parametrize("seq_len", [16, 24, 33])
+def test_rows_are_what_the_tokenizer_library_makes(folder, bert, pair, seq_len):
+    data = opened(folder, bert, pair=pair, label="mood", seq_len=seq_len, batch_size=8)
+    engine = Tokenizer.from_file(str(bert))
+    engine.enable_truncation(seq_len, strategy="longest_first")
+    found = data.evals("train", 8)
+    rows, widths = records(folder), set()
+    assert data.sizes == {"classes": 3} | ({} if pair is None else {"types": 2})
+    for step in range(found.num_batches):
+        batch, (index, inside) = found.batch_at(step), found.index_at(step)
+        widths.add(batch["inputs"]["tokens"].shape[1])
+        for row, place in enumerate(index[inside]):
+            texts = [rows[place]["text"]] + ([] if pair is None else [rows[place]["other"]])
+            want = engine.encode(*texts)
+            size = len(want.ids)
+            assert batch["inputs"]["tokens"][row, :size].tolist() == want.ids
+            np.testing.assert_array_equal(
+                batch["inputs"]["valid"][row], np.arange(batch["inputs"]["valid"].shape[1]) < size
+            )
+            if pair is not None:
+                assert batch["inputs"]["token_types"][row, :size].tolist() == want.type_ids
+            assert batch["targets"][row] == ["bad", "good", "none"].index(rows[place]["mood"])
+    assert max(widths) <= seq_len and (len(widths) > 1 or seq_len < 32)
+
+
+def test_every_example_comes_once_an_epoch_and_rows_are_of_the_whole_batch(folder, bert):
+    data = opened(folder, bert, label="place", kind="number", batch_size=5, seq_len=64)
+    assert isinstance(data.train, Training) and data.sizes == {"classes": 1}
+    batches = [data.train.batch_at(step) for step in range(2 * 300 // 5)]
+    seen = np.concatenate([batch["targets"] for batch in batches]).astype(int)
+    # Pools of 80 examples do not end with the epoch of 300; two epochs are 600 = 7.5 pools.
+    counts = np.bincount(seen, minlength=300)
+    assert len(seen) == 600 and counts.min() >= 1 and counts.max() <= 3 and np.mean(counts == 2) > 0.8
+    lengths = [batch["inputs"]["valid"].sum(1) for batch in batches]
+    assert np.mean([x.max() - x.min() for x in lengths]) < 0.35 * np.ptp(np.concatenate(lengths))
+    for step in (0, 7, POOL + 3):
+        whole, part = data.train.batch_at(step), data.train.batch_at(step, slice(1, 4))
+        for name in whole["inputs"]:
+            np.testing.assert_array_equal(whole["inputs"][name][1:4], part["inputs"][name])
+        np.testing.assert_array_equal(whole["targets"][1:4], part["targets"])
+        again = opened(folder, bert, label="place", kind="number", batch_size=5, seq_len=64).train.batch_at(step)
+        np.testing.assert_array_equal(whole["inputs"]["tokens"], again["inputs"]["tokens"])
+    other = opened(folder, bert, label="place", kind="number", batch_size=5, seq_len=64, seed=1).train.batch_at(0)
+    assert not np.array_equal(np.sort(other["targets"]), np.sort(batches[0]["targets"]))
+
+
+def test_a_pass_has_every_example_once(folder, bert):
+    data = opened(folder, bert, label="place", kind="number", batch_size=64)
+    found = data.evals("validation", 16)
+    batches = [found.batch_at(i) for i in range(found.num_batches)]
+    weights = np.concatenate([b["weights"] for b in batches])
+    targets = np.concatenate([b["targets"] for b in batches])
+    assert sorted(targets[weights > 0].astype(int).tolist()) == list(range(40)) and weights.sum() == 40
+
+
+def test_a_tokenizer_without_marks_frames_with_its_end(folder, tmp_path):
+    assert byte_tokenizer().frame() == Frame([256], [256], [256], False)
+    data = make(source=f"jsonl:{folder}/*.jsonl", tokenizer="bytes", pair="other", label="class", seq_len=512)
+    row = records(folder)[data.evals("train", 1).index_at(200)[0][0]]
+    batch = data.evals("train", 1).batch_at(200)["inputs"]
+    want = [256, *row["text"].encode(), 256, *row["other"].encode(), 256]
+    assert batch["tokens"][0, : len(want)].tolist() == want and "token_types" not in batch
+
+
+def test_marks_of_roberta(bert, tmp_path):
+    engine = Tokenizer.from_file(str(bert))
+    engine.add_special_tokens(["<s>", "</s>"])
+    ids = {mark: engine.token_to_id(mark) for mark in ("<s>", "</s>")}
+    engine.post_processor = RobertaProcessing(("</s>", ids["</s>"]), ("<s>", ids["<s>"]))
+    (tmp_path / "tokenizer.json").write_text(engine.to_str())
+    found = read_json_tokenizer(tmp_path / "tokenizer.json").frame()
+    first, last = ids["<s>"], ids["</s>"]
+    assert found == Frame([first], [last, last], [last], False)
+
+
+def test_bad_input_is_named(folder, bert, tmp_path):
+    source = f"jsonl:{folder}/*.jsonl"
+    with says("data.source='stdlib' has no fields: examples need jsonl:GLOB, tfds:NAME or hf:DIR."):
+        make(source="stdlib")
+    with says(f"{folder}/train.jsonl, line 1: no field 'mod'. Did you mean 'mood'?"):
+        opened(folder, bert, label="mod")
+    with says(
+        f"data.source={source!r}: the field 'score' mixes names and numbers, or has fractions; is it a number to predict (data.kind=number)?"
+    ):
+        opened(folder, bert, label="score")
+    with says(f"data.source={source!r}, train 0: the field 'mood' is 'good', not a number."):
+        opened(folder, bert, label="mood", kind="number")
+    with says("data.seq_len=4: the marks alone take 3, and each text at least one more."):
+        opened(folder, bert, pair="other", label="mood", seq_len=4)
+    rows = records(folder)
+    write(tmp_path / "train.jsonl", rows[:9])
+    write(tmp_path / "valid.jsonl", [rows[0], {**rows[1], "mood": "god"}])
+    with says(
+        f"data.source='jsonl:{tmp_path}/*.jsonl', validation 1: 'god' in the field 'mood' is no class of the train"
+        " split. Did you mean 'good'?"
+    ):
+        opened(tmp_path, bert, label="mood")
+    write(tmp_path / "train.jsonl", [{**rows[0], "class": -1}, {**rows[1], "mood": ["x"]}])
+    with says(f"data.source='jsonl:{tmp_path}/*.jsonl': the class -1 in the field 'class' is below 0."):
+        opened(tmp_path, bert, label="class")
+    with says(f"{tmp_path}/train.jsonl, line 2: the field 'mood' is a list, not a label."):
+        opened(tmp_path, bert, label="mood")
