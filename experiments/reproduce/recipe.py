@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.reproduce.record import write_result
+from experiments.reproduce.record import RESULTS, write_result
 from tfm_jax.errors import UserError, nearest
 
 EXAMPLES = """\
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--published", default="", help="a figure to stand beside it, and where it is from")
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
     made.add_argument("--workdir", type=Path, default=Path("runs"), help="folder of the runs")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder of NAME.json")
     flags, overrides = cli.parse(made, argv)
     path, _, arguments = flags.config.partition(":")
     name = "-".join(part for part in (Path(path).stem, arguments) if part)
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--metric={flags.metric}: the run has none.{nearest(flags.metric, sorted(found[seed]))}")
         # Written as they come: what is done is not lost with what is not.
         figures = _figures(found, flags)
-        write_result(name, figures, config={"file": flags.config, "overrides": dict(overrides)})
+        write_result(name, figures, config={"file": flags.config, "overrides": dict(overrides)}, folder=flags.results)
     spread = f" (+- {figures['deviation']:.4f} over {len(found)} seeds)" if len(found) > 1 else ""
     wanted = "" if flags.at_least is None else f", at least {flags.at_least} was asked for"
     print(f"{name}: {flags.metric} {figures['mean']:.4f}{spread}{wanted}")

@@ -119,7 +119,7 @@ def load_params(path: Path, step: int | None = None, *, sharding: Any = None) ->
 def _differences(donor: Config, own: Config) -> list[str]:
     """What the same parameters compute differently in two models; heads that only one has are in the transfer's report."""
     there, here = computes(donor["model"]), computes(own["model"])
-    both = [key for key in here if key in there and key != "outputs"]
+    both = [key for key in here if key in there and key not in ("outputs", "classes")]
     return [f"model.{key}: {there[key]!r} there, {here[key]!r} here" for key in both if there[key] != here[key]]
 
 
