@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained run; the text streams as it is made."""
+"""Continue a prompt with a trained run, or give an encoder-decoder's answer to it; the text streams as it is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tfm_jax.errors import UserError
 EXAMPLES = """\
   python -m experiments.generate --run runs/gpt_stdlib --prompt 'def main('
   python -m experiments.generate --run runs/gpt_stdlib --prompt 'class ' --temperature 0
-  python -m experiments.generate --run runs/gpt_stdlib --prompt 'import ' --top_k 40 --top_p 0.95 --seed 1"""
+  python -m experiments.generate --run runs/gpt_stdlib --prompt 'import ' --top_k 40 --top_p 0.95 --seed 1
+  python -m experiments.generate --run runs/t5 --prompt 'translate English to German: That is good.' --beams 5"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     made.add_argument("--top_k", type=int, default=0, help="draw from this many likeliest tokens; 0 for all")
     made.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens with this probability")
+    made.add_argument("--beams", type=int, default=0, help="beam search with this many beams; 0 draws instead")
+    made.add_argument("--length_penalty", type=float, default=1.0, help="of beam search: above 0 favours longer texts")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--no_stream", action="store_true", help="print the text when it is whole")
     flags, _ = cli.parse(made, argv)
@@ -39,11 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Loaded(flags.run, flags.step)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
     start = time.perf_counter()
-    text, tokens = run.continue_text(
-        flags.prompt, sampling, flags.max_new, flags.seed, None if flags.no_stream else sys.stdout
-    )
+    out = None if flags.no_stream or flags.beams else sys.stdout
+    if flags.beams:
+        text, tokens = run.likeliest(flags.prompt, flags.beams, flags.length_penalty, flags.max_new)
+    else:
+        text, tokens = run.drawn(flags.prompt, sampling, flags.max_new, flags.seed, out)
     seconds = time.perf_counter() - start
-    print(flags.prompt + text if flags.no_stream else "", flush=True)
+    print("" if out is not None else text if run.answers else flags.prompt + text, flush=True)
     if flags.json:
         cli.print_json({"step": run.step, "prompt": flags.prompt, "text": text, "tokens": tokens, "seconds": seconds})
     return 0
@@ -65,10 +70,9 @@ class Loaded:
         self.model = build_model(config["model"])
         if not hasattr(self.model, "init_caches"):
             raise UserError(f"model.name={config['model']['name']!r} cannot generate: it has no init_caches.")
-        if "decoder_tokens" in inspect.signature(type(self.model).__call__).parameters:
-            raise UserError(
-                f"model.name={config['model']['name']!r} cannot continue a text: it makes one text from another."
-            )
+        # An encoder-decoder answers a prompt, other models continue it.
+        self.answers = "decoder_tokens" in inspect.signature(type(self.model).__call__).parameters
+        self.data = config["data"]
         self.params, self.step = load_params(path, step)
         origin = read_origin(path)
         self.origin = None if origin is None else origin["parts"][""]["config"]
@@ -78,17 +82,21 @@ class Loaded:
             next(iter(ends if isinstance(ends, list) else [ends])) if ends is not None else self.tokenizer.end_id
         )
 
-    def continue_text(
-        self, prompt: str, sampling: Any, max_new: int | None, seed: int, out: Any = None
-    ) -> tuple[str, int]:
-        """The text made after a prompt and its number of tokens, written to `out`, prompt first, as it comes."""
-        from tfm_jax.data.tokenizers import TextStream
-        from tfm_jax.decode.sample import generate
-
+    def inputs(self, prompt: str, max_new: int | None) -> tuple[list[int], list[list[int]] | None, int]:
+        """The first tokens of what is made, what an encoder reads, and how many tokens are made at most."""
         ids = [int(i) for i in self.tokenizer.encode_batch([prompt])[0]] if prompt else []
         if self.tokenizer.unk_id is not None and self.tokenizer.unk_id in ids:
             raise UserError(f"The prompt {prompt!r} has characters that the run's tokenizer has never seen.")
-        if self.origin is None:
+        sources = None
+        if self.answers:
+            if not ids:
+                raise UserError("An encoder-decoder answers a text: give one with --prompt.")
+            sources = [self._source(ids)]
+            start = self.data.get("decoder_start")
+            ids = [self.tokenizer.end_id if start is None else start]
+            forced = (self.origin or {}).get("forced_bos_token_id")
+            ids += [] if forced is None else [forced]
+        elif self.origin is None:
             # Documents start after an end mark, so the prompt does too.
             ids = [self.tokenizer.end_id, *ids]
         else:
@@ -97,7 +105,40 @@ class Loaded:
         if max_new is None:
             limit = getattr(self.model, "max_len", None)
             max_new = 100 if limit is None else max(1, min(100, limit - len(ids)))
-        stream, pending = TextStream(self.tokenizer), prompt
+        return ids, sources, max_new
+
+    def _source(self, ids: list[int]) -> list[int]:
+        """With the marks that the model has seen around a source."""
+        if self.origin is not None:
+            frame = self.tokenizer.frame()
+            return [*frame.before, *ids, *frame.after]
+        return [*ids, self.tokenizer.end_id] if self.data.get("objective") == "span" else ids
+
+    def likeliest(self, prompt: str, beams: int, length_penalty: float, max_new: int | None) -> tuple[str, int]:
+        """The best text that beam search finds, and its number of tokens."""
+        from tfm_jax.decode.beam import beam_search
+
+        ids, sources, max_new = self.inputs(prompt, max_new)
+        (found,) = beam_search(
+            self.model,
+            self.params,
+            [ids],
+            sources=sources,
+            beams=beams,
+            max_new=max_new,
+            length_penalty=length_penalty,
+            end_id=self.end_id,
+            allowed=self.tokenizer.vocab_size,
+        )
+        return self.tokenizer.decode(found[0].tokens), len(found[0].tokens)
+
+    def drawn(self, prompt: str, sampling: Any, max_new: int | None, seed: int, out: Any = None) -> tuple[str, int]:
+        """A text and its number of tokens, written to `out`, a prompt that it continues first, as it comes."""
+        from tfm_jax.data.tokenizers import TextStream
+        from tfm_jax.decode.sample import generate
+
+        ids, sources, max_new = self.inputs(prompt, max_new)
+        stream, pending = TextStream(self.tokenizer), "" if self.answers else prompt
 
         def on_token(new: np.ndarray) -> None:
             nonlocal pending
@@ -110,6 +151,7 @@ class Loaded:
             self.model,
             self.params,
             [ids],
+            sources=sources,
             max_new=max_new,
             sampling=sampling,
             end_id=self.end_id,
@@ -123,14 +165,16 @@ class Loaded:
 
 
 def sample(path: Path) -> str | None:
-    """A short sample for the end of a training run; None for a run that does not generate text."""
+    """A short sample for the end of a training run; None for a run that does not make text from nothing."""
     from tfm_jax.decode.sample import Sampling
 
     try:
         run = Loaded(path)
     except UserError:
         return None
-    text, _ = run.continue_text("", Sampling(0.8, 40), None, 0)
+    if run.answers:
+        return None
+    text, _ = run.drawn("", Sampling(0.8, 40), None, 0)
     # A model that has learnt little may say anything, terminal control codes too.
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 

@@ -1,13 +1,15 @@
 """Encoder-decoders through the commands: a run of each family's objective, given back and brought in again."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from experiments import generate
 from experiments.convert import bring_in, give_back
+from tests.errors import says
 from tfm_jax import config as configs
-from tfm_jax.errors import UserError
 from tfm_jax.train.restore import load_params
 from tfm_jax.train.run import train
 
@@ -20,7 +22,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_run_and_a_journey_there_and_back(name, corpus, tmp_path):
+def test_a_run_and_a_journey_there_and_back(name, corpus, tmp_path, capsys):
     objective, model = FAMILIES[name]
     config = {
         "model": {"name": name, **model},
@@ -44,6 +46,11 @@ def test_a_run_and_a_journey_there_and_back(name, corpus, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "run")[0], load_params(tmp_path / "again")[0])
 
     assert generate.sample(tmp_path / "run") is None
-    with pytest.raises(UserError) as error:
-        generate.Loaded(tmp_path / "run")
-    assert str(error.value) == f"model.name={name!r} cannot continue a text: it makes one text from another."
+    made = [f"--run={tmp_path / 'run'}", "--max_new=5", "--json"]
+    with says("An encoder-decoder answers a text: give one with --prompt."):
+        generate.main(made)
+    for how in (["--beams=2"], ["--temperature=0"], ["--temperature=0", "--no_stream"]):
+        assert generate.main([*made, "--prompt=The whale", *how]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        record = json.loads(lines[-1])
+        assert record["tokens"] <= 5 and lines[0] == record["text"].partition("\n")[0]

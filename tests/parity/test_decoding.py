@@ -61,3 +61,34 @@ def test_prompts_of_several_lengths(layer_loop):
     )  # fmt: skip
     # Positions are relative, so that a target two places later has the same logits.
     compare(out["logits"][:, 2:], theirs["output/logits"], None)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["gpt2", *NAMES])
+def test_beam_search_is_the_references(name):
+    """Its search with `early_stopping="never"`, which is the exact rule, and none of its special tokens forced or barred."""
+    torch = pytest.importorskip("torch")
+    from tfm_jax.decode.beam import beam_search
+
+    from .make_fixtures import model_of
+
+    theirs, reference = fixture(name), model_of(name)
+    _, _, model, params = converted(theirs)
+    ids = theirs["input/input_ids"][:1, :7]
+    start, end, new = 3, 7, 8
+    rules = {"num_beams": 4, "early_stopping": "never", "length_penalty": 0.7, "max_new_tokens": new, "do_sample": False,
+             "eos_token_id": end, "pad_token_id": 0, "num_return_sequences": 4, "use_cache": False}  # fmt: skip
+    reference.generation_config = type(reference.generation_config)(**rules, decoder_start_token_id=start)
+    told = {"decoder_input_ids": torch.tensor([[start]])} if name != "gpt2" else {}
+    with torch.no_grad():
+        want = reference.generate(
+            torch.from_numpy(ids), return_dict_in_generate=True, output_scores=True, **told
+        )  # fmt: skip
+    rows, sources = ([ids[0].tolist()], None) if name == "gpt2" else ([[start]], [ids[0].tolist()])
+    (got,) = beam_search(
+        model, params, rows, sources=sources, beams=4, max_new=new, length_penalty=0.7, end_id=end
+    )  # fmt: skip
+    skipped = len(rows[0])
+    texts = [[t for t in row[skipped:].tolist() if t not in (0, end)] for row in want.sequences]
+    assert [[t for t in h.tokens if t != 0] for h in got] == texts
+    np.testing.assert_allclose([h.score for h in got], want.sequences_scores.numpy(), atol=1e-4)

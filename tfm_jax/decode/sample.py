@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
+from tfm_jax.decode.inputs import Inputs, forward_of, prepare, read_prompt
 from tfm_jax.errors import UserError
 
 
@@ -65,6 +66,7 @@ def generate(
     params: Any,
     prompts: list[list[int]],
     *,
+    sources: list[list[int]] | None = None,
     max_new: int,
     sampling: Sampling = Sampling(),
     end_id: int | None = None,
@@ -75,39 +77,21 @@ def generate(
     """Continue each prompt by at most `max_new` tokens, ending at `end_id` (which is left out).
 
     Args:
-      model: has `init_caches(batch, length)`, and takes `tokens`, `positions` and `caches`.
-      prompts: token ids, at least one each; they may differ in length.
+      model: has `init_caches(batch, length)`, and takes `tokens`, `positions` and `caches`; an encoder-decoder as
+        `nn.encdec.EncoderDecoder` does.
+      prompts: token ids, at least one each; they may differ in length. A decoder's first ones where there are sources.
+      sources: what an encoder reads, one for each prompt.
       allowed: ids at or above this are never drawn (a vocabulary padded beyond its tokenizer's).
       on_token: called with the (B,) ids of each step as they come, on the host, while the loop runs; -1 for rows
         that have ended.
 
     Raises:
-      UserError: an empty prompt, or more positions than the model has.
+      UserError: see `inputs.prepare`.
     """
     sampling.check()
-    if max_new < 1:
-        raise UserError(f"max_new={max_new}: must be at least 1.")
-    if not prompts or any(not p for p in prompts):
-        raise UserError("The prompt is empty: give at least one token (the end mark starts a new document).")
-    vocab = getattr(model, "vocab_size", None)
-    if vocab is not None and max(map(max, prompts)) >= vocab:
-        raise UserError(f"The prompt has the id {max(map(max, prompts))}, but model.vocab_size={vocab}.")
-    longest, limit = max(map(len, prompts)), getattr(model, "max_len", None)
-    if limit is not None and longest + max_new > limit:
-        raise UserError(
-            f"A prompt of {longest} tokens and max_new={max_new} need {longest + max_new} positions, but"
-            f" model.max_len={limit}. Ask for at most {max(limit - longest, 0)} new tokens, or shorten the prompt."
-        )
-    # Prompts are padded to a power of two, so that a session compiles a handful of shapes and not one a prompt.
-    padded = min(1 << (longest - 1).bit_length(), limit - max_new) if limit else 1 << (longest - 1).bit_length()
-    tokens = np.zeros((len(prompts), padded), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    lengths = np.array([len(p) for p in prompts], np.int32)
+    inputs = prepare(model, prompts, sources, max_new)
     end = -1 if end_id is None else end_id
-    out = _generate(
-        model, params, tokens, lengths, jax.random.key(seed), max_new, sampling, end, allowed, _Stream(on_token)
-    )
+    out = _generate(model, params, inputs, jax.random.key(seed), max_new, sampling, end, allowed, _Stream(on_token))
     # All rows are read at once; the loop leaves -1 after each row's end.
     return [[int(t) for t in row if t >= 0] for row in np.asarray(out)]
 
@@ -133,12 +117,11 @@ class _Stream:
             _Stream.current(np.asarray(ids))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8))
 def _generate(
     model: nn.Module,
     params: Any,
-    tokens_BP: jax.Array,
-    lengths_B: jax.Array,
+    inputs: Inputs,
     key: jax.Array,
     max_new: int,
     how: Sampling,
@@ -146,16 +129,8 @@ def _generate(
     allowed: int | None,
     stream: _Stream,
 ) -> jax.Array:
-    batch, padded = tokens_BP.shape
-    caches = model.init_caches(batch, padded + max_new)  # type: ignore[attr-defined]
-    places = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32)[None], (batch, padded))
-
-    def forward(tokens: jax.Array, positions: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
-        out = model.apply({"params": params}, tokens, positions=positions, caches=caches, train=False)
-        logits: jax.Array = out["logits"]
-        if allowed is not None and allowed < logits.shape[-1]:
-            logits = jnp.where((jnp.arange(logits.shape[-1]) >= allowed)[None, None], -jnp.inf, logits)
-        return logits, out["caches"]
+    batch, lengths_B = inputs.tokens.shape[0], inputs.lengths
+    forward = forward_of(model, params, inputs, allowed)
 
     def emit(ids: jax.Array) -> None:
         if stream.listens:
@@ -165,16 +140,14 @@ def _generate(
         done = done | (token == end_id)
         return jnp.where(done, -1, token), done
 
-    # Positions behind a row's prompt hold padding; they are overwritten before any query can see them.
-    logits, caches = forward(tokens_BP, places, caches)
-    last = jnp.take_along_axis(logits, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    last, caches = read_prompt(model, forward, inputs, max_new)
     first, done = settle(_draw(last, jax.random.fold_in(key, 0), how), jnp.zeros((batch,), bool))
     emit(first)
     out = jnp.full((batch, max_new), -1, jnp.int32).at[:, 0].set(first)
 
     def body(carry: Any) -> Any:
         i, token, done, caches, out = carry
-        logits, caches = forward(jnp.maximum(token, 0)[:, None], (lengths_B + i - 1)[:, None], caches)
+        logits, caches = forward(jnp.maximum(token, 0)[:, None], (lengths_B + i - 1)[:, None], caches, False)
         token, done = settle(_draw(logits[:, 0], jax.random.fold_in(key, i), how), done)
         emit(token)
         return i + 1, token, done, caches, out.at[:, i].set(token)

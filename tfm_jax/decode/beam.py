@@ -1,0 +1,153 @@
+"""Beam search with a key/value cache: source, prompt and search are one compiled function.
+
+B batch, K beams, N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tfm_jax.decode.inputs import Inputs, forward_of, prepare, read_prompt
+from tfm_jax.errors import UserError
+
+
+class Hypothesis(NamedTuple):
+    """Tokens without the end mark, and log-probability / length^penalty, the end mark counted in both."""
+
+    tokens: list[int]
+    score: float
+
+
+class _Search(NamedTuple):
+    """Where a search is. Scores of live beams are log-probabilities, of finished ones divided by length^penalty."""
+
+    step: jax.Array  # tokens made so far
+    logits: jax.Array  # (B, K, V) behind each live beam
+    caches: Any  # of B * K rows
+    live: jax.Array  # (B, K, N) int32
+    live_scores: jax.Array  # (B, K)
+    finished: jax.Array  # (B, K, N) int32, -1 behind the end
+    finished_scores: jax.Array  # (B, K), -inf where there is none yet
+
+
+def beam_search(
+    model: nn.Module,
+    params: Any,
+    prompts: list[list[int]],
+    *,
+    sources: list[list[int]] | None = None,
+    beams: int = 5,
+    max_new: int,
+    length_penalty: float = 1.0,
+    end_id: int,
+    allowed: int | None = None,
+) -> list[list[Hypothesis]]:
+    """The likeliest continuations of each prompt, best first, at most `beams` of them.
+
+    Of all continuations of the live beams by a token, the likeliest `beams` that do not end live on; those that end, and
+    are among the likeliest `beams`, are finished. A row's search is over when no live beam can become better than its
+    worst finished one; at `max_new` tokens the live beams count as finished.
+
+    Args:
+      model, prompts, sources, max_new, allowed: as in `sample.generate`.
+      length_penalty: exponent of the length that a log-probability is divided by; above 0 favours longer texts.
+
+    Raises:
+      UserError: fewer than one beam, or see `inputs.prepare`.
+    """
+    if beams < 1:
+        raise UserError(f"beams={beams}: must be at least 1.")
+    vocab = min(x for x in (allowed, getattr(model, "vocab_size", None), 1 << 31) if x is not None)
+    if 2 * beams > vocab:
+        raise UserError(f"beams={beams}: at most half of the {vocab} tokens there are.")
+    inputs = prepare(model, prompts, sources, max_new)
+    found, scores = _search(model, params, inputs, beams, max_new, length_penalty, end_id, allowed)
+    out = []
+    for rows, row_scores in zip(np.asarray(found), np.asarray(scores), strict=True):
+        kept = [(row, score) for row, score in zip(rows, row_scores, strict=True) if score > -np.inf]
+        out.append([Hypothesis([int(t) for t in row if t >= 0], float(score)) for row, score in kept])
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6, 7))
+def _search(
+    model: nn.Module,
+    params: Any,
+    inputs: Inputs,
+    beams: int,
+    max_new: int,
+    penalty: float,
+    end_id: int,
+    allowed: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    batch = inputs.tokens.shape[0]
+    last, caches = read_prompt(model, forward_of(model, params, inputs, allowed), inputs, max_new)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), inputs)
+    forward = forward_of(model, params, repeated, allowed)
+    blank = jnp.full((batch, beams, max_new), -1, jnp.int32)
+    nothing = jnp.full((batch, beams), -jnp.inf, jnp.float32)
+
+    def advance(s: _Search) -> _Search:
+        """One more token for every live beam; the logits of the new ones are not made yet."""
+        logp = jax.nn.log_softmax(s.logits, axis=-1) + s.live_scores[:, :, None]
+        values, places = jax.lax.top_k(logp.reshape(batch, -1), 2 * beams)
+        parent, token = places // logp.shape[-1], (places % logp.shape[-1]).astype(jnp.int32)
+        grown = jnp.take_along_axis(s.live, parent[:, :, None], axis=1)
+        ends = token == end_id
+        # At most one continuation of each beam ends, so that half of 2 K live on.
+        ended = jnp.where(ends[:, :beams], values[:, :beams] / _norm(s.step + 1, penalty), -jnp.inf)
+        finished = _best(
+            jnp.concatenate([s.finished, grown[:, :beams]], 1), jnp.concatenate([s.finished_scores, ended], 1), beams
+        )
+        live_scores, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, values), beams)
+        token, parent = (jnp.take_along_axis(x, kept, axis=1) for x in (token, parent))
+        live = jnp.take_along_axis(grown, kept[:, :, None], axis=1).at[:, :, s.step].set(token)
+        rows = (jnp.arange(batch)[:, None] * beams + parent).reshape(-1)
+        return _Search(s.step + 1, s.logits, _reordered(s.caches, rows), live, live_scores, *finished)
+
+    def body(s: _Search) -> _Search:
+        tokens = jax.lax.dynamic_index_in_dim(s.live, s.step - 1, axis=2, keepdims=False).reshape(-1, 1)
+        positions = (repeated.lengths + s.step - 1)[:, None]
+        logits, caches = forward(tokens, positions, s.caches, False)
+        return advance(s._replace(logits=logits.reshape(s.logits.shape), caches=caches))
+
+    def going(s: _Search) -> jax.Array:
+        # The best that a live beam can come to: no further loss, and the length that favours it most.
+        bound = s.live_scores[:, 0] / _norm(max_new if penalty > 0 else s.step + 1, penalty)
+        return (s.step < max_new) & jnp.any(bound > s.finished_scores[:, -1])
+
+    start = nothing.at[:, 0].set(0.0)
+    logits = jnp.broadcast_to(last[:, None], (batch, beams, last.shape[-1]))
+    caches = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim - 4), caches)
+    first = advance(_Search(jnp.int32(0), logits, caches, blank, start, blank, nothing))
+    s = jax.lax.while_loop(going, body, first)
+    cut = jnp.where(s.step == max_new, s.live_scores / _norm(max_new, penalty), -jnp.inf)
+    return _best(jnp.concatenate([s.finished, s.live], 1), jnp.concatenate([s.finished_scores, cut], 1), beams)
+
+
+def _norm(length: Any, penalty: float) -> jax.Array:
+    return jnp.asarray(length, jnp.float32) ** penalty
+
+
+def _best(found: jax.Array, scores: jax.Array, beams: int) -> tuple[jax.Array, jax.Array]:
+    scores, kept = jax.lax.top_k(scores, beams)
+    return jnp.take_along_axis(found, kept[:, :, None], axis=1), scores
+
+
+def _reordered(caches: Any, rows: jax.Array) -> Any:
+    """Caches of which row i goes on from row `rows[i]`. The batch stands before slots, heads and head size.
+
+    An encoder's keys and values are the same for all beams of a row, so they stay.
+    """
+    many = not hasattr(caches, "own")
+    layers = list(caches) if many else [caches]
+    moved = [
+        layer._replace(own=jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), layer.own)) for layer in layers
+    ]
+    return tuple(moved) if many else moved[0]
