@@ -133,6 +133,16 @@ def test_a_tokenizer_without_marks_frames_with_its_end(folder, tmp_path):
     assert batch["tokens"][0, : len(want)].tolist() == want and "token_types" not in batch
 
 
+def test_both_texts_are_of_one_tokenizer_that_has_read_both(tmp_path):
+    rows = [{"text": f"abc {i}", "other": f"xyz {i}", "label": i % 2} for i in range(40)]
+    for name in ("train", "valid"):
+        write(tmp_path / f"{name}.jsonl", rows)
+    data = make(source=f"jsonl:{tmp_path}/*.jsonl", tokenizer="chars", pair="other")
+    batch = data.evals("train", 1).batch_at(0)["inputs"]
+    shown = data.tokenizer.decode(batch["tokens"][0][batch["valid"][0]])
+    assert "abc" in shown and "xyz" in shown and "\ufffd" not in shown
+
+
 def test_marks_of_roberta(bert, tmp_path):
     engine = Tokenizer.from_file(str(bert))
     engine.add_special_tokens(["<s>", "</s>"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from tfm_jax.data.build import TokenStream, build_tokens, open_split
 from tfm_jax.data.sources import open_source
 from tfm_jax.data.tokenizers import load_tokenizer
-from tfm_jax.data.types import Piece, Tokenizer
+from tfm_jax.data.types import Piece, Source, Tokenizer
 from tfm_jax.data.vocabularies import open_tokenizer
 from tfm_jax.errors import UserError, nearest
 
@@ -49,29 +50,52 @@ class Corpus:
         return self.streams[split]
 
 
-def open_corpus(
-    *,
+def open_corpus(source: str, *, feature: str | None, **settings: Any) -> Corpus:
+    """Open a source and tokenize it, or find it tokenized; see `open_corpora`."""
+    return open_corpora(source, [feature], **settings)[0]
+
+
+def open_corpora(
     source: str,
+    features: Sequence[str | None],
+    *,
     tokenizer: str,
-    feature: str | None,
     split: str,
     valid_fraction: float | None,
     cache_dir: str | None,
     workers: int,
     tokenizer_dir: str | None,
     manual_dir: str | None = None,
-) -> Corpus:
-    """Open a source and tokenize it, or find it tokenized; the arguments are those of `data.tokens`."""
+) -> list[Corpus]:
+    """A corpus of each of some fields of the same records, by one tokenizer, which learns from all of them.
+
+    The other arguments are those of `data.tokens`.
+    """
     root = cache_root(cache_dir)
-    opened = open_source(
-        source, feature=feature, split=split, valid_fraction=valid_fraction, cache_dir=root, manual_dir=manual_dir
-    )
-    if valid_fraction is not None and opened.rule == "names":
+    opened = [
+        open_source(
+            source, feature=feature, split=split, valid_fraction=valid_fraction, cache_dir=root, manual_dir=manual_dir
+        )
+        for feature in features
+    ]
+    if valid_fraction is not None and opened[0].rule == "names":
         raise UserError(
             f"data.valid_fraction={valid_fraction}: {source!r} names its own splits. Leave it out, or set"
             " data.split='hash'."
         )
-    codec = load_tokenizer(tokenizer_dir) if tokenizer_dir else open_tokenizer(tokenizer, opened, root)
-    folder, meta = build_tokens(opened, codec, root, workers=workers)
-    streams = {name: open_split(folder, meta, name) for name in meta["splits"]}
-    return Corpus(source, streams, opened.splits, codec, meta["splits"], folder.name)
+    codec = load_tokenizer(tokenizer_dir) if tokenizer_dir else open_tokenizer(tokenizer, together(opened), root)
+    out = []
+    for one in opened:
+        folder, meta = build_tokens(one, codec, root, workers=workers)
+        streams = {name: open_split(folder, meta, name) for name in meta["splits"]}
+        out.append(Corpus(source, streams, one.splits, codec, meta["splits"], folder.name))
+    return out
+
+
+def together(sources: Sequence[Source]) -> Source:
+    """All their texts, for a tokenizer to learn from."""
+    if len(sources) == 1:
+        return sources[0]
+    splits = {name: [piece for source in sources for piece in source.splits[name]] for name in sources[0].splits}
+    fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()
+    return Source(sources[0].name, sources[0].rule, fingerprint, splits)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tfm_jax.data.build import TokenStream
-from tfm_jax.data.corpus import Corpus, cache_root, open_corpus
+from tfm_jax.data.corpus import Corpus, cache_root, open_corpora
 from tfm_jax.data.index import epoch_records, hash_ints, permute
 from tfm_jax.data.locks import locked
 from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records, Rows
@@ -74,20 +74,17 @@ def make(
     if source.partition(":")[0] in ("stdlib", "text"):
         raise UserError(f"data.source={source!r} has no fields: examples need jsonl:GLOB, tfds:NAME or hf:DIR.")
 
-    def opened(field: str) -> Corpus:
-        return open_corpus(
-            source=source,
-            tokenizer=tokenizer,
-            feature=field,
-            split=split,
-            valid_fraction=valid_fraction,
-            cache_dir=cache_dir,
-            workers=workers,
-            tokenizer_dir=tokenizer_dir,
-            manual_dir=manual_dir,
-        )
-
-    corpora = [opened(field) for field in ([text] if pair is None else [text, pair])]
+    corpora = open_corpora(
+        source,
+        [text] if pair is None else [text, pair],
+        tokenizer=tokenizer,
+        split=split,
+        valid_fraction=valid_fraction,
+        cache_dir=cache_dir,
+        workers=workers,
+        tokenizer_dir=tokenizer_dir,
+        manual_dir=manual_dir,
+    )
     codec = corpora[0].tokenizer
     frame = codec.frame()
     marks = len(frame.before) + len(frame.after) + (0 if pair is None else len(frame.between))

@@ -41,9 +41,9 @@ def make(
         if value < 1:
             raise UserError(f"data.{key}={value}: must be at least 1.")
     corpus = open_corpus(
-        source=source,
-        tokenizer=tokenizer,
+        source,
         feature=feature,
+        tokenizer=tokenizer,
         split=split,
         valid_fraction=valid_fraction,
         cache_dir=cache_dir,

@@ -58,9 +58,9 @@ def make(
     if batch_size < 1:
         raise UserError(f"data.batch_size={batch_size}: must be at least 1.")
     corpus = open_corpus(
-        source=source,
-        tokenizer=tokenizer,
+        source,
         feature=feature,
+        tokenizer=tokenizer,
         split=split,
         valid_fraction=valid_fraction,
         cache_dir=cache_dir,
