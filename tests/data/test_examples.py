@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from tests.errors import says
-from tfm_jax.data.examples import POOL, Training, make
+from tfm_jax.data.examples import Training, make
+from tfm_jax.data.rows import POOL
 from tfm_jax.data.tokenizers import read_json_tokenizer
 from tfm_jax.data.types import Frame
 from tfm_jax.data.vocabularies import byte_tokenizer
@@ -78,7 +79,7 @@ def test_rows_are_what_the_tokenizer_library_makes(folder, bert, pair, seq_len):
     rows, widths = records(folder), set()
     assert data.sizes == {"classes": 3} | ({} if pair is None else {"types": 2})
     for step in range(found.num_batches):
-        batch, (index, inside) = found.batch_at(step), found.index_at(step)
+        batch, (index, inside) = found.batch_at(step), found.places.at(step)
         widths.add(batch["inputs"]["tokens"].shape[1])
         for row, place in enumerate(index[inside]):
             texts = [rows[place]["text"]] + ([] if pair is None else [rows[place]["other"]])
@@ -127,7 +128,7 @@ def test_a_pass_has_every_example_once(folder, bert):
 def test_a_tokenizer_without_marks_frames_with_its_end(folder, tmp_path):
     assert byte_tokenizer().frame() == Frame([256], [256], [256], False)
     data = make(source=f"jsonl:{folder}/*.jsonl", tokenizer="bytes", pair="other", label="class", seq_len=512)
-    row = records(folder)[data.evals("train", 1).index_at(200)[0][0]]
+    row = records(folder)[data.evals("train", 1).places.at(200)[0][0]]
     batch = data.evals("train", 1).batch_at(200)["inputs"]
     want = [256, *row["text"].encode(), 256, *row["other"].encode(), 256]
     assert batch["tokens"][0, : len(want)].tolist() == want and "token_types" not in batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -13,19 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tfm_jax.data.build import TokenStream
 from tfm_jax.data.corpus import Corpus, cache_root, open_corpora
-from tfm_jax.data.index import epoch_records, hash_ints, permute
 from tfm_jax.data.locks import locked
+from tfm_jax.data.rows import Places, Texts, joined, pooled, width_for
 from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records, Rows
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
 Kind = Literal["class", "number"]
-SHORTEST = 16
-POOL = 16
-"""Batches whose rows are sorted by length together, so that a batch's rows are about equally long."""
 
 
 def make(
@@ -95,8 +90,7 @@ def make(
     classes = _classes(labels["train"], source, label) if kind == "class" else []
     makers = {
         name: _Examples(
-            tuple(corpus.streams[name] for corpus in corpora),
-            tuple(corpus.streams[name].places(codec.end_id) for corpus in corpora),
+            tuple(Texts.of(corpus.streams[name], codec.end_id) for corpus in corpora),
             _targets(found, kind, classes, f"data.source={source!r}, {name}", label),
             frame,
             seq_len,
@@ -175,37 +169,30 @@ def _targets(labels: Sequence[Any], kind: Kind, classes: Sequence[Any], where: s
 
 @dataclass(frozen=True, eq=False)
 class _Examples:
-    """Tokenized examples of a split.
+    """Tokenized examples of a split: their texts, and targets (N,)."""
 
-    Attributes:
-      streams: of each text.
-      edges: for each text (N + 1,), where the end marks stand that are before the first and behind each.
-      targets: (N,).
-    """
-
-    streams: tuple[TokenStream, ...]
-    edges: tuple[np.ndarray, ...]
+    texts: tuple[Texts, ...]
     targets: np.ndarray
     frame: Frame
     seq_len: int
     pad: int
 
     def __post_init__(self) -> None:
-        for edges in self.edges:
-            assert len(edges) == len(self.targets) + 1, "A record gave more than one document, or none."
+        for text in self.texts:
+            assert len(text.edges) == len(self.targets) + 1, "A record gave more than one document, or none."
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
-    def marks(self) -> int:
-        between = len(self.frame.between) if len(self.streams) > 1 else 0
-        return len(self.frame.before) + between + len(self.frame.after)
+    def marks(self) -> list[list[int]]:
+        """Those before, between and behind the texts."""
+        return [self.frame.before, *([self.frame.between] if len(self.texts) > 1 else []), self.frame.after]
 
-    def text_lengths(self, index: np.ndarray) -> list[np.ndarray]:
+    def sizes(self, index: np.ndarray) -> list[np.ndarray]:
         """Tokens of each text as they are used: the longer one of a pair is cut first."""
-        sizes = [edges[index + 1] - edges[index] - 1 for edges in self.edges]
-        room = self.seq_len - self.marks
+        sizes = [text.sizes(index) for text in self.texts]
+        room = self.seq_len - sum(map(len, self.marks))
         if len(sizes) == 1:
             return [np.minimum(sizes[0], room)]
         first, second = sizes
@@ -217,48 +204,26 @@ class _Examples:
         ]
 
     def lengths(self, index: np.ndarray) -> np.ndarray:
-        total: np.ndarray = np.sum(self.text_lengths(index), axis=0) + self.marks
+        total: np.ndarray = np.sum(self.sizes(index), axis=0) + sum(map(len, self.marks))
         return total
 
-    def width(self, longest: int) -> int:
-        """T of a batch whose longest row has this length."""
-        width = self.seq_len
-        while width // 2 >= max(longest, SHORTEST):
-            width //= 2
-        return width
-
     def batch(self, index: np.ndarray, width: int, weights: np.ndarray) -> Batch:
-        sizes, frame = self.text_lengths(index), self.frame
+        first, *later = self.marks
+        parts: list[Any] = [first]
+        for text, size, marks in zip(self.texts, self.sizes(index), later, strict=True):
+            parts += [text.stretch(index, size), marks]
+        tokens, at = joined(parts, len(index), width, self.pad)
         place = np.arange(width)[None]
-        tokens = np.full((len(index), width), self.pad, np.int32)
-        types = np.zeros((len(index), width), np.int32)
-        at = np.zeros((len(index), 1), np.int64)
-        gaps = [frame.before, *([frame.between] if len(sizes) > 1 else []), frame.after]
-        for number, marks in enumerate(gaps):
-            if number:
-                size, start = sizes[number - 1][:, None], self.edges[number - 1][index][:, None] + 1
-                here = (place >= at) & (place < at + size)
-                found = self.streams[number - 1].at(np.where(here, start + place - at, 0))
-                tokens = np.where(here, found, tokens)
-                at = at + size
-            for i, mark in enumerate(marks):
-                tokens = np.where(place == at + i, np.int32(mark), tokens)
-            at = at + len(marks)
-            if number == 1 and len(sizes) > 1:
-                types = np.where(place >= at, 1, 0).astype(np.int32)
-        valid = place < at
+        valid = place < at[-1]
         inputs = {"tokens": tokens, "valid": valid}
-        if len(sizes) > 1 and frame.types:
-            inputs["token_types"] = np.where(valid, types, 0).astype(np.int32)
+        if len(self.texts) > 1 and self.frame.types:
+            inputs["token_types"] = (valid & (place >= at[3])).astype(np.int32)
         return {"inputs": inputs, "targets": self.targets[index], "weights": weights}
 
 
 @dataclass(frozen=True)
 class Training:
-    """Endless examples, each epoch in an order drawn from (seed, epoch).
-
-    `POOL` batches at a time are drawn together, sorted by length, and taken in a drawn order.
-    """
+    """Endless examples; see `rows.pooled`."""
 
     examples: _Examples
     batch_size: int
@@ -266,41 +231,25 @@ class Training:
     num_batches: None = None
 
     def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        pool, place = divmod(step, POOL)
-        _, records = epoch_records(pool, POOL * self.batch_size, len(self.examples), self.seed)
-        lengths = self.examples.lengths(records)
-        order = np.argsort(lengths, kind="stable").reshape(POOL, self.batch_size)
-        key = hash_ints(self.seed, 4, pool).view(np.int64)
-        mine = order[permute(np.array([place]), POOL, key)[0]]
-        width = self.examples.width(int(lengths[mine].max()))
-        index = records[mine][rows]
-        return self.examples.batch(index, width, np.ones(len(index), np.float32))
+        index = pooled(step, self.batch_size, len(self.examples), self.seed, self.examples.lengths)
+        width = width_for(int(self.examples.lengths(index).max()), self.examples.seq_len)
+        return self.examples.batch(index[rows], width, np.ones(len(index[rows]), np.float32))
 
 
-@dataclass(frozen=True)
 class Pass:
     """One pass, the shortest examples first."""
 
-    examples: _Examples
-    batch_size: int
-    order: np.ndarray = dataclasses.field(init=False, compare=False)
-
-    def __post_init__(self) -> None:
-        lengths = self.examples.lengths(np.arange(len(self.examples)))
-        object.__setattr__(self, "order", np.argsort(lengths, kind="stable"))
+    def __init__(self, examples: _Examples, batch_size: int) -> None:
+        lengths = examples.lengths(np.arange(len(examples)))
+        self.examples, self.batch_size = examples, batch_size
+        self.places = Places(np.argsort(lengths, kind="stable"), batch_size)
 
     @property
     def num_batches(self) -> int:
-        return -(-len(self.examples) // self.batch_size)
-
-    def index_at(self, step: int, rows: Rows = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """Which examples the rows are, and (B,) bool, False for rows behind the last one."""
-        place = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
-        inside = place < len(self.examples)
-        return self.order[np.where(inside, place, 0)], inside
+        return self.places.num_batches
 
     def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        everything, _ = self.index_at(step)
-        width = self.examples.width(int(self.examples.lengths(everything).max()))
-        index, inside = self.index_at(step, rows)
+        everything, _ = self.places.at(step)
+        width = width_for(int(self.examples.lengths(everything).max()), self.examples.seq_len)
+        index, inside = self.places.at(step, rows)
         return self.examples.batch(index, width, inside.astype(np.float32))

@@ -1,0 +1,105 @@
+"""Rows put together from marks and stretches of token streams, and the order in which examples of all lengths come.
+
+B batch, T length, N examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tfm_jax.data.build import TokenStream
+from tfm_jax.data.index import epoch_records, hash_ints, permute
+from tfm_jax.data.types import Rows
+
+SHORTEST = 16
+POOL = 16
+"""Batches whose rows are sorted by length together, so that a batch's rows are about equally long."""
+
+
+class Texts(NamedTuple):
+    """The documents of a stream: `edges` (N + 1,), where the end marks stand before the first and behind each."""
+
+    stream: TokenStream
+    edges: np.ndarray
+
+    @classmethod
+    def of(cls, stream: TokenStream, end_id: int) -> Texts:
+        return cls(stream, stream.places(end_id))
+
+    def sizes(self, index: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self.edges[index + 1] - self.edges[index] - 1
+        return found
+
+    def stretch(self, index: np.ndarray, sizes: np.ndarray) -> Stretch:
+        """The beginnings of some documents."""
+        return Stretch(self.stream, self.edges[index] + 1, sizes)
+
+
+class Stretch(NamedTuple):
+    """For each row, `size` (B,) tokens of a stream from `start` (B,) on."""
+
+    stream: TokenStream
+    start: np.ndarray
+    size: np.ndarray
+
+
+def joined(
+    parts: Sequence[Sequence[int] | Stretch], rows: int, width: int, pad: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(B, T) int32 rows of marks and stretches one behind the other, and (B, 1) where each part begins and the last ends."""
+    place = np.arange(width)[None]
+    tokens = np.full((rows, width), pad, np.int32)
+    at = [np.zeros((rows, 1), np.int64)]
+    for part in parts:
+        if isinstance(part, Stretch):
+            size = part.size[:, None]
+            here = (place >= at[-1]) & (place < at[-1] + size)
+            found = part.stream.at(np.where(here, part.start[:, None] + place - at[-1], 0))
+            tokens = np.where(here, found, tokens)
+            at.append(at[-1] + size)
+        else:
+            for i, mark in enumerate(part):
+                tokens = np.where(place == at[-1] + i, np.int32(mark), tokens)
+            at.append(at[-1] + len(part))
+    return tokens, at
+
+
+def width_for(longest: int, limit: int) -> int:
+    """T of a batch: the limit, halved as often as its longest row allows, but not below 16."""
+    width = limit
+    while width // 2 >= max(longest, SHORTEST):
+        width //= 2
+    return width
+
+
+def pooled(step: int, batch_size: int, size: int, seed: int, lengths: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """(batch_size,) examples of a training step.
+
+    Each epoch has an order drawn from (seed, epoch); `POOL` batches at a time are sorted by length and taken in a drawn
+    order.
+    """
+    pool, place = divmod(step, POOL)
+    _, records = epoch_records(pool, POOL * batch_size, size, seed)
+    order = np.argsort(lengths(records), kind="stable").reshape(POOL, batch_size)
+    mine: np.ndarray = records[order[permute(np.array([place]), POOL, hash_ints(seed, 4, pool).view(np.int64))[0]]]
+    return mine
+
+
+class Places(NamedTuple):
+    """One pass over examples in a given order, `batch_size` at a time."""
+
+    order: np.ndarray
+    batch_size: int
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def at(self, step: int, rows: Rows = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """Which examples the rows are, and (B,) bool, False for rows behind the last one."""
+        place = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
+        inside = place < len(self.order)
+        return self.order[np.where(inside, place, 0)], inside
