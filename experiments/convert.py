@@ -26,7 +26,7 @@ EXAMPLES = """\
   python -m experiments.convert --from runs/gpt2 --to hf:exported
   python -m experiments.convert --from hf:models/odd --to runs/odd --table=my_lab.convert:CONVERSION"""
 ORIGIN = "origin.json"
-NO_TOKENIZER = "missing"
+MISSING = "missing"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,17 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     inwards, outwards = flags.source.startswith("hf:"), flags.to.startswith("hf:")
     if inwards == outwards:
         raise UserError(f"--from={flags.source} --to={flags.to}: one of them must be hf:FOLDER, the other a run.")
-    own = [_own_table(flags.table)] if flags.table else []
+    if flags.config is not None:
+        raise UserError(f"--config={flags.config}: a conversion takes its config from the model it reads.")
     idle = ("step", "dtype") if inwards else ("ignore",)
     for flag in idle:
         if getattr(flags, flag) not in (None, []):
             raise UserError(f"--{flag} has no meaning from {flags.source} to {flags.to}.")
     if inwards:
-        record = bring_in(Path(flags.source[3:]), Path(flags.to), own, overrides, ignore=flags.ignore)
+        record = bring_in(Path(flags.source[3:]), Path(flags.to), overrides, table=flags.table, ignore=flags.ignore)
     else:
         if overrides:
             raise UserError(f"--config.{overrides[0][0]}: a model is given back as it was trained.")
-        record = give_back(Path(flags.source), Path(flags.to[3:]), own, step=flags.step, dtype=flags.dtype)
+        record = give_back(
+            Path(flags.source), Path(flags.to[3:]), table=flags.table, step=flags.step, dtype=flags.dtype
+        )
     print(cli.table([(key, str(value)) for key, value in record.items()]))
     if flags.json:
         cli.print_json(record)
@@ -61,14 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bring_in(
-    folder: Path, run: Path, own: Sequence[Any] = (), overrides: Sequence[tuple[str, str]] = (), *, ignore: Any = ()
+    folder: Path,
+    run: Path,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    table: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make a run directory of a model folder."""
     import jax
 
     from tfm_jax.convert import huggingface, images, tokenizer
     from tfm_jax.convert.tensors import open_tensors
-    from tfm_jax.convert.weights import read_parts
+    from tfm_jax.convert.weights import names_in_file, read_parts
     from tfm_jax.files import write_atomic
     from tfm_jax.parallel import mesh
     from tfm_jax.paths import flatten
@@ -76,15 +84,16 @@ def bring_in(
     from tfm_jax.train import rundir
     from tfm_jax.train.checkpoint import Checkpointer
 
-    theirs = huggingface.open_folder(folder, own, ignore)
+    _must_be_new(run, "run directory")
+    theirs = huggingface.open_folder(folder, _own_table(table), ignore)
     section, data = theirs.section, {**theirs.data}
     start = theirs.configs.get("", {}).get("decoder_start_token_id")
     if start is not None and "decoder_tokens" in inspect.signature(model_class(section["name"]).__call__).parameters:
         data["decoder_start"] = start
     if data.get("name") == "images":
-        data |= images.read_settings(folder)
+        data |= images.read_settings(folder) | images.read_classes(theirs.configs[""])
     elif "name" not in data:
-        data = {"source": "stdlib", "seq_len": min(section.get("max_len") or 512, 512), **data}
+        data = {"source": MISSING, "seq_len": min(section.get("max_len") or 512, 512), **data}
     config = configs.resolve(
         {
             "model": section,
@@ -95,7 +104,6 @@ def bring_in(
         },
         overrides,
     )
-    _must_be_new(run, "run directory")
     model = build_model(config["model"])
     # Every device holds a part, so that what is larger than one of them can be read.
     layout = mesh.make(**{**config["mesh"], "data": 1, "fsdp": -1, "tensor": 1})
@@ -106,19 +114,20 @@ def bring_in(
     sections = theirs.split(config["model"])
     tensors = {part: open_tensors(folder / part) for part in sections}
     params = read_parts(theirs.conversions, sections, abstract, tensors, where=str(folder))
-    codec = next((found for part in sections if (found := tokenizer.read_tokenizer(folder / part))), None)
-    if codec is not None and config["model"].get("vocab_size", 0) < codec.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {codec.vocab_size} entries, but the model only {config['model']['vocab_size']}."
-        )
+    codec, vocab = None, config["model"].get("vocab_size")
+    if vocab is not None:
+        codec = next((found for part in sections if (found := tokenizer.read_tokenizer(folder / part))), None)
+    if codec is not None and vocab < codec.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {codec.vocab_size} entries, but the model only {vocab}.")
+    if codec is not None and 2 * codec.vocab_size < vocab:
+        log.warning("The tokenizer has %d entries, the model %d: is it this model's?", codec.vocab_size, vocab)
     if codec is None and "tokenizer" in config["data"] and not any(key == "data.tokenizer" for key, _ in overrides):
-        config["data"]["tokenizer"] = NO_TOKENIZER
-    dtypes = {
-        part: {
-            row.theirs: str(tensors[part].dtypes.get(row.theirs, "float32")) for row in conversion.table(sections[part])
-        }
-        for part, conversion in theirs.conversions.items()
-    }
+        config["data"]["tokenizer"] = MISSING
+    dtypes = {}
+    for part, conversion in theirs.conversions.items():
+        wanted = {row.theirs for row in conversion.table(sections[part])}
+        names = names_in_file(conversion, tensors[part], wanted)
+        dtypes[part] = {name: str(tensors[part].dtypes[names[name][0]]) for name in sorted(wanted & names.keys())}
     parts: dict[str, dict[str, Any]] = {
         part: {"architecture": conversion.architecture, "config": theirs.configs[part], "dtypes": dtypes[part]}
         for part, conversion in theirs.conversions.items()
@@ -132,7 +141,7 @@ def bring_in(
         meta = {"data": None, "converted_from": str(folder.absolute()), "versions": rundir.versions()}
         checkpoints.save(0, {"step": jax.numpy.zeros((), jax.numpy.int32), "params": params}, meta)
         checkpoints.close()
-        write_atomic(made / ORIGIN, configs.to_json({"folder": str(folder.absolute()), "parts": parts}))
+        write_atomic(made / ORIGIN, configs.to_json({"folder": str(folder.absolute()), "table": table, "parts": parts}))
         write_atomic(made / "config.json", configs.to_json(config))
         rundir.write_status(made, "finished", f"converted from {folder}", step=0)
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -157,7 +166,8 @@ def imported(folder: Path, run: Path) -> None:
 
 
 def read_origin(run: Path) -> dict[str, Any] | None:
-    """Where an imported run came from: `folder`, and for each part its `architecture`, `config` and `dtypes`."""
+    """Where an imported run came from: `folder`, the `table` of the user's, and for each part its `architecture`, `config`
+    and `dtypes`."""
     if not (run / ORIGIN).is_file():
         return None
     origin: dict[str, Any] = json.loads((run / ORIGIN).read_text())
@@ -165,18 +175,20 @@ def read_origin(run: Path) -> dict[str, Any] | None:
 
 
 def give_back(
-    run: Path, folder: Path, own: Sequence[Any] = (), *, step: int | None = None, dtype: str | None = None
+    run: Path, folder: Path, *, table: str | None = None, step: int | None = None, dtype: str | None = None
 ) -> dict[str, Any]:
     """Write a run's model as a model folder, or one with a folder for each part of the model."""
-    from tfm_jax.convert import huggingface, tokenizer
+    from tfm_jax.convert import huggingface, images, tokenizer
     from tfm_jax.convert.tensors import write_tensors
     from tfm_jax.convert.weights import write_tensors_of
     from tfm_jax.train import rundir
     from tfm_jax.train.restore import load_params
 
-    parts = (read_origin(run) or {"parts": {}})["parts"]
-    conversions = huggingface.for_export(rundir.read_config(run)["model"], own, parts.get("", {}).get("architecture"))
     _must_be_new(folder, "folder")
+    config, origin = rundir.read_config(run), read_origin(run) or {"parts": {}}
+    parts = origin["parts"]
+    own = _own_table(table or origin.get("table"))
+    conversions = huggingface.for_export(config["model"], own, parts.get("", {}).get("architecture"))
     params, found = load_params(run, step)
     count = 0
     with _made_whole(folder) as made:
@@ -194,9 +206,13 @@ def give_back(
                 "model_type": conversion.model_type,
                 "dtype": name,
             }
-            marks = kept or _own_marks(run, fields)
-            fields = {k: v for k, v in {**marks, **fields}.items() if k != "torch_dtype"}
-            tokenizer.write_files(run, made / part, part)
+            added = 0
+            if not kept:
+                kept, added = _own_marks(run, config, fields)
+                kept |= images.write_classes(config["data"])
+            fields = {k: v for k, v in {**kept, **fields}.items() if k != "torch_dtype"}
+            tokenizer.write_files(run, made / part, part, added=added)
+            images.write_settings(config, made / part)
             (made / part / huggingface.CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
             count += len(shapes)
     return {
@@ -208,23 +224,31 @@ def give_back(
     }
 
 
-def _own_marks(run: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """The special ids of a run that was trained here: one mark begins and ends documents, and decoders begin with it."""
+def _own_marks(run: Path, config: configs.Config, fields: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The special ids of a run that was trained here, and how many its objective has put behind the tokenizer's own.
+
+    One mark begins and ends documents, and decoders begin with it.
+    """
+    from tfm_jax.convert.tokenizer import pad_id
     from tfm_jax.data.tokenizers import load_tokenizer
 
     if not (run / "tokenizer").is_dir():
-        return {}
+        return {}, 0
     codec = load_tokenizer(run / "tokenizer")
-    pad = fields.get("pad_token_id")
-    if pad is not None and pad != codec.end_id and (text := codec.decode([pad])):
+    counted = fields.get("pad_token_id")
+    if counted is not None and counted != codec.end_id and (text := codec.decode([counted])):
         log.warning(
             "%s counts positions without the token %d, which is %r in this run's tokenizer: behind one, transformers"
             " numbers positions differently from this run.",
             fields["architectures"][0],
-            pad,
+            counted,
             text,
         )
-    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"), codec.end_id)
+    start = config["data"].get("decoder_start")
+    marks = dict.fromkeys(("bos_token_id", "eos_token_id"), codec.end_id)
+    marks |= {"pad_token_id": pad_id(codec), "decoder_start_token_id": codec.end_id if start is None else start}
+    masks = config["data"].get("objective") in ("mask", "denoise", "span")
+    return marks, config["model"]["vocab_size"] - codec.vocab_size if masks else 0
 
 
 def _dtype(name: str) -> Any:
@@ -235,6 +259,9 @@ def _dtype(name: str) -> Any:
 
 
 def _must_be_new(path: Path, what: str) -> None:
+    for there in (path, *path.parents):
+        if there.exists() and not there.is_dir():
+            raise UserError(f"{there} is a file: give a new {what}.")
     if path.exists() and any(path.iterdir()):
         raise UserError(f"{path} is not empty: give a new {what}.")
 
@@ -253,17 +280,20 @@ def _made_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _own_table(path: str) -> Any:
+def _own_table(path: str | None) -> list[Any]:
+    """The user's own conversion by its dotted path; none for None."""
     from tfm_jax.convert.table import Conversion
     from tfm_jax.names import resolve
 
+    if not path:
+        return []
     _, _, attribute = path.partition(":")
     if not attribute:
         raise UserError(f"--table={path}: write package.module:NAME.")
     found = resolve(path, package="tfm_jax.convert", attribute=attribute, setting="--table")
     if not isinstance(found, Conversion):
         raise UserError(f"--table={path} is a {type(found).__name__}, not a tfm_jax.convert.table.Conversion.")
-    return found
+    return [found]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -74,13 +75,10 @@ class Loaded:
         self.answers = "decoder_tokens" in inspect.signature(type(self.model).__call__).parameters
         self.data = config["data"]
         self.params, self.step = load_params(path, step)
-        origin = read_origin(path)
-        self.origin = None if origin is None else origin["parts"][""]["config"]
-        ends = self.origin.get("eos_token_id") if self.origin else None
-        # Where a model has several marks that end a text, the first is the one that ends documents.
-        self.end_id = (
-            next(iter(ends if isinstance(ends, list) else [ends])) if ends is not None else self.tokenizer.end_id
-        )
+        self.origin = _settings(path)
+        ends = (self.origin or {}).get("eos_token_id")
+        ends = [ends] if isinstance(ends, int) else [i for i in ends or [] if isinstance(i, int)]
+        self.end_id = ends or [self.tokenizer.end_id]
 
     def inputs(self, prompt: str, max_new: int | None) -> tuple[list[int], list[list[int]] | None, int]:
         """The first tokens of what is made, what an encoder reads, and how many tokens are made at most."""
@@ -162,6 +160,17 @@ class Loaded:
         if out is not None:
             print(pending + stream.flush(), end="", file=out, flush=True)
         return self.tokenizer.decode(made), len(made)
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    """What an imported model says of generation; None for a run that was trained here."""
+    from tfm_jax.convert.tokenizer import GENERATION, KEPT
+
+    origin = read_origin(path)
+    if origin is None or "" not in origin["parts"]:
+        return None
+    own = path / KEPT / GENERATION
+    return {**origin["parts"][""]["config"], **(json.loads(own.read_text()) if own.is_file() else {})}
 
 
 def sample(path: Path) -> str | None:

@@ -319,3 +319,14 @@ def test_a_new_evaluator_on_the_command_line_starts_with_its_name(make_config):
         "--config.evals.validaton.max_batches=2: there is no evaluator 'validaton'. Did you mean 'validation'?"
         " A new one starts with --config.evals.validaton.name=loss."
     )
+
+
+@pytest.mark.parametrize(("name", "objective", "fitting"), [("gpt", "mask", "next"), ("bert", "next", "mask")])
+def test_an_objective_that_makes_no_sense_of_a_model(make_config, name, objective, fitting):
+    config = make_config({"data.objective": f"'{objective}'"})
+    model = {"name": name, "layers": 1, "width": 16, "heads": 2, "max_len": 16}
+    config = configs.resolve({**config, "model": model})
+    with pytest.raises(UserError, match=exactly(
+        f"data.objective={objective!r} does not fit model.name={name!r}; what does: {fitting}."
+    )):  # fmt: skip
+        build(config)

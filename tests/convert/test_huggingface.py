@@ -340,6 +340,146 @@ def test_a_file_that_is_more_than_tensors(tmp_path):
         tensors.open_tensors(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_older_names_keep_their_types(folder, tmp_path, dtype):
+    """GPT-2 as published has no prefix, and BERT's norms are gamma and beta: their types are those of the file."""
+    arrays = {name.removeprefix("transformer."): x for name, x in weights(dtype).items()}
+    arrays = {re.sub(r"(ln_1)\.weight$", r"\1.gamma", name): x for name, x in arrays.items()}
+    convert.bring_in(folder(config={"dtype": "float32"}, arrays=arrays), tmp_path / "run")
+    convert.give_back(tmp_path / "run", tmp_path / "again")
+    again = tensors.open_tensors(tmp_path / "again")
+    assert {k: again[k].tobytes() for k in again} == {k: x.tobytes() for k, x in weights(dtype).items()}
+
+
+def test_one_tensor_by_two_names(folder, tmp_path):
+    arrays = weights()
+    arrays["transformer.h.0.ln_1.gamma"] = arrays["transformer.h.0.ln_1.weight"] + 1
+    path = folder(arrays=arrays)
+    name = "transformer.h.0.ln_1"
+    with says(
+        f"{path} does not fit its config (GPT2LMHeadModel):\n  {name}.weight: is there as {name}.gamma and {name}.weight"
+    ):
+        convert.bring_in(path, tmp_path / "run")
+
+
+def test_fields_of_no_type_that_a_model_has(folder, tmp_path):
+    """Every one is listed; what cannot even be divided is one more line."""
+    path = folder(config={"n_embd": "16", "n_layer": None, "activation_function": ["gelu"], "embd_pdrop": True})
+    with says(
+        f"{path}/config.json (GPT2LMHeadModel) asks for what is not here:\n"
+        "  embd_pdrop=True is not a number\n"
+        "  n_embd='16' is not a whole number\n"
+        "  n_layer=None is not a whole number\n"
+        "  activation_function=['gelu'] is not a text"
+    ):
+        convert.bring_in(path, tmp_path / "run")
+    llama = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 0}
+    with pytest.raises(UserError, match=re.escape("its fields do not fit together (ZeroDivisionError: ")):
+        huggingface.read_section(huggingface.find(llama), llama, where="it")
+    for content, message in (
+        ("[1]", "config.json is a JSON list, not an object."),
+        ('{"architectures": 5}', "config.json: architectures=5 is not a list of names."),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=re.escape(message)):
+            convert.bring_in(tmp_path, tmp_path / "run")
+    with says("--ignore n_expert: config.json has no such field. Did you mean 'n_experts'?"):
+        huggingface.read_section(
+            huggingface.find(CONFIG), {**CONFIG, "n_experts": 4}, where="config.json", ignore=["n_expert"]
+        )
+
+
+def test_dropout_that_changes_no_number_can_be_ignored(folder, tmp_path):
+    path = folder(config={"embd_pdrop": 0.3})
+    with pytest.raises(UserError, match=r"embd_pdrop=0\.3 is not supported"):
+        convert.bring_in(path, tmp_path / "run")
+    convert.bring_in(path, tmp_path / "run", ignore=["embd_pdrop"])
+
+
+def test_what_rope_and_t5_are_told_twice():
+    """The older field counts in `transformers`, and what it computes from others can be written out."""
+
+    def read(config):
+        return huggingface.read_section(huggingface.find(config), config, where="it")
+
+    llama = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
+    both = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
+    found = read({**llama, **both})
+    assert (found["rope_scaling"], found["rope_factor"], found["rope_theta"]) == ("linear", 4.0, 10_000.0)
+    short = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert read({**llama, "rope_scaling": short})["rope_original_len"] == 64
+    t5 = {"architectures": ["T5ForConditionalGeneration"], "feed_forward_proj": "gated-gelu"}
+    assert read({**t5, "dense_act_fn": "gelu_new", "is_gated_act": True})["activation"] == "gelu_tanh"
+    for changed in ({"dense_act_fn": "gelu"}, {"is_gated_act": False}):
+        with pytest.raises(UserError, match=f"{next(iter(changed))}=.* is not supported"):
+            read({**t5, **changed})
+
+
+def test_a_head_size_of_its_own_goes_back():
+    """No candidate but the right one can have it, and some could not even be built."""
+    qwen = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 36, "num_attention_heads": 5, "num_key_value_heads": 1,
+            "head_dim": 8, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 11}  # fmt: skip
+    section = huggingface.read_section(huggingface.find(qwen), qwen, where="it")
+    section = configs.resolve({"model": section, "data": {"source": "stdlib"}, "train": {"steps": 1}})["model"]
+    assert huggingface.best(section).architecture == "Qwen3ForCausalLM"
+
+
+def test_places_that_cannot_be(folder, tmp_path):
+    path, file = folder(), tmp_path / "file"
+    file.write_text("")
+    for target in (file, file / "below"):
+        with says(f"{file} is a file: give a new run directory."):
+            convert.bring_in(path, target)
+    with says(f"{path} is not a run directory: its config.json has no section 'model'. A model folder is hf:{path}."):
+        convert.give_back(path, tmp_path / "out")
+    with says("--config=x.py: a conversion takes its config from the model it reads."):
+        convert.main(["--from=hf:a", "--to=b", "--config=x.py"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("vocab.txt", ""), ("tokenizer_config.json", "[]"), ("tokenizer.json", "{}"), ("merges.txt", "x y z w\n")],
+)
+def test_tokenizer_files_that_are_none(tmp_path, name, content):
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"tokenizer|{re.escape(str(tmp_path))}"):
+        read_tokenizer(tmp_path)
+
+
+def test_marks_around_a_text_by_roberta_style_files(tmp_path):
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({"a": 0, "b": 1, "\u0120a": 2, "\u0120": 6, "<s>": 3, "</s>": 4, "<pad>": 5})
+    )
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n\u0120 a\n")
+    assert read_tokenizer(tmp_path).prompt("ab") == [3, 0, 1, 4]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": True}))
+    assert read_tokenizer(tmp_path).prompt("ab") == [3, 2, 1, 4]
+
+
+def test_a_table_of_the_users_own_is_remembered_and_comes_first(folder, tmp_path):
+    """An import by one's own table goes back by it, and a table given is never passed over for a built-in one."""
+    import dataclasses
+
+    built_in = huggingface.find(CONFIG)
+    module = sys.modules[__name__]
+    module.RENAMED = dataclasses.replace(built_in, architecture="MyGPT")
+    convert.bring_in(folder(config={"architectures": ["MyGPT"]}), tmp_path / "run", table=f"{__name__}:RENAMED")
+    assert convert.give_back(tmp_path / "run", tmp_path / "a")["architecture"] == "MyGPT"
+    convert.bring_in(folder("plain"), tmp_path / "plain_run")
+    assert (
+        convert.give_back(tmp_path / "plain_run", tmp_path / "b", table=f"{__name__}:RENAMED")["architecture"]
+        == "MyGPT"
+    )
+    module.RENAMED = dataclasses.replace(built_in, family="bert")
+    with says("--table is for model.name='bert', but this model is a 'gpt'."):
+        convert.give_back(tmp_path / "plain_run", tmp_path / "c", table=f"{__name__}:RENAMED")
+
+
 def test_pickles_in_shards(folder, tmp_path):
     torch = pytest.importorskip("torch")
     path, arrays = folder(), weights()
@@ -370,8 +510,14 @@ def test_t5s_sentinels_are_behind_its_pieces(tmp_path):
     # As with other marks, text that spells one is text.
     assert not {18, 19, 20} & {*found.encode_batch(["the <extra_id_0> sails"])[0].tolist()}
     assert found.decode([*found.encode_batch(["the whale"])[0], 20]) == "the whale"
-    found.save(tmp_path / "saved")
-    assert load_tokenizer(tmp_path / "saved").vocab_size == 21
+    found.save(tmp_path / "run" / "tokenizer")
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").vocab_size == 21
+    # A run that was tuned with it is given back as T5's class has it: without them, and their number.
+    (tmp_path / "out").mkdir()
+    write_files(tmp_path / "run", tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["spiece.model", "tokenizer_config.json"]
+    again = read_tokenizer(tmp_path / "out")
+    assert [again.token_id(f"<extra_id_{i}>") for i in range(3)] == [20, 19, 18] and again.vocab_size == 21
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     assert read_tokenizer(tmp_path).token_id("<extra_id_0>") == 117
@@ -393,6 +539,10 @@ VISION = dict(size={"height": 256, "width": 256}, crop_size={"height": 224, "wid
             dict(image_size=224, scaled_to=256, fit="squeeze", resample="bicubic", mean=[0.4, 0.5, 0.6]),
         ),
         (
+            dict(image_processor_type="DeiTImageProcessor"),
+            dict(image_size=224, scaled_to=256, fit="squeeze", resample="bicubic"),
+        ),
+        (
             dict(size={"shortest_edge": 256}, crop_size=224, do_center_crop=True, do_normalize=False),
             dict(image_size=224, scaled_to=256, fit="cover", mean=(0.0,), std=(1.0,)),
         ),
@@ -410,7 +560,7 @@ def test_images_prepared_in_an_unknown_way(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(theirs))
     with says(
         f"{tmp_path}/preprocessor_config.json prepares images as `data.images` cannot:\n"
-        "  size={'height': 256, 'width': 128}, crop_size=None: squares only\n"
+        "  size={'height': 256, 'width': 128}, crop_size=224: squares only\n"
         "  do_rescale=False: only True\n"
         "  resample=1: only 2, 3"
     ):
@@ -436,6 +586,19 @@ def test_a_tokenizer_made_here_names_its_marks(tmp_path):
     }  # fmt: skip
 
 
+def test_what_an_objective_adds_goes_back_with_the_tokenizer(tmp_path):
+    """A mask, or sentinels, behind the tokenizer's own ids."""
+    byte_tokenizer().save(tmp_path / "run" / "tokenizer")
+    for added, names in ((1, ["[MASK]"]), (3, [f"<extra_id_{i}>" for i in range(3)])):
+        out = tmp_path / f"out{added}"
+        out.mkdir()
+        write_files(tmp_path / "run", out, added=added)
+        found = read_tokenizer(out)
+        assert [found.token_id(name) for name in names] == list(range(257, 257 + added))
+        settings = json.loads((out / "tokenizer_config.json").read_text())
+        assert settings.get("mask_token") == ("[MASK]" if added == 1 else None)
+
+
 def test_a_prompt_begins_as_the_models_own_tokenizer_says(folder, tmp_path, monkeypatch):
     """Llama's file puts <s> before a text; GPT-2's nothing; a run that was trained here goes on after an end mark."""
     seen = []
@@ -454,4 +617,4 @@ def test_a_prompt_begins_as_the_models_own_tokenizer_says(folder, tmp_path, monk
     convert.bring_in(plain, tmp_path / "marked")
     for name in ("plain", "marked"):
         generate.main([f"--run={tmp_path / name}", "--prompt=ab", "--max_new=2"])
-    assert seen == [([[97, 98]], 256), ([[7, 97, 98]], 9)]
+    assert seen == [([[97, 98]], [256]), ([[7, 97, 98]], [9, 10])]

@@ -253,3 +253,28 @@ def test_the_stdlib_source_reads_the_prepared_folder(cache, monkeypatch, tmp_pat
     assert source.rule == "names" and sources.PLAN_VERSION == 1
     with says("data.feature is 'path', but a stdlib source has no features to choose from."):
         open_source("stdlib", cache_dir=cache, feature="path")
+
+
+def test_few_files_leave_one_to_validate_with(tmp_path, cache):
+    """At 5 % a file none of six would be held out here; the one with the lowest hash is."""
+    write(tmp_path / "few", **{f"b{i}": f"text {i}" for i in range(6)})
+    assert not any(Keep("validation", sources.HASH_FRACTION)(f"b{i}.txt") for i in range(6))
+    source = open_source(f"text:{tmp_path}/few/*.txt", cache_dir=cache)
+    assert len(texts(source, "validation")) == 1 and len(texts(source, "train")) == 5
+    lowest = min(range(6), key=lambda i: sources.draw(f"b{i}.txt"))
+    assert texts(source, "validation") == [f"text {lowest}"]
+
+
+def test_all_of_it_in_both_splits(tmp_path, cache):
+    write(tmp_path / "few", train_a="one", valid_b="two")
+    source = open_source(f"text:{tmp_path}/few/*.txt", split="all", cache_dir=cache)
+    assert texts(source, "train") == texts(source, "validation") == ["one", "two"]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(30)))
+    source = open_source(f"jsonl:{path}", split="all", cache_dir=cache)
+    assert texts(source, "train") == texts(source, "validation") == [f"t{i}" for i in range(30)]
+
+
+def test_a_model_that_came_without_data_asks_for_some(cache):
+    with says("This model came without data. Give its text: --config.data.source=text:GLOB, or another."):
+        open_source("missing", cache_dir=cache)

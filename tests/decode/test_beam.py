@@ -149,7 +149,7 @@ def test_bad_input():
     model, params = made("encdec")
     for message, changes in (
         ("beams=0: must be at least 1.", {"beams": 0}),
-        ("beams=6: at most half of the 11 tokens there are.", {"beams": 6}),
+        ("beams=6: too many for the 11 tokens there are, of which 1 end a text.", {"beams": 6}),
         ("The source is empty: an encoder needs at least one token.", {"sources": [[]]}),
         ("The source has the id 99, but model.vocab_size=11.", {"sources": [[99]]}),
         ("A source of 17 tokens is longer than model.max_len=16.", {"sources": [[3] * 17]}),

@@ -130,3 +130,9 @@ def test_the_classes_are_filled_in_from_the_data(make_digits):
 def test_errors():
     with pytest.raises(UserError, match=r"^task.label_smoothing=1.0: a weight in \[0, 1\).$"):
         classification.make(label_smoothing=1.0)
+
+
+def test_targets_of_another_kind_are_refused():
+    batch = {**BATCH, "targets": np.zeros((len(LOGITS), 3), np.int32)}
+    with pytest.raises(UserError, match=r"^task\.name=classification wants one class a row; this data's targets are "):
+        classification.make().loss(model(LOGITS), {}, {}, batch, None, True)

@@ -307,7 +307,7 @@ def test_a_donor_that_computes_something_else_is_named(finished, make_config, tm
     }
     with caplog.at_level(logging.WARNING):
         train(make_config({**changes, "optim.warmup_steps": 0}), tmp_path / "run")
-    said = [m for m in caplog.messages if "computes something else" in m]
+    said = [m for m in caplog.messages if "made for something else" in m]
     assert said == [
-        "init_from: the donor computes something else with them:\n  model.activation: 'gelu_tanh' there, 'relu' here"
+        "init_from: the donor was made for something else:\n  model.activation: 'gelu_tanh' there, 'relu' here"
     ]

@@ -123,8 +123,11 @@ def _bert(prefix: str, outputs: tuple[str, ...]) -> Any:
 
 
 def _roberta(m: Section) -> list[Row]:
+    return trunk_rows(m, "roberta.") + roberta_head()
+
+
+def roberta_head() -> list[Row]:
     return [
-        *trunk_rows(m, "roberta."),
         *linear("lm_head.dense", "token_head/transform"),
         *norm("lm_head.layer_norm", "token_head/norm"),
         *same("lm_head.bias", "token_head/bias"),
@@ -134,7 +137,7 @@ def _roberta(m: Section) -> list[Row]:
 def _read_roberta(c: Fields) -> dict[str, Any]:
     offset = c.take("pad_token_id", 1) + 1
     c.need("hidden_act", "gelu")  # its head has no other, whatever the blocks have
-    section = read_encoder(c)
+    section = read_encoder(c, vocab_size=50265)
     return section | {"offset": offset, "max_len": section["max_len"] - offset, "outputs": ("tokens",)}
 
 

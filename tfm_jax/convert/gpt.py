@@ -108,13 +108,14 @@ def _read_rotary(
     c: Fields, *, vocab: int, mlp: int, kv_heads: int | None, head_dim: int | None, max_len: int
 ) -> dict[str, Any]:
     width, heads = c.take("hidden_size", 4096), c.take("num_attention_heads", 32)
+    length = c.take("max_position_embeddings", max_len)
     return {
         "vocab_size": c.take("vocab_size", vocab),
-        "max_len": c.take("max_position_embeddings", max_len),
+        "max_len": length,
         "width": width,
         "layers": c.take("num_hidden_layers", 32),
         "heads": heads,
-        "kv_heads": c.take("num_key_value_heads", kv_heads) or heads,
+        "kv_heads": (c.take("num_key_value_heads") if "num_key_value_heads" in c.values else kv_heads) or heads,
         "head_dim": c.take("head_dim", head_dim) or width // heads,
         "mlp_width": c.take("intermediate_size", mlp),
         "activation": c.choose("hidden_act", "silu", ACTIVATIONS),
@@ -126,34 +127,39 @@ def _read_rotary(
         "mlp": "gated",
         "bias": "none",
         "position": "rotary",
-        **_read_rope(c, 10_000.0),
+        **_read_rope(c, length),
     }
 
 
-def _read_rope(c: Fields, theta: float) -> dict[str, Any]:
-    """Older files have `rope_theta` and `rope_scaling`, newer ones both in `rope_parameters`."""
-    given = dict(c.take("rope_parameters") or c.take("rope_scaling") or {})
-    c.ignore("rope_scaling", "rope_theta")
-    out = {"rope_theta": given.pop("rope_theta", None) or c.values.get("rope_theta", theta)}
-    kind = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
-    names = {
-        "linear": {"factor": "rope_factor"},
-        "llama3": {
-            "factor": "rope_factor",
-            "low_freq_factor": "rope_low_freq",
-            "high_freq_factor": "rope_high_freq",
-            "original_max_position_embeddings": "rope_original_len",
-        },
-    }
-    if kind == "default":
-        names["default"] = {}
-    if kind not in names:
-        c.problems.append(f"rope_type={kind!r} is not supported; what is: 'default', 'linear', 'llama3'")
+# Kinds of scaling, and our field for each of theirs.
+_ROPE: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "rope_factor"},
+    "llama3": {
+        "factor": "rope_factor",
+        "low_freq_factor": "rope_low_freq",
+        "high_freq_factor": "rope_high_freq",
+        "original_max_position_embeddings": "rope_original_len",
+    },
+}
+
+
+def _read_rope(c: Fields, max_len: int) -> dict[str, Any]:
+    """Older files have `rope_theta` and `rope_scaling`, newer ones both in `rope_parameters`; with both the older counts."""
+    older, newer = c.take("rope_scaling"), c.take("rope_parameters")
+    given = dict(older or newer or {})
+    theta = c.take("rope_theta", 10_000.0)
+    out = {"rope_theta": given.pop("rope_theta", None) or theta}
+    older_kind = given.pop("type", "default")
+    kind = given.pop("rope_type", older_kind)
+    if kind not in _ROPE:
+        c.problems.append(f"rope_type={kind!r} is not supported; what is: {', '.join(map(repr, _ROPE))}")
         return out
+    if kind == "llama3":
+        given.setdefault("original_max_position_embeddings", max_len)
     for name, value in given.items():
-        if name in names[kind]:
-            out[names[kind][name]] = value
+        if name in _ROPE[kind]:
+            out[_ROPE[kind][name]] = value
         else:
             c.problems.append(f"rope_parameters.{name}={value!r} is not supported with rope_type={kind!r}")
     return out | {"rope_scaling": "none" if kind == "default" else kind}

@@ -98,6 +98,8 @@ def read_json(path: Path) -> dict[str, Any]:
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} is a JSON {type(loaded).__name__}, not an object.")
     return loaded
 
 
@@ -111,6 +113,8 @@ def find(config: dict[str, Any], own: Sequence[Conversion] = ()) -> Conversion:
         return own[0]
     known = {c.architecture: c for c in conversions()}
     named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(f"config.json: architectures={named!r} is not a list of names.")
     for architecture in named:
         if architecture in known:
             return known[architecture]
@@ -128,16 +132,27 @@ def read_section(conversion: Conversion, config: dict[str, Any], *, where: str, 
       UserError: fields that would change the numbers and are not supported, or are not known at all: all are listed.
     """
     fields = Fields(config)
-    section = {"name": conversion.family, **conversion.read(fields)}
+    try:
+        section = {"name": conversion.family, **conversion.read(fields)}
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        # Of a kind or a size that no model has.
+        section = {}
+        fields.problems.append(f"its fields do not fit together ({type(error).__name__}: {error})")
+    for name in ignore:
+        if name not in config:
+            raise UserError(f"--ignore {name}: {where} has no such field.{nearest(name, sorted(config))}")
+    problems = [line for line in fields.problems if line.partition("=")[0] not in ignore]
     unknown = [
         f"{name}={value!r} is not known"
         for name, value in config.items()
         if name not in fields.known and name not in ignore and not HARMLESS.match(name)
     ]
-    if problems := fields.problems + unknown:
+    if problems or unknown:
         hint = "" if not unknown else f"\nIf an unknown field changes nothing: --ignore {unknown[0].partition('=')[0]}"
         raise UserError(
-            f"{where} ({conversion.architecture}) asks for what is not here:\n  " + "\n  ".join(problems) + hint
+            f"{where} ({conversion.architecture}) asks for what is not here:\n  "
+            + "\n  ".join(problems + unknown)
+            + hint
         )
     return section
 
@@ -163,7 +178,9 @@ def best(section: Section, own: Sequence[Conversion] = (), prefer: str | None = 
     Raises:
       UserError: none can, with what the nearest one would lose.
     """
-    candidates = [c for c in [*own, *conversions()] if c.family == section["name"]]
+    if own and own[0].family != section["name"]:
+        raise UserError(f"--table is for model.name={own[0].family!r}, but this model is a {section['name']!r}.")
+    candidates = [c for c in own or conversions() if c.family == section["name"]]
     candidates.sort(key=lambda c: c.architecture != prefer)
     losses = {c.architecture: _lost(c, section) for c in candidates}
     for candidate in candidates:
@@ -175,10 +192,12 @@ def best(section: Section, own: Sequence[Conversion] = (), prefer: str | None = 
             " --table=my_package.my_module:CONVERSION."
         )
     closest = min(losses, key=lambda name: len(losses[name]))
-    raise UserError(
-        f"No class in transformers computes what this model computes. The nearest, {closest}, cannot have:\n  "
-        + "\n  ".join(losses[closest])
+    none = (
+        "The table given does not say all of this model"
+        if own
+        else "No class in transformers computes what this model computes"
     )
+    raise UserError(f"{none}. The nearest, {closest}, cannot have:\n  " + "\n  ".join(losses[closest]))
 
 
 def _lost(conversion: Conversion, section: Section) -> list[str]:
@@ -189,7 +208,11 @@ def _lost(conversion: Conversion, section: Section) -> list[str]:
         return [f"a value of {error}"]
     back = {"name": section["name"], **conversion.read(fields)}
     defaults = {key: field.default for key, field in section_fields("model", back).items()}
-    own, again = computes(section), computes({**defaults, **back})
+    own = computes(section)
+    try:
+        again = computes({**defaults, **back})
+    except UserError as error:  # the class has not the fields that would make these sizes fit
+        return [str(error)]
     return [
         f"model.{key}={own[key]!r} (it has {again[key]!r})" for key in own if own[key] != again[key]
     ] + fields.problems

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tfm_jax.convert.bert import MASKED, POSITION_IDS, read_encoder, trunk_rows, write_encoder
-from tfm_jax.convert.table import Conversion, Fields, Row, Section, each_layer, linear, norm, same
+from tfm_jax.convert.bert import MASKED, POSITION_IDS, read_encoder, roberta_head, trunk_rows, write_encoder
+from tfm_jax.convert.table import Conversion, Fields, Row, Section, each_layer, linear
 
 
 def _read(c: Fields) -> dict[str, Any]:
@@ -14,8 +14,9 @@ def _read(c: Fields) -> dict[str, Any]:
     c.need("hidden_act", "gelu")
     # `attention_mode` chose between implementations in the authors' code.
     c.ignore("onnx_export", "attention_mode", "ignore_attention_mask")
-    windows = c.take("attention_window", 512)
-    each = [windows] if isinstance(windows, int) else list(windows)
+    windows = c.take("attention_window")
+    windows = 512 if windows is None else windows
+    each = list(windows) if isinstance(windows, list) else [windows]
     if len(set(each)) != 1:
         c.problems.append(f"attention_window={windows!r} is not supported; what is: one window for all layers")
     offset = c.take("pad_token_id", 1) + 1
@@ -37,13 +38,7 @@ def _table(m: Section) -> list[Row]:
         for name in ("query_global", "key_global", "value_global")
         for row in linear(f"{theirs}{name}", f"{ours}{name}")
     ]
-    return [
-        *trunk_rows(m, "longformer."),
-        *each_layer(layer, m["layers"]),
-        *linear("lm_head.dense", "token_head/transform"),
-        *norm("lm_head.layer_norm", "token_head/norm"),
-        *same("lm_head.bias", "token_head/bias"),
-    ]
+    return trunk_rows(m, "longformer.") + each_layer(layer, m["layers"]) + roberta_head()
 
 
 CONVERSIONS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tfm_jax.convert.table import Conversion, Fields, Row, Section, each_layer, embedding, linear, norm
+from tfm_jax.convert.table import ACTIVATIONS, Conversion, Fields, Row, Section, each_layer, embedding, linear, norm
 
 # Their name of the MLP, and our `mlp` and `activation`.
 PROJECTIONS = {
@@ -21,9 +21,11 @@ PROJECTION_NAMES = {ours: theirs for theirs, ours in PROJECTIONS.items()}
 
 def _read(c: Fields) -> dict[str, Any]:
     c.need("is_decoder", False)
-    # Follow from others, or are from before them.
-    c.ignore("n_positions", "dense_act_fn", "is_gated_act")
+    c.ignore("n_positions")  # from before relative positions
     mlp, activation = c.choose("feed_forward_proj", "relu", PROJECTIONS)
+    # What follows from that field; written out, another value would count instead.
+    c.need("is_gated_act", mlp == "gated")
+    c.need("dense_act_fn", *(name for name, ours in ACTIVATIONS.items() if ours == activation))
     layers, dropout = c.take("num_layers", 6), c.take("dropout_rate", 0.1)
     decoder_layers = c.take("num_decoder_layers")
     # Newer files say `tie_word_embeddings` of every model, and the difference in a field of its own.

@@ -6,7 +6,7 @@ A table is read in both directions. Tensor names are templates in which `{i}` is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,9 @@ def stacked_path(path: str) -> tuple[str, int | None]:
     return (path, None) if found is None else (_BLOCK.sub(r"\1blocks/", path), int(found[2]))
 
 
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
 @dataclass
 class Fields:
     """Their config, and what was found wrong with it; every mistake is collected, so that one error lists all."""
@@ -99,14 +102,22 @@ class Fields:
     known: set[str] = field(default_factory=set)
 
     def take(self, name: str, default: Any = None) -> Any:
-        """A field that becomes one of ours. `default` is what their class takes where a file leaves it out."""
+        """A field that becomes one of ours. `default` is what their class takes where a file leaves it out.
+
+        A value of another type than the default is a problem, and the default is given instead.
+        """
         self.known.add(name)
-        return self.values.get(name, default)
+        value = self.values.get(name, default)
+        kinds: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
+        if default is None or (isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)):
+            return value
+        self.problems.append(f"{name}={value!r} is not {_KINDS.get(type(default), 'what it should be')}")
+        return default
 
     def choose(self, name: str, default: Any, choices: Mapping[Any, Any]) -> Any:
         """Ours for theirs."""
         value = self.take(name, default)
-        if value not in choices:
+        if not isinstance(value, Hashable) or value not in choices:
             self.problems.append(f"{name}={value!r} is not supported; what is: {', '.join(map(repr, choices))}")
             return next(iter(choices.values()))
         return choices[value]

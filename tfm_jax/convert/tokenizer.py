@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
+from tokenizers.processors import RobertaProcessing
 
 from tfm_jax.convert.huggingface import read_json
-from tfm_jax.data.tokenizers import END_MARK, JSON_FILE, JsonTokenizer, read_json_tokenizer, read_sentencepiece
+from tfm_jax.data.tokenizers import (
+    END_MARK,
+    JSON_FILE,
+    SENTENCEPIECE_FILE,
+    JsonTokenizer,
+    read_json_tokenizer,
+    read_sentencepiece,
+)
 from tfm_jax.data.types import Tokenizer
+from tfm_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 KEPT = "hf"  # folder in a run, with the files as they came
 FILES = (
@@ -20,20 +33,39 @@ FILES = (
     "merges.txt", "spiece.model", "tokenizer.model", "source.spm", "target.spm",
 )  # fmt: skip
 # Not of the tokenizer, but given back with it.
-OTHERS = ("preprocessor_config.json", "generation_config.json")
+GENERATION = "generation_config.json"
+OTHERS = ("preprocessor_config.json", GENERATION)
+SENTINEL = re.compile(r"^<extra_id_\d+>$")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """From `tokenizer.json`, a SentencePiece model, `vocab.txt` or `vocab.json` with `merges.txt`; None without any."""
+    """From `tokenizer.json`, a SentencePiece model, `vocab.txt` or `vocab.json` with `merges.txt`; None without any.
+
+    Raises:
+      UserError: there are files, but they cannot be read.
+    """
+    try:
+        return _read_tokenizer(folder)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise bare ones
+        raise UserError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}).") from None
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer | None:
     if (folder / JSON_FILE).is_file():
         return read_json_tokenizer(folder / JSON_FILE)
     config = _read(folder / "tokenizer_config.json")
+    named = str(config.get("tokenizer_class") or "") + str(_read(folder / "config.json").get("model_type") or "")
     for name in ("tokenizer.model", "spiece.model"):
         if (folder / name).is_file():
             found = read_sentencepiece(folder / name)
-            t5 = "T5" in config.get("tokenizer_class", "") or _read(folder / "config.json").get("model_type") == "t5"
-            # Its class adds them behind the pieces, the first one last.
-            marks = [f"<extra_id_{i}>" for i in range(config.get("extra_ids", 100) if t5 else 0)][::-1]
+            if "albert" in named.lower() and config.get("do_lower_case", True):
+                log.warning("%s: lower case is not in the file; use a tokenizer.json. Left out.", folder / name)
+                return None
+            # T5's class adds them behind the pieces, the first one last.
+            count = config.get("extra_ids", 100) if "t5" in named.lower() else 0
+            marks = [f"<extra_id_{i}>" for i in range(count)][::-1]
             return found.with_marks([mark for mark in marks if found.token_id(mark) is None])
     if (folder / "vocab.txt").is_file():
         vocab = str(folder / "vocab.txt")
@@ -44,10 +76,20 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         )
         return JsonTokenizer(made.to_str(), vocab)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        bpe = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        prefix = bool(config.get("add_prefix_space", False))
+        bpe = tokenizers.ByteLevelBPETokenizer(
+            str(folder / "vocab.json"), str(folder / "merges.txt"), add_prefix_space=prefix
+        )
         special = [m for m in (END_MARK, "<s>", "<pad>", "</s>", "<unk>", "<mask>") if bpe.token_to_id(m) is not None]
         bpe.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in special])
-        return JsonTokenizer(bpe.to_str(), str(folder / "vocab.json"))
+        engine = tokenizers.Tokenizer.from_str(bpe.to_str())
+        if {"<s>", "</s>"} <= {*special}:
+            # The marks that RoBERTa's class, and those made after it, put around a text.
+            ids = engine.get_vocab(with_added_tokens=True)
+            engine.post_processor = RobertaProcessing(
+                ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=prefix
+            )
+        return JsonTokenizer(engine.to_str(), str(folder / "vocab.json"))
     return None
 
 
@@ -64,18 +106,38 @@ def keep_files(folder: Path, run: Path, part: str = "") -> None:
             shutil.copyfile(folder / part / name, kept / name)
 
 
-def write_files(run: Path, folder: Path, part: str = "") -> None:
-    """The files that `transformers` reads: those that came with the model, else what its own format can say."""
+def write_files(run: Path, folder: Path, part: str = "", *, added: int = 0) -> None:
+    """The files that `transformers` reads: those that came with the model, else what its own format can say.
+
+    Args:
+      added: ids behind the tokenizer's own that the run's objective has taken, a mask or sentinels.
+    """
     kept = run / KEPT / part
     if kept.is_dir():
         for name in (*FILES, *OTHERS):
             if (kept / name).is_file():
                 shutil.copyfile(kept / name, folder / name)
-    if (run / "tokenizer").is_dir() and not any((folder / name).is_file() for name in FILES):
-        for path in sorted((run / "tokenizer").iterdir()):
-            shutil.copyfile(path, folder / path.name)
-        if (folder / JSON_FILE).is_file():
-            (folder / "tokenizer_config.json").write_text(json.dumps(_settings(folder / JSON_FILE), indent=2))
+    saved = run / "tokenizer"
+    if any((folder / name).is_file() for name in FILES):
+        return
+    if (saved / JSON_FILE).is_file():
+        engine = tokenizers.Tokenizer.from_file(str(saved / JSON_FILE))
+        first = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+        names = ["[MASK]"] if added == 1 else [f"<extra_id_{i}>" for i in range(added)]
+        engine.add_special_tokens(names)
+        assert [engine.token_to_id(name) for name in names] == list(range(first, first + added))
+        engine.save(str(folder / JSON_FILE))
+        (folder / "tokenizer_config.json").write_text(json.dumps(_settings(folder / JSON_FILE), indent=2))
+    elif (saved / SENTENCEPIECE_FILE).is_file():
+        found = read_sentencepiece(saved / SENTENCEPIECE_FILE)
+        count = sum(1 for i in range(1000) if found.token_id(f"<extra_id_{i}>") is not None)
+        if count:
+            # T5's class adds them itself.
+            (folder / "spiece.model").write_bytes(found.without(SENTINEL).proto)
+            config = {"tokenizer_class": "T5Tokenizer", "extra_ids": count}
+            (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+        else:
+            shutil.copyfile(saved / SENTENCEPIECE_FILE, folder / SENTENCEPIECE_FILE)
 
 
 # What `transformers` calls marks, and the marks that stand for each.
@@ -83,12 +145,18 @@ _ROLES = {
     "unk_token": ("[UNK]", "<unk>", "\N{REPLACEMENT CHARACTER}"),
     "pad_token": ("[PAD]", "<pad>"),
     "mask_token": ("[MASK]", "<mask>"),
-    "cls_token": ("[CLS]",),
-    "sep_token": ("[SEP]",),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
 }
 
 
-def _settings(path: Path) -> dict[str, str]:
+def pad_id(own: Tokenizer) -> int:
+    """Of the mark that an export pads with: the tokenizer's, else the end of a document."""
+    found = (own.token_id(mark) for mark in _ROLES["pad_token"])
+    return next((i for i in found if i is not None), own.end_id)
+
+
+def _settings(path: Path) -> dict[str, Any]:
     """A `tokenizer_config.json` for a tokenizer that was made here: a document begins and ends with one mark."""
     own = read_json_tokenizer(path)
     added = json.loads(own.json).get("added_tokens", [])
@@ -96,6 +164,8 @@ def _settings(path: Path) -> dict[str, str]:
     roles = {
         role: next((mark for mark in marks if own.token_id(mark) is not None), None) for role, marks in _ROLES.items()
     }
-    found = {role: mark for role, mark in roles.items() if mark is not None}
+    found: dict[str, Any] = {role: mark for role, mark in roles.items() if mark is not None}
+    if own.frame().types:
+        found["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     # Without a mark for padding its tokenizer refuses to make batches.
     return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end} | found

@@ -30,11 +30,15 @@ def read_params(
       UserError: tensors are missing, left over, or of another shape: all are listed.
     """
     rows = conversion.table(section)
-    names = _canonical(conversion, theirs, {row.theirs for row in rows})
+    wanted = {row.theirs for row in rows}
+    every = names_in_file(conversion, theirs, wanted)
+    names = {name: found[0] for name, found in every.items()}
     for repeated, source in conversion.ties(section).items():
-        if source in names and any(row.theirs == repeated for row in rows):
-            names.setdefault(repeated, names[source])
-    _check(conversion, section, rows, abstract, theirs, names, where)
+        for missing, there in ((repeated, source), (source, repeated)):
+            if missing in wanted and there in names:
+                names.setdefault(missing, names[there])
+    twice = [f"  {name}: is there as {' and '.join(found)}" for name, found in every.items() if len(found) > 1]
+    _check(conversion, section, rows, abstract, theirs, names, where, twice)
     found = {path: (row, i) for row in rows for i, path in enumerate(row.ours)}
     layers: dict[str, list[str]] = {}
     for path in found:
@@ -118,18 +122,22 @@ def _shape(leaves: Mapping[str, Any], path: str) -> tuple[int, ...]:
     return tuple(leaves[stacked_path(path)[0]].shape[1:])
 
 
-def _canonical(conversion: Conversion, theirs: Iterable[str], wanted: Set[str]) -> dict[str, str]:
-    """`{name in the table: name in the file}`.
+def names_in_file(conversion: Conversion, theirs: Iterable[str], wanted: Set[str]) -> dict[str, list[str]]:
+    """`{name in the table: names in the file that stand for it}`; a file should have one for each.
 
-    Files from TensorFlow's days call a norm's weights gamma and beta, and those saved from a trunk lack its prefix.
+    Files from TensorFlow's days call a norm's weights gamma and beta, those saved from a trunk lack its prefix, and a
+    trunk's may have it.
     """
-    out, prefix = {}, conversion.prefix
+    out: dict[str, list[str]] = {}
+    prefix, trunk = conversion.prefix, f"{conversion.model_type}."
     bare = bool(prefix) and not any(name.startswith(prefix) for name in theirs)
     for name in theirs:
         plain = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
         if bare and plain not in wanted and f"{prefix}{plain}" in wanted:
             plain = f"{prefix}{plain}"
-        out[plain] = name
+        elif not prefix and plain not in wanted and plain.removeprefix(trunk) in wanted:
+            plain = plain.removeprefix(trunk)
+        out.setdefault(plain, []).append(name)
     return out
 
 
@@ -141,12 +149,13 @@ def _check(
     theirs: Mapping[str, np.ndarray],
     names: Mapping[str, str],
     where: str,
+    lines: list[str],
 ) -> None:
     want, have = {row.theirs for row in rows}, set(names)
     optional = {row.theirs for row in rows if not row.ours}
     ties = conversion.ties(section)
     skipped = {name for name in have if any(re.search(pattern, name) for pattern in conversion.skip)}
-    lines = [f"  {name}: missing" for name in sorted(want - have - optional)]
+    lines += [f"  {name}: missing" for name in sorted(want - have - optional)]
     for name in sorted(have - want - skipped):
         if name not in ties:
             lines.append(f"  {name}: {_shape_of(theirs, names[name])} has no place in the model")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tfm_jax.data.index import epoch_records, hash_ints
-from tfm_jax.data.pictures import MODES, Fit, Labelled, Pictures, Resample, Shape, open_pictures
+from tfm_jax.data.pictures import MODES, Fit, Labelled, Pictures, Resample, Shape, open_pictures, renumbered
 from tfm_jax.data.splits import check_rule
 from tfm_jax.data.types import Batch, Data, Dataset, Rows
 from tfm_jax.errors import UserError, nearest
@@ -25,6 +25,7 @@ def make(
     fit: Fit = "cover",
     resample: Resample = "bicubic",
     channels: int | None = None,
+    classes: Sequence[str] | None = None,
     batch_size: int = 64,
     seed: int = 0,
     crop_padding: int = 0,
@@ -45,6 +46,7 @@ def make(
       fit: `cover` keeps an image's shape and loses its borders, `squeeze` keeps all of it.
       resample: `bicubic` or `bilinear`.
       channels: 1 for grey, 3 for colour; the source's own if None.
+      classes: names in the order of their labels, where it must be a model's; the source's own order if None.
       batch_size: rows of the global batch.
       seed: of the order of the images, and of their augmentation.
       crop_padding: pixels of black around a training image, from which a window of its own size is cut at random;
@@ -69,6 +71,8 @@ def make(
     check_rule("hash", valid_fraction)
     shape = Shape(image_size, channels, scaled_to, fit, resample)
     opened = open_pictures(source, shape=shape, valid_fraction=valid_fraction, label=label, workers=workers)
+    if classes is not None:
+        opened = renumbered(opened, list(classes))
     for name, found in opened.splits.items():
         if not len(found):
             raise UserError(f"data.source={source!r} leaves no image for {name}; set data.valid_fraction.")

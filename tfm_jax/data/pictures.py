@@ -50,6 +50,21 @@ class Pictures(Protocol):
         """Those at the given places, an int64 array in [0, len)."""
 
 
+@dataclass(frozen=True)
+class Renumbered:
+    """The same images with other labels: `numbers[label]`."""
+
+    pictures: Pictures
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def read(self, index: np.ndarray) -> Labelled:
+        found = self.pictures.read(index)
+        return Labelled(found.images, self.numbers[found.labels])
+
+
 class PictureSource(NamedTuple):
     """Splits ("train", "validation", "test") by name, the classes' names in the order of the labels, a fingerprint."""
 
@@ -78,18 +93,20 @@ class Shape:
 
     def of(self, image: Any) -> np.ndarray:
         """A Pillow image as (height, width, channels) uint8."""
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
         image = image.convert(MODES[self.channels or (1 if grey else 3)])
         side = self.scaled_to or self.size
         if self.size is not None and side is not None:
             method = Image.Resampling[self.resample.upper()]
-            if image.size != (side, side):
-                squeeze = self.fit == "squeeze"
-                image = image.resize((side, side), method) if squeeze else ImageOps.fit(image, (side, side), method)
-            edge = (side - self.size) // 2
-            image = image.crop((edge, edge, edge + self.size, edge + self.size))
+            # The shorter edge becomes `side`, or both do.
+            short = min(image.size)
+            wide, high = (side, side) if self.fit == "squeeze" else (side * edge // short for edge in image.size)
+            if image.size != (wide, high):
+                image = image.resize((wide, high), method)
+            left, top = (wide - self.size) // 2, (high - self.size) // 2
+            image = image.crop((left, top, left + self.size, top + self.size))
         array = np.asarray(image)
         return array[:, :, None] if array.ndim == 2 else array
 
@@ -192,6 +209,21 @@ def open_pictures(
             kept = _held(len(train), name, held)
             made[name] = InMemory(train.images[kept], train.labels[kept])
     return PictureSource(dict(made), classes, _digest([kind, content, held]))
+
+
+def renumbered(found: PictureSource, classes: Sequence[str]) -> PictureSource:
+    """With the labels of a given list of classes, which may have more than the source.
+
+    Raises:
+      UserError: the source has a class that the list has not.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    for name in found.classes:
+        if name not in number:
+            raise UserError(f"data.classes has no {name!r}, which the source has.{nearest(name, list(classes))}")
+    numbers = np.array([number[name] for name in found.classes], np.int32)
+    splits: dict[str, Pictures] = {name: Renumbered(pictures, numbers) for name, pictures in found.splits.items()}
+    return PictureSource(splits, list(classes), _digest([found.fingerprint, list(classes)]))
 
 
 def _held(size: int, split: str, fraction: float) -> np.ndarray:

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import time
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tfm_jax.data import files, records
-from tfm_jax.data.splits import Keep, check_rule, split_in_name
+from tfm_jax.data.splits import Keep, check_rule, draw, split_in_name
 from tfm_jax.data.types import Piece, Source
 from tfm_jax.errors import UserError, closest, nearest
 
@@ -44,12 +45,15 @@ def open_source(
     """Find the text, its splits and its pieces.
 
     split: "names" (file names, or a data set's own splits), "hash" (of the relative path or the record's index),
-      "tail" (the end of a single text, nanoGPT's rule) or "auto", which chooses one of them and logs it.
+      "tail" (the end of a single text, nanoGPT's rule), "all" (everything in both splits, to evaluate a model on a text
+      that it was not trained on) or "auto", which chooses names, hash or tail and logs it.
     valid_fraction: what "hash" and "tail" hold out; None is 0.05 and 0.1.
     manual_dir: the folder of files that a TFDS builder wants the user to have.
     What reading files through found out is kept in `cache_dir` under their paths, sizes and times of change.
     """
     check_rule(split, valid_fraction)
+    if source == "missing":
+        raise UserError("This model came without data. Give its text: --config.data.source=text:GLOB, or another.")
     kind, _, rest = source.partition(":")
     valid = {k.partition(":")[0]: k for k in KINDS}
     if kind not in valid:
@@ -165,6 +169,8 @@ def _text_splits(
 ) -> tuple[str, dict[str, list[Piece]]]:
     groups = _rule_for_names(source, indices, rule)
     train, used = groups["train"], "names"
+    if rule == "all":
+        groups, used = {"train": indices, "validation": indices}, "all"
     spans = {name: [s for i in group for s in files.text_spans(i, 0, i.size)] for name, group in groups.items()}
     if "validation" not in groups:
         single = len(train) == 1
@@ -180,8 +186,10 @@ def _text_splits(
             used = f"tail {held}"
         else:
             held = HASH_FRACTION if fraction is None else fraction
+            # Of few files none may fall below the border: then the lowest one does.
+            least = max(held, math.nextafter(min(draw(i.name) for i in train), 1))
             for name in ("train", "validation"):
-                mine = [i for i in train if Keep(name, held)(i.name)]
+                mine = [i for i in train if Keep(name, least)(i.name)]
                 spans[name] = [s for i in mine for s in files.text_spans(i, 0, i.size)]
             used = f"hash {held}"
     return used, {name: list(files.text_pieces(found, piece_bytes)) for name, found in spans.items()}
@@ -195,7 +203,10 @@ def _jsonl_splits(
     groups = _rule_for_names(source, indices, rule)
     keeps: dict[str, Keep | None] = dict.fromkeys(groups)
     used = "names"
-    if "validation" not in groups:
+    if rule == "all":
+        groups, used = {"train": indices, "validation": indices}, "all"
+        keeps = dict.fromkeys(groups)
+    elif "validation" not in groups:
         held = HASH_FRACTION if fraction is None else fraction
         groups["validation"] = groups["train"]
         keeps |= {name: Keep(name, held) for name in ("train", "validation")}
@@ -211,7 +222,10 @@ def _record_source(source: str, data: records.RecordSet, rule: str, fraction: fl
     own = records.canonical_splits(data)
     keeps: dict[str, Keep | None] = dict.fromkeys(own)
     used = "names"
-    if rule == "hash" or "validation" not in own:
+    if rule == "all":
+        own, used = {"train": own["train"], "validation": own["train"]}, "all"
+        keeps = dict.fromkeys(own)
+    elif rule == "hash" or "validation" not in own:
         if rule == "names":
             raise UserError(f"{source}: data.split=names, but it has no validation split of its own.")
         held = HASH_FRACTION if fraction is None else fraction

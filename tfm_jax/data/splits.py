@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tfm_jax.errors import UserError, nearest
 
-RULES = ("auto", "names", "hash", "tail")
+RULES = ("auto", "names", "hash", "tail", "all")
 NAMES = {
     "train": "train",
     "training": "train",
@@ -28,8 +28,12 @@ class Keep:
     fraction: float
 
     def __call__(self, key: str) -> bool:
-        draw = int.from_bytes(hashlib.md5(key.encode()).digest()[:8], "big") / 2**64
-        return (draw < self.fraction) == (self.split == "validation")
+        return (draw(key) < self.fraction) == (self.split == "validation")
+
+
+def draw(key: str) -> float:
+    """A number in [0, 1) that is a hash of the key."""
+    return int.from_bytes(hashlib.md5(key.encode()).digest()[:8], "big") / 2**64
 
 
 def split_in_name(name: str) -> str | None:

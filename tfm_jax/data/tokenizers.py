@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,6 +173,16 @@ class SentencePieceTokenizer:
         model = sentencepiece_model_pb2.ModelProto.FromString(self.proto)
         for mark in marks:
             model.pieces.add(piece=mark, score=0.0, type=model.SentencePiece.CONTROL)
+        return SentencePieceTokenizer(model.SerializeToString(), self.name)
+
+    def without(self, marks: re.Pattern[str]) -> SentencePieceTokenizer:
+        """The same without the pieces whose names match."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto.FromString(self.proto)
+        kept = [piece for piece in model.pieces if not marks.search(piece.piece)]
+        del model.pieces[:]
+        model.pieces.extend(kept)
         return SentencePieceTokenizer(model.SerializeToString(), self.name)
 
     def save(self, folder: str | Path) -> None:

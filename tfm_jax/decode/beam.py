@@ -6,6 +6,7 @@ B batch, K beams, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tfm_jax.decode.inputs import Inputs, forward_of, prepare, read_prompt
+from tfm_jax.decode.inputs import Inputs, ends_of, forward_of, is_end, prepare, read_prompt
 from tfm_jax.errors import UserError
 
 
@@ -45,7 +46,7 @@ def beam_search(
     beams: int = 5,
     max_new: int,
     length_penalty: float = 1.0,
-    end_id: int,
+    end_id: int | Sequence[int],
     allowed: int | None = None,
 ) -> list[list[Hypothesis]]:
     """The likeliest continuations of each prompt, best first, at most `beams` of them.
@@ -64,10 +65,11 @@ def beam_search(
     if beams < 1:
         raise UserError(f"beams={beams}: must be at least 1.")
     vocab = min(x for x in (allowed, getattr(model, "vocab_size", None), 1 << 31) if x is not None)
-    if 2 * beams > vocab:
-        raise UserError(f"beams={beams}: at most half of the {vocab} tokens there are.")
+    ends = ends_of(end_id)
+    if (1 + len(ends)) * beams > vocab:
+        raise UserError(f"beams={beams}: too many for the {vocab} tokens there are, of which {len(ends)} end a text.")
     inputs = prepare(model, prompts, sources, max_new)
-    found, scores = _search(model, params, inputs, beams, max_new, length_penalty, end_id, allowed)
+    found, scores = _search(model, params, inputs, beams, max_new, length_penalty, ends, allowed)
     out = []
     for rows, row_scores in zip(np.asarray(found), np.asarray(scores), strict=True):
         kept = [(row, score) for row, score in zip(rows, row_scores, strict=True) if score > -np.inf]
@@ -83,7 +85,7 @@ def _search(
     beams: int,
     max_new: int,
     penalty: float,
-    end_id: int,
+    end_ids: tuple[int, ...],
     allowed: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     batch = inputs.tokens.shape[0]
@@ -96,11 +98,11 @@ def _search(
     def advance(s: _Search) -> _Search:
         """One more token for every live beam; the logits of the new ones are not made yet."""
         logp = jax.nn.log_softmax(s.logits, axis=-1) + s.live_scores[:, :, None]
-        values, places = jax.lax.top_k(logp.reshape(batch, -1), 2 * beams)
+        values, places = jax.lax.top_k(logp.reshape(batch, -1), (1 + len(end_ids)) * beams)
         parent, token = places // logp.shape[-1], (places % logp.shape[-1]).astype(jnp.int32)
         grown = jnp.take_along_axis(s.live, parent[:, :, None], axis=1)
-        ends = token == end_id
-        # At most one continuation of each beam ends, so that half of 2 K live on.
+        ends = is_end(token, end_ids)
+        # As many continuations of a beam end as there are end marks, so that K of those looked at live on.
         ended = jnp.where(ends[:, :beams], values[:, :beams] / _norm(s.step + 1, penalty), -jnp.inf)
         finished = _best(
             jnp.concatenate([s.finished, grown[:, :beams]], 1), jnp.concatenate([s.finished_scores, ended], 1), beams

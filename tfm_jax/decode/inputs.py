@@ -28,6 +28,18 @@ class Inputs(NamedTuple):
     valid: Any
 
 
+def ends_of(end_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids that end a text; none for None."""
+    return () if end_id is None else (end_id,) if isinstance(end_id, int) else tuple(end_id)
+
+
+def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    found = jnp.zeros(tokens.shape, bool)
+    for end in ends:
+        found = found | (tokens == end)
+    return found
+
+
 def prepare(
     model: nn.Module, prompts: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None, max_new: int
 ) -> Inputs:

@@ -6,7 +6,7 @@ B batch, P prompt length (padded), N new tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
-from tfm_jax.decode.inputs import Inputs, forward_of, prepare, read_prompt
+from tfm_jax.decode.inputs import Inputs, ends_of, forward_of, is_end, prepare, read_prompt
 from tfm_jax.errors import UserError
 
 
@@ -69,12 +69,12 @@ def generate(
     sources: list[list[int]] | None = None,
     max_new: int,
     sampling: Sampling = Sampling(),
-    end_id: int | None = None,
+    end_id: int | Sequence[int] | None = None,
     allowed: int | None = None,
     seed: int = 0,
     on_token: Callable[[np.ndarray], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by at most `max_new` tokens, ending at `end_id` (which is left out).
+    """Continue each prompt by at most `max_new` tokens, ending at `end_id`, or one of them (which is left out).
 
     Args:
       model: has `init_caches(batch, length)`, and takes `tokens`, `positions` and `caches`; an encoder-decoder as
@@ -90,8 +90,8 @@ def generate(
     """
     sampling.check()
     inputs = prepare(model, prompts, sources, max_new)
-    end = -1 if end_id is None else end_id
-    out = _generate(model, params, inputs, jax.random.key(seed), max_new, sampling, end, allowed, _Stream(on_token))
+    ends, stream = ends_of(end_id), _Stream(on_token)
+    out = _generate(model, params, inputs, jax.random.key(seed), max_new, sampling, ends, allowed, stream)
     # All rows are read at once; the loop leaves -1 after each row's end.
     return [[int(t) for t in row if t >= 0] for row in np.asarray(out)]
 
@@ -125,7 +125,7 @@ def _generate(
     key: jax.Array,
     max_new: int,
     how: Sampling,
-    end_id: int,
+    ends: tuple[int, ...],
     allowed: int | None,
     stream: _Stream,
 ) -> jax.Array:
@@ -137,7 +137,7 @@ def _generate(
             io_callback(_Stream.emit, None, ids, ordered=True)
 
     def settle(token: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-        done = done | (token == end_id)
+        done = done | is_end(token, ends)
         return jnp.where(done, -1, token), done
 
     last, caches = read_prompt(model, forward, inputs, max_new)

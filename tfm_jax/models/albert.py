@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "albert-xxlarge-v2": _V2 | dict(layers=12, width=4096, heads=64),
 }
 
+# Of `data.objectives`, those that make sense of it.
+OBJECTIVES = ("mask",)
 RULES: tuple[Rule, ...] = (*embeddings.RULES, *heads.RULES, *block.RULES)
 
 

@@ -25,6 +25,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bart-large": _BART | dict(width=1024, heads=16, encoder_layers=12, decoder_layers=12),
 }
 
+# Of `data.objectives`, those that make sense of it.
+OBJECTIVES = ("continue", "span", "denoise")
 RULES: tuple[Rule, ...] = encdec.RULES
 
 

@@ -37,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "minilm-l6": _BERT | dict(layers=6, width=384, heads=12, mlp_width=1536, outputs=("pooled",)),
 }
 
+# Of `data.objectives`, those that make sense of it.
+OBJECTIVES = ("mask",)
 RULES: tuple[Rule, ...] = (*embeddings.RULES, *heads.RULES, *block.RULES)
 
 

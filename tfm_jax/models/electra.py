@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "electra-large": _ELECTRA | dict(layers=24, width=1024, heads=16, embedding_width=1024),
 }
 
+# Of `data.objectives`, those that make sense of it.
+OBJECTIVES = ("mask",)
 RULES: tuple[Rule, ...] = (
     (r"replaced_head/transform/kernel$", ("fsdp", None)),
     (r"replaced_head/(dense/kernel|dense/bias|transform/bias)$", (None,)),

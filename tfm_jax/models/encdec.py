@@ -32,6 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "opus-mt": _OPUS | dict(vocab_size=58101),
 }
 
+# Of `data.objectives`, those that make sense of it.
+OBJECTIVES = ("continue", "span", "denoise")
 RULES: tuple[Rule, ...] = ((r"logits_bias$", ("tensor",)), *encdec.RULES)
 
 

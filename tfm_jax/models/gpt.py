@@ -61,6 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ),
 }
 
+# Of `data.objectives`, those that make sense of it.
+OBJECTIVES = ("next",)
 RULES: tuple[Rule, ...] = (
     (r"(token_embedding|unembedding)/embedding$", ("tensor", "fsdp")),
     (r"position_embedding/embedding$", (None, "fsdp")),

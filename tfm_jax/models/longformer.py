@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "longformer-large-4096": _4096 | dict(layers=24, width=1024, heads=16),
 }
 
+# Of `data.objectives`, those that make sense of it.
+OBJECTIVES = ("mask",)
 RULES: tuple[Rule, ...] = (*embeddings.RULES, *heads.RULES, *longformer.RULES, *block.RULES)
 
 

@@ -51,6 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "t5-v1.1-xxl": _V11 | dict(width=4096, heads=64, mlp_width=10240, **_layers(24)),
 }
 
+# Of `data.objectives`, those that make sense of it.
+OBJECTIVES = ("continue", "span", "denoise")
 RULES: tuple[Rule, ...] = ((r"relative_bias/embedding$", (None, "tensor")), *encdec.RULES)
 
 

@@ -34,6 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "enwik8-24l": dict(vocab_size=204, layers=24, width=1024, heads=8, mlp_width=3072, mem_len=768),
 }
 
+# Of `data.objectives`, those that make sense of it.
+OBJECTIVES = ("next",)
 RULES: tuple[Rule, ...] = (
     (r"token_embedding/embedding$", ("tensor", "fsdp")),
     *relative.RULES,

@@ -31,6 +31,8 @@ def make(*, label_smoothing: float = 0.0) -> Task:
         rngs = None if rng is None else {"dropout": rng}
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
         logits, targets, weights = out["logits"], batch["targets"], batch["weights"]
+        if targets.ndim != 1:
+            raise UserError(f"task.name=classification wants one class a row; this data's targets are {targets.shape}.")
         if logits.ndim != 2:
             raise UserError(f"This model's logits are {logits.shape}, a class for each example wants (B, classes).")
         nll = cross_entropy(logits, targets, label_smoothing=label_smoothing if train else 0.0)

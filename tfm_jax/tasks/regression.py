@@ -27,6 +27,9 @@ def make(*, scale: float = 1.0) -> Task:
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
         if out["logits"].ndim != 2 or out["logits"].shape[1] != 1:
             raise UserError(f"This model's logits are {out['logits'].shape}, a number for each example wants (B, 1).")
+        if batch["targets"].ndim != 1:
+            shape = batch["targets"].shape
+            raise UserError(f"task.name=regression wants one number a row; this data's targets are {shape}.")
         # A padded row may hold anything, infinities included; weight 0 must silence it.
         weights = batch["weights"]
         error = jnp.where(weights > 0, out["logits"][:, 0] - batch["targets"] / scale, 0.0)

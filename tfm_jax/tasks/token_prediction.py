@@ -32,6 +32,9 @@ def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         rngs = None if rng is None else {"dropout": rng}
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
+        if batch["targets"].ndim != 2:
+            shape = batch["targets"].shape
+            raise UserError(f"task.name=token_prediction wants a token a position; this data's targets are {shape}.")
         targets, weights = batch["targets"].reshape(-1), batch["weights"].reshape(-1)
         smoothing, z = (label_smoothing, z_loss) if train else (0.0, 0.0)
         if "logits" not in out:

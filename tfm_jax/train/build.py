@@ -167,6 +167,12 @@ def check(config: configs.Config, layout: Layout) -> None:
     length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
     if length is not None and limit is not None and length > limit:
         raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")
+    objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
+    if objective is not None and fitting is not None and objective not in fitting:
+        raise UserError(
+            f"data.objective={objective!r} does not fit model.name={config['model']['name']!r}; what does:"
+            f" {', '.join(fitting)}."
+        )
     block = getattr(build_model(config["model"]), "block", None)
     if isinstance(block, BlockSpec):
         choose(block, jax.default_backend())

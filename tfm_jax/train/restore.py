@@ -10,6 +10,8 @@ from typing import Any
 import jax
 
 from tfm_jax.config import Config
+from tfm_jax.data.tokenizers import load_tokenizer
+from tfm_jax.data.types import Tokenizer
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path
 from tfm_jax.sections import computes, family
@@ -116,11 +118,25 @@ def load_params(path: Path, step: int | None = None, *, sharding: Any = None) ->
     return task.eval_params(state["params"], state["extra"]), found
 
 
-def _differences(donor: Config, own: Config) -> list[str]:
-    """What the same parameters compute differently in two models; heads that only one has are in the transfer's report."""
+# Settings of the data that parameters have been trained for.
+_SEEN = ("decoder_start", "classes", "fit", "scaled_to", "resample", "mean", "std")
+
+
+def _differences(run: Path, own: Config, tokenizer: Tokenizer | None) -> list[str]:
+    """What a donor's parameters compute or read differently here; heads that only one has are in the transfer's report."""
+    donor = read_config(run)
     there, here = computes(donor["model"]), computes(own["model"])
     both = [key for key in here if key in there and key not in ("outputs", "classes")]
-    return [f"model.{key}: {there[key]!r} there, {here[key]!r} here" for key in both if there[key] != here[key]]
+    lines = [f"model.{key}: {there[key]!r} there, {here[key]!r} here" for key in both if there[key] != here[key]]
+    if donor["data"]["name"] == own["data"]["name"]:
+        for key in (key for key in _SEEN if key in own["data"]):
+            values = donor["data"].get(key), own["data"][key]
+            if values[0] is not None and values[0] != values[1]:
+                lines.append(f"data.{key}: {values[0]!r} there, {values[1]!r} here")
+    saved = run / "tokenizer"
+    if tokenizer is not None and saved.is_dir() and load_tokenizer(saved).fingerprint != tokenizer.fingerprint:
+        lines.append(f"data.tokenizer: another than the donor's, which is data.tokenizer=run:{run}")
+    return lines
 
 
 def load_donor(
@@ -164,8 +180,9 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
         )
         if main:
             log.warning("init_from %s: %s", settings.init_from, report)
-            if changed := _differences(read_config(run_folder(Path(str(settings.init_from)))), experiment.config):
-                log.warning("init_from: the donor computes something else with them:\n  %s", "\n  ".join(changed))
+            donor = run_folder(Path(str(settings.init_from)))
+            if changed := _differences(donor, experiment.config, experiment.data.tokenizer):
+                log.warning("init_from: the donor was made for something else:\n  %s", "\n  ".join(changed))
         # In one program, so that what is not made from the parameters (a memory) is born split too.
         shardings = jax.tree.map(lambda x: x.sharding, abstract.extra)
         return state._replace(params=params, extra=jax.jit(experiment.task.init_extra, out_shardings=shardings)(params))

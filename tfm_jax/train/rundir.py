@@ -92,6 +92,10 @@ def read_config(run: Path) -> configs.Config:
         beside = sorted(p.parent.as_posix() for p in run.parent.glob("*/config.json")) if run.parent.is_dir() else []
         raise UserError(f"{run} is not a run directory: it has no config.json.{nearest(run.as_posix(), beside)}")
     loaded: configs.Config = json.loads(path.read_text())
+    if not isinstance(loaded, dict) or "model" not in loaded:
+        raise UserError(
+            f"{run} is not a run directory: its config.json has no section 'model'. A model folder is hf:{run}."
+        )
     return loaded
 
 
