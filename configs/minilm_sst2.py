@@ -35,13 +35,13 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "batch_size": 32,
             },
             "optim": {
-                "lr": 5e-5,
+                "lr": 1e-4,
                 "schedule": "linear",
                 "end_factor": 0.0,
                 "warmup_steps": 200,
                 "weight_decay": 0.01,
             },
-            "train": {"steps": 4000, "eval_every": 1000},
+            "train": {"steps": 6000, "eval_every": 2000},
             "checkpoint": {"init_from": "runs/minilm", "every": 500},
             "evals": {"validation": {"split": "validation"}, "test": {"split": "test"}},
         }
