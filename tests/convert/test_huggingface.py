@@ -164,6 +164,8 @@ def test_what_is_not_there(folder, tmp_path):
         UserError, match=r"^The architecture GPT2LMHeadModle is not known\. Did you mean 'GPT2LMHeadModel'\?"
     ):
         huggingface.find({"architectures": ["GPT2LMHeadModle"]})
+    with says(f"There is no folder {tmp_path}/empty; nothing is downloaded."):
+        convert.bring_in(tmp_path / "empty", tmp_path / "run")
     empty = tmp_path / "empty"
     empty.mkdir()
     with says(f"There is no {empty}/config.json."):

@@ -188,6 +188,7 @@ def test_a_folder_with_splits(tmp_path):
     write_folder(tmp_path / "val", {"cat": 1, "dog": 2})
     source = f"folder:{tmp_path}/**/*.png"
     data = make(source=source, batch_size=2)
+    assert make(source=f"folder:{tmp_path}").fingerprint == make(source=source).fingerprint
     assert contents(data, "train") == [(0, 0), (1, 0), (2, 0), (10, 1), (11, 1)]
     assert contents(data, "validation") == [(0, 0), (10, 1), (11, 1)]
     assert data.train.batch_at(0)["inputs"]["images"].shape == (2, 6, 6, 3) and data.sizes == {"classes": 2}

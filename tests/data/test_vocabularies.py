@@ -115,19 +115,19 @@ def test_a_text_too_short_for_the_size_is_said(caplog):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("bp:300", "tokenizer: unknown kind 'bp' in 'bp:300'. Did you mean 'bpe'?"),
+        ("bp:300", "data.tokenizer: unknown kind 'bp' in 'bp:300'. Did you mean 'bpe'?"),
         (
             "gpt",
-            "tokenizer: unknown kind 'gpt' in 'gpt'. "
+            "data.tokenizer: unknown kind 'gpt' in 'gpt'. "
             "Valid: bpe, bytes, chars, file, run, sentencepiece, unigram, wordpiece.",
         ),
-        ("bpe", "tokenizer: 'bpe' should look like 'bpe:N'."),
-        ("chars:5", "tokenizer: 'chars:5' should look like 'chars'."),
-        ("file:", "tokenizer: 'file:' should look like 'file:PATH'."),
-        ("bpe:4k", "tokenizer: the vocabulary size in 'bpe:4k' is not a whole number."),
-        ("unigram:-5", "tokenizer: the vocabulary size in 'unigram:-5' is not a whole number."),
-        ("bpe:256", "tokenizer: the vocabulary of 'bpe:256' is too small; it needs at least 257."),
-        ("wordpiece:2", "tokenizer: the vocabulary of 'wordpiece:2' is too small; it needs at least 3."),
+        ("bpe", "data.tokenizer: 'bpe' should look like 'bpe:N'."),
+        ("chars:5", "data.tokenizer: 'chars:5' should look like 'chars'."),
+        ("file:", "data.tokenizer: 'file:' should look like 'file:PATH'."),
+        ("bpe:4k", "data.tokenizer: the vocabulary size in 'bpe:4k' is not a whole number."),
+        ("unigram:-5", "data.tokenizer: the vocabulary size in 'unigram:-5' is not a whole number."),
+        ("bpe:256", "data.tokenizer: the vocabulary of 'bpe:256' is too small; it needs at least 257."),
+        ("wordpiece:2", "data.tokenizer: the vocabulary of 'wordpiece:2' is too small; it needs at least 3."),
     ],
 )
 def test_a_wrong_spec(tmp_path, opened, spec, message):
@@ -139,7 +139,7 @@ def test_a_size_below_the_characters_of_the_text(tmp_path, opened, books):
     # Every character that is no space stands twice, as a word's first and inside a word, beside two marks.
     alone = 2 * len({c for c in "".join(books["train"]) if not c.isspace()}) + 2
     with says(
-        f"tokenizer: a wordpiece vocabulary of 12 is too small for this text; its characters and the marks alone "
+        f"data.tokenizer: a wordpiece vocabulary of 12 is too small for this text; its characters and the marks alone "
         f"take {alone}."
     ):
         open_tokenizer("wordpiece:12", opened, tmp_path / "cache")

@@ -70,6 +70,9 @@ def open_folder(path: Path, own: Sequence[Conversion] = (), ignore: Sequence[str
     Raises:
       UserError: as `find` and `read_section`, or the parts do not fit together.
     """
+    if not path.is_dir():
+        there = sorted(p.as_posix() for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
+        raise UserError(f"There is no folder {path}; nothing is downloaded.{nearest(path.as_posix(), there)}")
     joined = None
     if not (path / CONFIG).is_file():
         joined = next(

@@ -2,7 +2,7 @@
 
 digits          scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 that come with the package (extra: vision)
 idx:FOLDER      the four files of MNIST and Fashion-MNIST, `.gz` or not
-folder:GLOB     image files whose class is the name of their folder (extra: vision)
+folder:GLOB     image files whose class is the name of their folder, or the folder of those (extra: vision)
 tfds:NAME       a TFDS data set in ArrayRecord with an image and a label (see `records.tfds_folder`; extra: vision)
 """
 
@@ -288,6 +288,8 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 def _folder(pattern: str, shape: Shape, held: float, workers: int) -> PictureSource:
     _need_pillow("A folder of images")
     expanded = os.path.expanduser(pattern)
+    if os.path.isdir(expanded):
+        expanded = os.path.join(glob.escape(expanded), "**")
     paths = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if os.path.isfile(p))
     if not paths:
         raise UserError(f"data.source: folder:{pattern} matches no file.")

@@ -40,9 +40,9 @@ def open_tokenizer(spec: str, source: Source, cache_dir: Path) -> Tokenizer:
         )
     valid = {k.partition(":")[0]: k for k in KINDS}
     if kind not in valid:
-        raise UserError(f"tokenizer: unknown kind {kind!r} in {spec!r}.{nearest(kind, valid)}")
+        raise UserError(f"data.tokenizer: unknown kind {kind!r} in {spec!r}.{nearest(kind, valid)}")
     if bool(argument) != (":" in valid[kind]):
-        raise UserError(f"tokenizer: {spec!r} should look like {valid[kind]!r}.")
+        raise UserError(f"data.tokenizer: {spec!r} should look like {valid[kind]!r}.")
     if kind == "file":
         return read_json_tokenizer(Path(argument).expanduser())
     if kind == "sentencepiece":
@@ -73,10 +73,10 @@ def train_texts(source: Source) -> Iterator[str]:
 
 def _vocabulary_size(spec: str, argument: str) -> int:
     if not argument.isdecimal():
-        raise UserError(f"tokenizer: the vocabulary size in {spec!r} is not a whole number.")
+        raise UserError(f"data.tokenizer: the vocabulary size in {spec!r} is not a whole number.")
     smallest = 257 if spec.startswith("bpe") else 3
     if int(argument) < smallest:
-        raise UserError(f"tokenizer: the vocabulary of {spec!r} is too small; it needs at least {smallest}.")
+        raise UserError(f"data.tokenizer: the vocabulary of {spec!r} is too small; it needs at least {smallest}.")
     return int(argument)
 
 
@@ -89,7 +89,7 @@ def train_tokenizer(kind: str, size: int, texts: Iterable[str]) -> JsonTokenizer
     tokenizer = JsonTokenizer(train(size, texts).to_str(), f"the trained {kind} tokenizer")
     if size and tokenizer.vocab_size > size:
         raise UserError(
-            f"tokenizer: a {kind} vocabulary of {size} is too small for this text; its characters and the marks "
+            f"data.tokenizer: a {kind} vocabulary of {size} is too small for this text; its characters and the marks "
             f"alone take {tokenizer.vocab_size}."
         )
     if tokenizer.vocab_size < size:
