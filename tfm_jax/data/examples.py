@@ -14,7 +14,7 @@ import numpy as np
 
 from tfm_jax.data.corpus import Corpus, cache_root, open_corpora
 from tfm_jax.data.locks import locked
-from tfm_jax.data.rows import Places, Texts, joined, pooled, width_for
+from tfm_jax.data.rows import Part, Places, Texts, joined, pooled, width_for
 from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records, Rows
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
@@ -209,7 +209,7 @@ class _Examples:
 
     def batch(self, index: np.ndarray, width: int, weights: np.ndarray) -> Batch:
         first, *later = self.marks
-        parts: list[Any] = [first]
+        parts: list[Part] = [first]
         for text, size, marks in zip(self.texts, self.sizes(index), later, strict=True):
             parts += [text.stretch(index, size), marks]
         tokens, at = joined(parts, len(index), width, self.pad)

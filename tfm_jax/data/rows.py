@@ -46,9 +46,10 @@ class Stretch(NamedTuple):
     size: np.ndarray
 
 
-def joined(
-    parts: Sequence[Sequence[int] | Stretch], rows: int, width: int, pad: int
-) -> tuple[np.ndarray, list[np.ndarray]]:
+Part = Sequence[int] | Stretch
+
+
+def joined(parts: Sequence[Part], rows: int, width: int, pad: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """(B, T) int32 rows of marks and stretches one behind the other, and (B, 1) where each part begins and the last ends."""
     place = np.arange(width)[None]
     tokens = np.full((rows, width), pad, np.int32)

@@ -1,0 +1,211 @@
+"""One text from another: translation, summaries. B batch, S source length, T target length, N examples."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tfm_jax.data.corpus import open_corpora
+from tfm_jax.data.rows import Part, Places, Texts, joined, pooled, width_for
+from tfm_jax.data.types import Batch, Data, Frame, Records, Rows
+from tfm_jax.errors import UserError
+
+
+def make(
+    *,
+    source: str,
+    text: str = "source",
+    target: str = "target",
+    tokenizer: str = "bpe:8000",
+    seq_len: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+    decoder_start: int | None = None,
+    manual_dir: str | None = None,
+    split: str = "auto",
+    valid_fraction: float | None = None,
+    cache_dir: str | None = None,
+    workers: int = 0,
+    tokenizer_dir: str | None = None,
+) -> Data:
+    """The config section `data` for `name="pairs"`.
+
+    A batch has the inputs `tokens` (B, S) int32, `valid` (B, S) bool and `decoder_tokens` (B, T) int32, targets (B, T) and
+    weights (B, T). S and T are `seq_len` halved as often as the batch's longest rows allow, but not below 16: one compiled
+    program for each pair of lengths.
+
+    Args:
+      source: `jsonl:GLOB`, `tfds:NAME` or `hf:DIR`; see `data.sources`.
+      text: the field that is read.
+      target: the field that is written.
+      tokenizer: as for `data.tokens`; one that learns, learns from both fields.
+      seq_len: longest source and longest target, marks included; what is longer is cut at its end.
+      batch_size: rows of the global batch.
+      seed: of the order of the examples.
+      decoder_start: the id that a decoder begins with; the end mark if None.
+      manual_dir: the folder of files that a TFDS builder wants you to have.
+      split, valid_fraction, cache_dir, workers, tokenizer_dir: as for `data.tokens`.
+
+    Raises:
+      UserError: a field that the source lacks, or a length that leaves no room for a text.
+    """
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"data.{name}={value}: must be at least 1.")
+    if source.partition(":")[0] in ("stdlib", "text"):
+        raise UserError(f"data.source={source!r} has no fields: pairs need jsonl:GLOB, tfds:NAME or hf:DIR.")
+    corpora = open_corpora(
+        source,
+        [text, target],
+        tokenizer=tokenizer,
+        split=split,
+        valid_fraction=valid_fraction,
+        cache_dir=cache_dir,
+        workers=workers,
+        tokenizer_dir=tokenizer_dir,
+        manual_dir=manual_dir,
+    )
+    codec = corpora[0].tokenizer
+    frame = codec.frame()
+    marks = len(frame.before) + len(frame.after)
+    if seq_len <= marks:
+        raise UserError(f"data.seq_len={seq_len}: the marks alone take {marks}.")
+    start = codec.end_id if decoder_start is None else decoder_start
+    made = {
+        name: _Pairs(
+            Texts.of(corpora[0].streams[name], codec.end_id),
+            Texts.of(corpora[1].streams[name], codec.end_id),
+            frame,
+            seq_len,
+            codec.end_id,
+            start,
+            tuple(corpora[1].pieces[name]),
+            target,
+        )
+        for name in corpora[0].streams
+    }
+
+    def evals(name: str, rows: int | None) -> Pass:
+        corpora[0].stream(name)
+        return Pass(made[name], rows or batch_size)
+
+    prints = [*(corpus.fingerprint for corpus in corpora), seq_len, start]
+    return Data(
+        train=Training(made["train"], batch_size, seed),
+        evals=evals,
+        vocab_size=codec.vocab_size,
+        tokenizer=codec,
+        facts={name: {"examples": len(found)} for name, found in made.items()},
+        fingerprint=" ".join(map(str, prints)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Tokenized pairs of a split; `pieces` and `field` lead back to the targets' texts."""
+
+    source: Texts
+    target: Texts
+    frame: Frame
+    seq_len: int
+    end_id: int
+    start_id: int
+    pieces: Sequence[Any]
+    field: str
+
+    def __post_init__(self) -> None:
+        assert len(self.source.edges) == len(self.target.edges), "A record gave more than one document, or none."
+
+    def __len__(self) -> int:
+        return len(self.source.edges) - 1
+
+    @property
+    def opening(self) -> list[int]:
+        """What a target begins with: the marks before a text, unless they are the one that ends it."""
+        return [mark for mark in self.frame.before if mark != self.end_id]
+
+    def sizes(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of source and target as they are used, without marks."""
+        room = self.seq_len - len(self.frame.before) - len(self.frame.after)
+        left = self.seq_len - len(self.opening) - 1
+        return np.minimum(self.source.sizes(index), room), np.minimum(self.target.sizes(index), left)
+
+    def lengths(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sizes = self.sizes(index)
+        marks = len(self.frame.before) + len(self.frame.after)
+        return sizes[0] + marks, sizes[1] + len(self.opening) + 1
+
+    def total(self, index: np.ndarray) -> np.ndarray:
+        first, second = self.lengths(index)
+        found: np.ndarray = first + second
+        return found
+
+    def widths(self, index: np.ndarray) -> tuple[int, int]:
+        first, second = (int(x.max()) for x in self.lengths(index))
+        return width_for(first, self.seq_len), width_for(second, self.seq_len)
+
+    def batch(self, index: np.ndarray, widths: tuple[int, int], inside: np.ndarray) -> Batch:
+        sizes, frame, rows = self.sizes(index), self.frame, len(index)
+        read: list[Part] = [frame.before, self.source.stretch(index, sizes[0]), frame.after]
+        tokens, at = joined(read, rows, widths[0], self.end_id)
+        written: list[Part] = [self.opening, self.target.stretch(index, sizes[1]), [self.end_id]]
+        targets, end = joined(written, rows, widths[1], self.end_id)
+        start = np.full((rows, 1), self.start_id, np.int32)
+        inputs = {
+            "tokens": tokens,
+            "valid": np.arange(widths[0])[None] < at[-1],
+            "decoder_tokens": np.concatenate([start, targets[:, :-1]], axis=1),
+        }
+        weights = (np.arange(widths[1])[None] < end[-1]) & inside[:, None]
+        return {"inputs": inputs, "targets": targets, "weights": weights.astype(np.float32)}
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        """The targets as they are written in the source."""
+        out = []
+        for piece in self.pieces:
+            assert isinstance(piece, Records)
+            for _, value in piece.values(self.field):
+                out.append(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
+        return out
+
+
+@dataclass(frozen=True)
+class Training:
+    """Endless pairs; see `rows.pooled`."""
+
+    pairs: _Pairs
+    batch_size: int
+    seed: int
+    num_batches: None = None
+
+    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
+        index = pooled(step, self.batch_size, len(self.pairs), self.seed, self.pairs.total)
+        chosen = index[rows]
+        return self.pairs.batch(chosen, self.pairs.widths(index), np.ones(len(chosen), bool))
+
+
+class Pass:
+    """One pass, the shortest pairs first."""
+
+    def __init__(self, pairs: _Pairs, batch_size: int) -> None:
+        self.pairs, self.batch_size = pairs, batch_size
+        self.places = Places(np.argsort(pairs.total(np.arange(len(pairs))), kind="stable"), batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        return self.places.num_batches
+
+    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
+        everything, _ = self.places.at(step)
+        index, inside = self.places.at(step, rows)
+        return self.pairs.batch(index, self.pairs.widths(everything), inside)
+
+    def references(self, step: int) -> list[str]:
+        """The targets' texts of a batch, without the rows behind the last example."""
+        index, inside = self.places.at(step)
+        return [self.pairs.texts[i] for i in index[inside]]
