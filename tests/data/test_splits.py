@@ -49,7 +49,7 @@ def test_holding_out_more_keeps_what_was_held_out():
     ("rule", "fraction", "message"),
     [
         ("tial", None, "data.split is 'tial'. Did you mean 'tail'?"),
-        ("?", None, "data.split is '?'. Valid: auto, hash, names, tail."),
+        ("?", None, "data.split is '?'. Valid: all, auto, hash, names, tail."),
         ("auto", 0.0, "data.valid_fraction is 0.0; it must lie between 0 and 1."),
         ("auto", 1.0, "data.valid_fraction is 1.0; it must lie between 0 and 1."),
         ("hash", float("nan"), "data.valid_fraction is nan; it must lie between 0 and 1."),

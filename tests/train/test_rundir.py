@@ -62,13 +62,20 @@ def test_another_config_is_refused(tmp_path, make_config):
 
 def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "config.json").write_text("{}")
+    (tmp_path / "first" / "config.json").write_text('{"model": {}}')
     with pytest.raises(UserError) as found:
         rundir.read_config(tmp_path / "frist")
     assert str(found.value) == (
         f"{tmp_path}/frist is not a run directory: it has no config.json. Did you mean '{tmp_path}/first'?"
     )
-    assert rundir.read_config(tmp_path / "first") == {}
+    assert rundir.read_config(tmp_path / "first") == {"model": {}}
+    (tmp_path / "first" / "config.json").write_text('{"architectures": []}')
+    with pytest.raises(UserError) as found:
+        rundir.read_config(tmp_path / "first")
+    assert str(found.value) == (
+        f"{tmp_path}/first is not a run directory: its config.json has no section 'model'. A model folder is"
+        f" hf:{tmp_path}/first."
+    )
 
 
 def test_revision_and_versions():
