@@ -17,7 +17,7 @@ REQUIRED = inspect.Parameter.empty
 # Section -> (package, attribute) of the code that its `name` stands for.
 NAMED = {"task": ("tfm_jax.tasks", "make"), "data": ("tfm_jax.data", "make")}
 # Arguments of theirs that are not keys of a config.
-HIDDEN = {"task": ("model", "batch_size"), "data": ("tokenizer_dir",)}
+HIDDEN = {"task": ("model", "batch_size", "teacher_model"), "data": ("tokenizer_dir",)}
 DEFAULT_NAMES = {"task": "token_prediction", "data": "tokens"}
 
 

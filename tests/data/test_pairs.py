@@ -8,7 +8,6 @@ import pytest
 from tests.data.test_examples import bert, write  # noqa: F401 - a fixture
 from tests.errors import says
 from tfm_jax.data.pairs import make
-from tfm_jax.data.tokenizers import read_json_tokenizer
 
 DRAW = np.random.default_rng(1)
 
@@ -75,7 +74,6 @@ def test_training_rows_are_of_the_whole_batch_and_even_in_length(folder, bert): 
 def test_a_tokenizer_that_learns_reads_both_sides(folder):
     codec = opened(folder, "bpe:300").tokenizer
     assert codec.vocab_size <= 300 and len(codec.encode_batch(["whale ship"])[0]) <= 4
-    assert read_json_tokenizer is not None
 
 
 def test_bad_input(folder):

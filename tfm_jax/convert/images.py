@@ -71,10 +71,9 @@ def read_classes(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_classes(data: dict[str, Any]) -> dict[str, Any]:
-    names = data.get("classes") or []
-    return {
-        "id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}
-    } if names else {}  # fmt: skip
+    """The fields of a `config.json` for the classes that a run's section `data` names."""
+    numbers = {name: i for i, name in enumerate(data.get("classes") or [])}
+    return {"id2label": {str(i): name for name, i in numbers.items()}, "label2id": numbers} if numbers else {}
 
 
 def write_settings(config: dict[str, Any], folder: Path) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tfm_jax.data.index import epoch_records, hash_ints
-from tfm_jax.data.pictures import MODES, Fit, Labelled, Pictures, Resample, Shape, open_pictures, renumbered
+from tfm_jax.data.picture_sources import open_pictures, renumbered
+from tfm_jax.data.pictures import MODES, Fit, Labelled, Pictures, Resample, Shape
 from tfm_jax.data.splits import check_rule
 from tfm_jax.data.types import Batch, Data, Dataset, Rows
 from tfm_jax.errors import UserError, nearest
@@ -39,7 +40,7 @@ def make(
     """The config section `data` for `name="images"`.
 
     Args:
-      source: `digits`, `idx:FOLDER`, `folder:GLOB` or `tfds:NAME`; see `data.pictures`.
+      source: `digits`, `idx:FOLDER`, `folder:GLOB` or `tfds:NAME`; see `data.picture_sources`.
       image_size: height and width in pixels; an image is scaled to a square, whose middle is taken. As the source has
         them if None.
       scaled_to: side of that square, at least `image_size`, which it is if None. 256 for 224 is usual.

@@ -100,6 +100,7 @@ class Task:
       init_params: from the model's initial parameters and a key, what is trained: with adapters, or a part of them.
       frozen: regexes on the paths of what is not trained.
       init_extra: from the initial parameters, what the task carries besides them: teachers, averages, memory, queues.
+      donors: `{path in extra: run directory}`, what is read from other runs when this one begins: a teacher.
       update_extra: called once after each update with the new parameters and the loss's `aux`.
       eval_params: which parameters evaluation and generation use.
       splittable: whether any rows of a batch can be taken by themselves and their losses summed; contrastive losses and
@@ -113,6 +114,7 @@ class Task:
     init_params: Callable[[Params, jax.Array], Params] = _as_made
     frozen: Sequence[str] = ()
     init_extra: Callable[[Params], Extra] = _nothing
+    donors: Mapping[str, str] = field(default_factory=dict)
     update_extra: Callable[[Params, Extra, Mapping[str, Any]], Extra] = _keep
     eval_params: Callable[[Params, Extra], Params] = _own
     splittable: bool = True

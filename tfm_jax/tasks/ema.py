@@ -43,6 +43,7 @@ def with_ema(task: Task, decay: float) -> Task:
         carry=carry,
         loss=loss,
         init_extra=init_extra,
+        donors={f"inner/{path}": run for path, run in task.donors.items()},
         update_extra=update_extra,
         eval_params=lambda params, extra: task.eval_params(extra["ema"], extra["inner"]),
         predict_fns={

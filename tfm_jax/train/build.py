@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 
 from tfm_jax import config as configs
+from tfm_jax.data.tokenizers import load_tokenizer
+from tfm_jax.data.types import Tokenizer
 from tfm_jax.errors import UserError
 from tfm_jax.evals.base import Context, Evaluate
 from tfm_jax.names import resolve
@@ -27,6 +29,7 @@ from tfm_jax.tasks.base import Task
 from tfm_jax.tasks.ema import with_ema
 from tfm_jax.tasks.lora import with_lora
 from tfm_jax.train import optim, schedules, settings
+from tfm_jax.train.rundir import read_config
 from tfm_jax.train.state import TrainState, initialiser
 from tfm_jax.train.step import StepFn, make_train_step
 
@@ -117,6 +120,8 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_trai
     model = build_model(config["model"])
     layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
     task = build_task(config)
+    for run in task.donors.values():
+        _check_tokenizer(Path(run), data.tokenizer)
     inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
     _check_inputs(config, model, inputs)
     shapes = jax.eval_shape(
@@ -142,13 +147,16 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_trai
 def build_task(config: configs.Config) -> Task:
     """The objective, with what `train` wraps around it.
 
-    One whose `make` asks for `model` and `batch_size` (recurrent memory has their shape) is given the config's.
+    One whose `make` asks for `model` and `batch_size` (recurrent memory has their shape) is given the config's, one that asks
+    for `teacher_model` that of the run `teacher`.
     """
     section, decay = dict(config["task"]), config["train"]["ema"]
     make = resolve(section.pop("name"), package="tfm_jax.tasks", attribute="make", setting="task.name")
     asked = inspect.signature(make).parameters
     if "model" in asked:
         section["model"] = build_model(config["model"])
+    if "teacher_model" in asked:
+        section["teacher_model"] = build_model(read_config(Path(section["teacher"]))["model"])
     if "batch_size" in asked:
         section["batch_size"] = config["data"]["batch_size"]
     task: Task = make(**section)
@@ -196,6 +204,12 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
             f"data.batch_size={batch}{micro} does not divide over the mesh: data={sizes['data']} x"
             f" fsdp={sizes['fsdp']} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
         )
+
+
+def _check_tokenizer(donor: Path, tokenizer: Tokenizer | None) -> None:
+    saved = donor / "tokenizer"
+    if tokenizer is not None and saved.is_dir() and load_tokenizer(saved).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{donor} reads other ids than this data gives: set data.tokenizer=run:{donor}.")
 
 
 def _check_inputs(config: configs.Config, model: nn.Module, inputs: dict[str, Any]) -> None:

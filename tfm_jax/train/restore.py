@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,20 +139,39 @@ def _differences(run: Path, own: Config, tokenizer: Tokenizer | None) -> list[st
     return lines
 
 
+def _places(own: Mapping[str, jax.Array]) -> Callable[[str, Any], Any]:
+    """Where a donor's arrays go: where those of the same path and shape are, and what has no place here on all devices."""
+    known = next(iter(own.values())).sharding
+    assert isinstance(known, jax.sharding.NamedSharding)
+    whole = jax.sharding.NamedSharding(known.mesh, jax.sharding.PartitionSpec())
+
+    def place(path: str, leaf: Any) -> Any:
+        return own[path].sharding if path in own and own[path].shape == leaf.shape else whole
+
+    return place
+
+
 def load_donor(
     path: Path, params: Any, *, rename: Sequence[Any], resize_positions: bool, resize: Sequence[Resize] = LINE
 ) -> tuple[Any, Report]:
     """Another run's parameters in the place of `params`; see `surgery.transfer`."""
-    own = flatten(params)
-    # Where names and shapes agree a parameter is read straight onto its place; the others are whole until they are moved.
-    whole = jax.sharding.NamedSharding(next(iter(own.values())).sharding.mesh, jax.sharding.PartitionSpec())
-
-    def place(leaf_path: str, leaf: Any) -> Any:
-        fits = leaf_path in own and own[leaf_path].shape == leaf.shape
-        return own[leaf_path].sharding if fits else whole
-
-    donor, _ = load_params(path, sharding=place)
+    donor, _ = load_params(path, sharding=_places(flatten(params)))
     return transfer(flatten(donor), params, rename=rename, resize_positions=resize_positions, resize=resize)
+
+
+def with_donors(state: TrainState, donors: Mapping[str, str]) -> TrainState:
+    """A new state with what its task reads from other runs, each array where its place is."""
+    extra = state.extra
+    for path, run in donors.items():
+        own = {n.removeprefix(f"{path}/"): x for n, x in flatten(extra).items() if n.startswith(f"{path}/")}
+        found, _ = load_params(Path(run), sharding=_places(own))
+        values = {f"{path}/{name}": x for name, x in flatten(found).items()}
+
+        def taken(name: str, x: Any, values: Mapping[str, Any] = values) -> Any:
+            return values.get(name, x)
+
+        extra = map_with_path(taken, extra)
+    return state._replace(extra=extra)
 
 
 def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: bool) -> Restored:
@@ -185,13 +204,14 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
                 log.warning("init_from: the donor was made for something else:\n  %s", "\n  ".join(changed))
         # In one program, so that what is not made from the parameters (a memory) is born split too.
         shardings = jax.tree.map(lambda x: x.sharding, abstract.extra)
-        return state._replace(params=params, extra=jax.jit(experiment.task.init_extra, out_shardings=shardings)(params))
+        extra = jax.jit(experiment.task.init_extra, out_shardings=shardings)(params)
+        return with_donors(state._replace(params=params, extra=extra), experiment.task.donors)
 
     start, origin = first_state(
         checkpoints,
         abstract,
         resume=resume if settings.resume else None,
-        initialise=experiment.fresh_state,
+        initialise=lambda: with_donors(experiment.fresh_state(), experiment.task.donors),
         init_from=init_from if settings.init_from else None,
     )
     saved = start.meta.get("data", experiment.data.fingerprint)

@@ -1,0 +1,108 @@
+"""A teacher's parameters are read, placed and never change; the loss is that of the paper; a student comes nearer."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.errors import says
+from tfm_jax.data.tokenizers import load_tokenizer
+from tfm_jax.errors import UserError
+from tfm_jax.paths import flatten
+from tfm_jax.sections import build_model
+from tfm_jax.tasks import token_prediction
+from tfm_jax.tasks.distillation import divergence, make
+from tfm_jax.train import rundir
+from tfm_jax.train.build import build
+from tfm_jax.train.restore import load_params, open_checkpoint
+from tfm_jax.train.run import train
+
+DRAW = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def teacher(make_config, tmp_path_factory):
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    train(make_config({"train.steps": 200, "train.ema": 0.5, "model.layers": 2, "log.every": 50}), run)
+    return run
+
+
+def student(make_config, teacher, **changes):
+    wrapped = {"task.name": "distillation", "task.teacher": f"'{teacher}'", "task.task": "{'name': 'token_prediction'}"}
+    return make_config({**wrapped, "model.width": 8, "train.steps": 40, **changes})
+
+
+def test_the_divergence_is_that_of_the_distributions():
+    a, b = DRAW.normal(size=(2, 5, 7))
+    p, q = (np.exp(x / 3) / np.sum(np.exp(x / 3), -1, keepdims=True) for x in (a, b))
+    want = np.sum(p * np.log(p / q), -1)
+    np.testing.assert_allclose(divergence(jnp.asarray(a), jnp.asarray(b), 3.0), want, rtol=1e-4)
+    np.testing.assert_allclose(divergence(jnp.asarray(a), jnp.asarray(a), 3.0), 0, atol=1e-6)
+
+
+def test_the_teacher_is_read_and_never_changes(make_config, teacher, tmp_path):
+    """Its average, since it kept one; split over eight devices like everything else."""
+    train(student(make_config, teacher, **{"mesh.data": 1, "mesh.fsdp": 8, "train.steps": 3}), tmp_path / "run")
+    checkpoints, step = open_checkpoint(tmp_path / "run")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = checkpoints.shapes(step)["extra"]
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    kept = checkpoints.restore(step, {"extra": abstract}, partial=True).state["extra"]["teacher"]
+    want = load_params(teacher)[0]
+    assert flatten(kept).keys() == flatten(want).keys()
+    jax.tree.map(np.testing.assert_array_equal, kept, want)
+    # What evaluation, generation and export see is the student alone.
+    assert load_params(tmp_path / "run")[0]["token_embedding"]["embedding"].shape == (257, 8)
+
+
+def test_a_student_comes_nearer_to_its_teacher(make_config, teacher, tmp_path):
+    """Than the same student that hears it and does not listen; and is evaluated by the task's own loss."""
+    far = {}
+    for weight in (0.0, 1.0):
+        changes = {"task.soft_weight": weight, "task.temperature": 1.0, "train.steps": 200, "log.every": 20}
+        result = train(student(make_config, teacher, **changes), tmp_path / str(weight)).result
+        lines = map(json.loads, (tmp_path / str(weight) / "metrics.jsonl").read_text().splitlines())
+        far[weight] = np.mean([line["train/soft_loss"] for line in lines if "train/soft_loss" in line][-3:])
+        assert "eval/validation/soft_loss" not in result and np.isfinite(result["eval/validation/loss"])
+    assert far[1.0] < 0.85 * far[0.0], far
+
+
+def test_the_loss_is_the_weighted_sum(make_config, teacher):
+    built = build(make_config())
+    params, batch = jax.jit(built.init)().params, built.data.train.batch_at(0)
+    model, weight, heat = build_model(rundir.read_config(teacher)["model"]), 0.3, 2.5
+    told = model.apply({"params": load_params(teacher)[0]}, **batch["inputs"])["logits"]
+    extra = {"inner": {}, "teacher": load_params(teacher)[0]}
+
+    def apply(params, /, *, train, rngs=None, **inputs):
+        return built.model.apply({"params": params}, **inputs, train=train)
+
+    def out(task, train=True):
+        return jax.jit(lambda: task.loss(apply, params, extra, batch, None, train))()
+
+    task = make(
+        teacher="x", teacher_model=model, task={"name": "token_prediction"}, temperature=heat, soft_weight=weight
+    )
+    hard = jax.jit(lambda: token_prediction.make().loss(apply, params, {}, batch, None, True))()
+    soft = np.sum(divergence(told, apply(params, train=True, **batch["inputs"])["logits"], heat) * batch["weights"])
+    want = (1 - weight) * float(hard.total) + weight * heat**2 * float(soft)
+    assert float(out(task).total) == pytest.approx(want, rel=1e-5)
+    assert float(out(task, False).total) == pytest.approx(float(hard.total), rel=1e-6)
+
+
+def test_bad_input(make_config, teacher, tmp_path):
+    with says(f"{teacher} reads other ids than this data gives: set data.tokenizer=run:{teacher}."):
+        build(student(make_config, teacher, **{"data.tokenizer": "chars"}))
+    assert load_tokenizer(teacher / "tokenizer").vocab_size == 257
+    with pytest.raises(UserError, match="is not a run directory"):
+        build(student(make_config, tmp_path / "nothing"))
+    for key, value, message in (
+        ("temperature", 0.0, "task.temperature=0.0: must be above 0."),
+        ("soft_weight", 1.5, "task.soft_weight=1.5: must lie between 0 and 1."),
+    ):
+        with says(message):
+            build(student(make_config, teacher, **{f"task.{key}": value}))
+    with pytest.raises(UserError, match=r"its logits are \(8, 8, 257\), the student's \(8, 8, 300\)"):
+        train(student(make_config, teacher, **{"model.vocab_size": 300}), tmp_path / "run")
