@@ -23,6 +23,10 @@ EXAMPLES = """\
     --config.data.manual_dir=path/to/data --seeds 0 1 2"""
 
 
+# Where files lie is this machine's matter.
+LOCAL = ("data.manual_dir", "data.cache_dir")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     made.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENTS")
@@ -42,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--metric={flags.metric}: the run has none.{nearest(flags.metric, sorted(found[seed]))}")
         # Written as they come: what is done is not lost with what is not.
         figures = _figures(found, flags)
-        write_result(name, figures, config={"file": flags.config, "overrides": dict(overrides)}, folder=flags.results)
+        settings = {key: value for key, value in overrides if key not in LOCAL}
+        write_result(name, figures, config={"file": flags.config, "overrides": settings}, folder=flags.results)
     spread = f" (+- {figures['deviation']:.4f} over {len(found)} seeds)" if len(found) > 1 else ""
     wanted = "" if flags.at_least is None else f", at least {flags.at_least} was asked for"
     print(f"{name}: {flags.metric} {figures['mean']:.4f}{spread}{wanted}")

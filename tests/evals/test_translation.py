@@ -21,7 +21,7 @@ def config(tmp_path_factory):
     folder, draw = tmp_path_factory.mktemp("digits"), np.random.default_rng(0)
     words = ["nil", "one", "two", "tre"]
     for name, count in (("train", 400), ("valid", 24)):
-        rows = [draw.integers(0, 4, draw.integers(4, 7)) for _ in range(count)]
+        rows = [draw.integers(0, 4, draw.integers(4, 6)) for _ in range(count)]
         lines = [{"source": " ".join(map(str, row)), "target": " ".join(words[i] for i in row)} for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {
@@ -29,8 +29,8 @@ def config(tmp_path_factory):
                   "max_len": 16, "dropout": 0.0},
         "data": {"name": "pairs", "source": f"jsonl:{folder}/*.jsonl", "tokenizer": "wordpiece:40", "seq_len": 16,
                  "batch_size": 32},
-        "optim": {"name": "muon", "lr": 1e-2, "warmup_steps": 20},
-        "train": {"steps": 300},
+        "optim": {"name": "muon", "lr": 2e-2, "warmup_steps": 10},
+        "train": {"steps": 160},
         "evals": {
             "validation": {"split": "validation"},
             "bleu": {"name": "translation", "beams": 2, "max_new": 10, "batch_size": 16},
