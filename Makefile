@@ -9,11 +9,11 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help pretrain test lint evaluate generate convert benchmark parity clean reproduce-shakespeare reproduce-kills \
-	reproduce-minilm reproduce-albert reproduce-longformer
+	reproduce-minilm reproduce-minilm-sst2 reproduce-albert reproduce-longformer
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | \
-		awk -F'|' '{printf "  make %-22s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## (.*)/\1|\2/' | \
+		awk -F'|' '{printf "  make %-24s %s\n", $$1, $$2}'
 	@echo
 	@echo "  Variables: PYTHON=python3.12  RUN=runs/x  CONFIG=configs/x.py  ARGS='--config.optim.lr=1e-3'"
 
@@ -70,6 +70,11 @@ reproduce-kills: $(VENV)/.ready  ## kill a run 20 times and compare with an undi
 reproduce-minilm: $(VENV)/.ready  ## imported MiniLM on STS-B; MODEL=folder DATA=stsb-en-test.csv.gz (about 20 seconds)
 	@$(BIN)/python -m experiments.reproduce.minilm --model $(or $(MODEL),$(error give MODEL=path/to/model)) \
 		--data $(or $(DATA),$(error give DATA=path/to/stsb-en-test.csv.gz)) $(ARGS)
+
+reproduce-minilm-sst2: $(VENV)/.ready  ## MiniLM fine-tuned on SST-2; MODEL=folder DATA=folder with sst2/train.tsv, dev.tsv (up to 40 minutes)
+	@[ -d runs/minilm ] || $(BIN)/python -m experiments.convert --from hf:$(or $(MODEL),$(error give MODEL=path/to/model)) --to runs/minilm
+	@$(BIN)/python -m experiments.reproduce.recipe --config=configs/minilm_sst2.py --metric=eval/test/accuracy --at-least=0.9 \
+		--config.data.manual_dir=$(or $(DATA),$(error give DATA=path/to/folder)) $(ARGS)
 
 reproduce-albert: $(VENV)/.parity  ## imported ALBERT of rxnmapper beside the reference; MODEL=folder (about 20 seconds)
 	@$(BIN)/python -m experiments.reproduce.albert --model $(or $(MODEL),$(error give MODEL=path/to/model)) $(ARGS)
