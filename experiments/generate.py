@@ -107,7 +107,7 @@ class Loaded:
 
     def _source(self, ids: list[int]) -> list[int]:
         """With the marks that the model has seen around a source."""
-        if self.origin is not None:
+        if self.origin is not None or self.data["name"] == "pairs":
             frame = self.tokenizer.frame()
             return [*frame.before, *ids, *frame.after]
         return [*ids, self.tokenizer.end_id] if self.data.get("objective") == "span" else ids

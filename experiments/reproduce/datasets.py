@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
+from tfm_jax.data.splits import Keep
 from tfm_jax.errors import UserError
 
 Rows = Iterator[dict[str, Any]]
@@ -25,16 +26,15 @@ class _Files(tfds.core.GeneratorBasedBuilder):
 
     Attributes:
       files: by split, a file below the folder, the function that reads its records, and which of them are kept.
+      columns: what a record has, by field.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    files: dict[str, tuple[str, Callable[[str], Rows], Callable[[int], bool]]]
-
-    def columns(self) -> dict[str, Any]:
-        raise NotImplementedError
+    files: Mapping[str, tuple[str, Callable[[str], Rows], Callable[[str], bool]]]
+    columns: Mapping[str, Any]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(self.columns())
+        features = tfds.features.FeaturesDict(dict(self.columns))
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -42,9 +42,9 @@ class _Files(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(folder, *how) for split, how in self.files.items()}
 
     def _generate_examples(
-        self, folder: Path, name: str, read: Callable[[str], Rows], keep: Callable[[int], bool]
+        self, folder: Path, name: str, read: Callable[[str], Rows], keep: Callable[[str], bool]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        kept = (row for i, row in enumerate(read(_text(folder, name))) if keep(i))
+        kept = (row for i, row in enumerate(read(_text(folder, name))) if keep(str(i)))
         yield from enumerate(kept)
 
 
@@ -56,17 +56,16 @@ def _text(folder: Path, name: str) -> str:
     return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
 
 
-def _all(index: int) -> bool:
+def _all(place: str) -> bool:
     return True
 
 
-def _held_out(index: int) -> bool:
-    """2 % of the training records, by a hash of their place."""
-    return int.from_bytes(hashlib.md5(str(index).encode()).digest()[:8], "big") < 0.02 * 2**64
+# Of training records without a validation split of their own, by a hash of their place.
+_HELD_OUT, _NOT_HELD_OUT = Keep("validation", 0.02), Keep("train", 0.02)
 
 
-def _not_held_out(index: int) -> bool:
-    return not _held_out(index)
+def _sentence(*classes: str) -> dict[str, Any]:
+    return {"sentence": tfds.features.Text(), "label": tfds.features.ClassLabel(names=list(classes))}
 
 
 def _sst2(text: str) -> Rows:
@@ -82,13 +81,12 @@ class Sst2(_Files):
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "sst2/train.tsv and sst2/dev.tsv of GLUE: sentence and label, with a header."
     files = {  # noqa: RUF012 - read only
-        "train": ("sst2/train.tsv", _sst2, _not_held_out),
-        "validation": ("sst2/train.tsv", _sst2, _held_out),
+        "train": ("sst2/train.tsv", _sst2, _NOT_HELD_OUT),
+        "validation": ("sst2/train.tsv", _sst2, _HELD_OUT),
         "test": ("sst2/dev.tsv", _sst2, _all),
     }
 
-    def columns(self) -> dict[str, Any]:
-        return {"sentence": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["negative", "positive"])}
+    columns = _sentence("negative", "positive")
 
 
 def _cola(text: str) -> Rows:
@@ -101,16 +99,12 @@ class Cola(_Files):
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "cola/in_domain_train.tsv and cola/in_domain_dev.tsv of the authors' release."
     files = {  # noqa: RUF012 - read only
-        "train": ("cola/in_domain_train.tsv", _cola, _not_held_out),
-        "validation": ("cola/in_domain_train.tsv", _cola, _held_out),
+        "train": ("cola/in_domain_train.tsv", _cola, _NOT_HELD_OUT),
+        "validation": ("cola/in_domain_train.tsv", _cola, _HELD_OUT),
         "test": ("cola/in_domain_dev.tsv", _cola, _all),
     }
 
-    def columns(self) -> dict[str, Any]:
-        return {
-            "sentence": tfds.features.Text(),
-            "label": tfds.features.ClassLabel(names=["unacceptable", "acceptable"]),
-        }
+    columns = _sentence("unacceptable", "acceptable")
 
 
 def _stsb(text: str) -> Rows:
@@ -130,8 +124,8 @@ class Stsb(_Files):
         "test": ("stsb/stsb-en-test.csv", _stsb, _all),
     }
 
-    def columns(self) -> dict[str, Any]:
-        import numpy as np
-
-        text = tfds.features.Text()
-        return {"sentence1": text, "sentence2": text, "score": tfds.features.Scalar(np.float32)}
+    columns = {  # noqa: RUF012 - read only
+        "sentence1": tfds.features.Text(),
+        "sentence2": tfds.features.Text(),
+        "score": tfds.features.Scalar(np.float32),
+    }

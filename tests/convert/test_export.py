@@ -1,6 +1,7 @@
 """What is trained here goes to `transformers` and comes back: the models of all configs, and one in two parts."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -134,8 +135,6 @@ def test_electra_is_a_folder_for_each_half(electra, tmp_path):
 
 
 def test_halves_that_do_not_belong_together(electra, tmp_path):
-    import shutil
-
     shutil.copytree(electra / "theirs", tmp_path / "theirs")
     weights, config = (tmp_path / "theirs" / "generator" / name for name in ("model.safetensors", "config.json"))
     arrays = safetensors.numpy.load_file(weights)

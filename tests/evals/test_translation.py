@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from experiments.generate import Loaded
 from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.evals import translation
@@ -43,6 +44,8 @@ def test_what_is_learnt_is_scored(config, tmp_path):
     done = train(configs.resolve(config), tmp_path / "run")
     assert done.result["eval/bleu/sentences"] == 24
     assert done.result["eval/validation/accuracy"] > 0.97 and done.result["eval/bleu/bleu"] > 90
+    # The command frames a source as the data did.
+    assert Loaded(tmp_path / "run").likeliest("0 1 2 3", 2, 1.0, 10)[0] == "nil one two tre"
     short = configs.resolve(config, [("train.steps", "1"), ("optim.warmup_steps", "0")])
     assert train(short, tmp_path / "short").result["eval/bleu/bleu"] < 5
 

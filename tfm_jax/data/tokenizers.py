@@ -222,6 +222,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     raise UserError(f"{folder} holds no tokenizer: neither {JSON_FILE} nor {SENTENCEPIECE_FILE} is there.")
 
 
+def reads_others(folder: Path, tokenizer: Tokenizer | None) -> bool:
+    """Whether a run folder's tokenizer gives other ids than this one; False where one of them has none."""
+    saved = folder / "tokenizer"
+    return tokenizer is not None and saved.is_dir() and load_tokenizer(saved).fingerprint != tokenizer.fingerprint
+
+
 def _must_exist(path: Path) -> None:
     if not path.is_file():
         there = sorted(str(p) for p in path.parent.glob("*") if p.is_file()) if path.parent.is_dir() else []

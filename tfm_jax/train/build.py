@@ -14,8 +14,7 @@ import flax.linen as nn
 import jax
 
 from tfm_jax import config as configs
-from tfm_jax.data.tokenizers import load_tokenizer
-from tfm_jax.data.types import Tokenizer
+from tfm_jax.data.tokenizers import reads_others
 from tfm_jax.errors import UserError
 from tfm_jax.evals.base import Context, Evaluate
 from tfm_jax.names import resolve
@@ -121,7 +120,8 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_trai
     layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
     task = build_task(config)
     for run in task.donors.values():
-        _check_tokenizer(Path(run), data.tokenizer)
+        if reads_others(Path(run), data.tokenizer):
+            raise UserError(f"{run} reads other ids than this data gives: set data.tokenizer=run:{run}.")
     inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
     _check_inputs(config, model, inputs)
     shapes = jax.eval_shape(
@@ -204,12 +204,6 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
             f"data.batch_size={batch}{micro} does not divide over the mesh: data={sizes['data']} x"
             f" fsdp={sizes['fsdp']} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
         )
-
-
-def _check_tokenizer(donor: Path, tokenizer: Tokenizer | None) -> None:
-    saved = donor / "tokenizer"
-    if tokenizer is not None and saved.is_dir() and load_tokenizer(saved).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{donor} reads other ids than this data gives: set data.tokenizer=run:{donor}.")
 
 
 def _check_inputs(config: configs.Config, model: nn.Module, inputs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from tfm_jax.config import Config
-from tfm_jax.data.tokenizers import load_tokenizer
+from tfm_jax.data.tokenizers import reads_others
 from tfm_jax.data.types import Tokenizer
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path
@@ -133,8 +133,7 @@ def _differences(run: Path, own: Config, tokenizer: Tokenizer | None) -> list[st
             values = donor["data"].get(key), own["data"][key]
             if values[0] is not None and values[0] != values[1]:
                 lines.append(f"data.{key}: {values[0]!r} there, {values[1]!r} here")
-    saved = run / "tokenizer"
-    if tokenizer is not None and saved.is_dir() and load_tokenizer(saved).fingerprint != tokenizer.fingerprint:
+    if reads_others(run, tokenizer):
         lines.append(f"data.tokenizer: another than the donor's, which is data.tokenizer=run:{run}")
     return lines
 

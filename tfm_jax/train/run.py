@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,10 +147,8 @@ class _Loop:
 
     def run(self) -> Outcome:
         experiment = self.experiment
-        began = time.perf_counter()
-        programs = Programs(experiment.jitted_step())
+        programs = Programs(experiment.jitted_step(), self.meter.compiling)
         programs.get(self.state, experiment.batch(self.first))
-        self.meter.compile_seconds = time.perf_counter() - began
         progress = Progress(start=self.first, total=self.total, shown=self.main)
         batches = Prefetcher(experiment.batch, self.first, self.total)
         try:
@@ -170,9 +167,6 @@ class _Loop:
                             return self._preempted(step)
                     if self.trace is not None:
                         self.trace.before(step, self.state)
-                    if not programs.has(batch):
-                        with self.meter.compiling():
-                            programs.get(self.state, batch)
                     self.state, metrics = programs.get(self.state, batch)(self.state, batch)  # 6, 7
                     self._read()  # 8, 9
                     self.pending = (step + 1, metrics)

@@ -1,0 +1,64 @@
+"""The builders of published data sets, on files of their form."""
+
+import gzip
+
+import pytest
+import tensorflow_datasets as tfds
+
+from experiments.reproduce import datasets
+from tests.errors import says
+from tfm_jax.data.examples import make
+from tfm_jax.data.records import tfds_folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    base = tmp_path_factory.mktemp("files")
+    for name in ("sst2", "cola", "stsb"):
+        (base / name).mkdir()
+    rows = [f"film {i} is fine\t{i % 2}" for i in range(300)]
+    (base / "sst2" / "train.tsv.gz").write_bytes(gzip.compress("\n".join(["sentence\tlabel", *rows]).encode()))
+    (base / "sst2" / "dev.tsv").write_text('sentence\tlabel\nan " odd one\t1\nb\t0\n')
+    for name in ("in_domain_train", "in_domain_dev"):
+        (base / "cola" / f"{name}.tsv").write_text("".join(f"x\t{i % 2}\t*\tsentence {i}\n" for i in range(300)))
+    for name in ("train", "dev", "test"):
+        (base / "stsb" / f"stsb-en-{name}.csv").write_text('"one, two",three,2.5\nfour,five,0.0\n')
+    return base
+
+
+def prepared(builder, files, tmp_path):
+    made = builder(data_dir=str(tmp_path), file_format="array_record")
+    made.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(files)))
+    return f"tfds:{made.data_dir}"
+
+
+def test_sst2_and_cola(files, tmp_path):
+    for builder in (datasets.Sst2, datasets.Cola):
+        data = make(source=prepared(builder, files, tmp_path), text="sentence", tokenizer="bytes", seq_len=32)
+        sizes = {name: found["examples"] for name, found in data.facts.items()}
+        assert sizes["train"] + sizes["validation"] == 300 and 0 < sizes["validation"] < 20
+        assert data.sizes == {"classes": 2}
+        batch = data.evals("test", 1).batch_at(0)
+        assert sizes["test"] == (2 if builder is datasets.Sst2 else 300) and batch["targets"].tolist() == [0]
+
+
+def test_stsb(files, tmp_path):
+    source = prepared(datasets.Stsb, files, tmp_path)
+    data = make(
+        source=source, text="sentence1", pair="sentence2", label="score", kind="number", tokenizer="bytes", seq_len=64
+    )
+    batch = data.evals("test", 2).batch_at(0)
+    assert batch["targets"].tolist() == [0.0, 2.5]
+    assert data.tokenizer.decode(batch["inputs"]["tokens"][1][batch["inputs"]["valid"][1]]) == "one, twothree"
+
+
+def test_files_that_one_must_have(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.Sst2, "is_prepared", lambda self: False)
+    name = "experiments.reproduce.datasets:Sst2"
+    with says(
+        f"tfds:{name} is made of files that you must have: {datasets.Sst2.MANUAL_DOWNLOAD_INSTRUCTIONS} Name the folder"
+        " they are in: --config.data.manual_dir=FOLDER."
+    ):
+        tfds_folder(name)
+    with says(f"data.manual_dir='{tmp_path}' has no sst2/train.tsv, and no sst2/train.tsv.gz."):
+        datasets._text(tmp_path, "sst2/train.tsv")
