@@ -48,7 +48,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         }
     )
     if arguments == "lora":
-        config.train.lora = {
+        config.train.adapter = {
             "rank": 8,
             "alpha": 16.0,
             "pattern": r"attention/(query|value)/kernel$",

@@ -36,7 +36,7 @@ def trained(reviews, tmp_path_factory):
               "--config.log.tensorboard=False", f"--workdir={base}", f"--results={base}"]  # fmt: skip
     first = recipe.main([f"--config={FOLDER}/minilm_sst2.py:smoke", *common])
     lora = "{'rank': 4, 'pattern': 'attention/(query|value)/kernel$', 'train': ['class_head/']}"
-    more = [f"--config.checkpoint.init_from={base}/minilm_sst2-smoke-0", f"--config.train.lora={lora}",
+    more = [f"--config.checkpoint.init_from={base}/minilm_sst2-smoke-0", f"--config.train.adapter={lora}",
             f"--config.data.tokenizer=run:{base}/minilm_sst2-smoke-0"]  # fmt: skip
     second = recipe.main([f"--config={FOLDER}/minilm_sst2.py:smoke", *common, *more, "--seeds=1"])
     return base, first, second
@@ -54,7 +54,7 @@ def test_adapters_go_on_from_it_and_are_evaluated_like_any_run(trained, capsys):
     base, _, second = trained
     run = base / "minilm_sst2-smoke-1"
     assert second == 0
-    assert rundir.read_config(run)["train"]["lora"]["rank"] == 4
+    assert rundir.read_config(run)["train"]["adapter"]["rank"] == 4
     result = json.loads((run / "result.json").read_text())
     assert evaluate.main([f"--run={run}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

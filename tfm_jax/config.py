@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import ml_collections
 import typeguard
 
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.sections import REQUIRED, Fields, build_model, eval_fields, section_fields
+from tfm_jax.sections import build_model, eval_fields, fill, section_fields
 
 Config = dict[str, Any]  # resolved: nested plain dicts, JSON-serialisable
 SECTIONS = ("model", "task", "data", "optim", "mesh", "train", "checkpoint", "evals", "log")
@@ -92,62 +91,11 @@ def resolve(config: Mapping[str, Any] | ml_collections.ConfigDict, overrides: Se
     resolved: Config = {}
     for section in SECTIONS:
         if section == "evals":
-            resolved[section] = {n: _fill(f"evals.{n}", v, eval_fields(n, v)) for n, v in raw[section].items()}
+            resolved[section] = {n: fill(f"evals.{n}", v, eval_fields(n, v)) for n, v in raw[section].items()}
         else:
-            resolved[section] = _fill(section, raw[section], section_fields(section, raw[section]))
+            resolved[section] = fill(section, raw[section], section_fields(section, raw[section]))
     _check_model(resolved["model"])
     return resolved
-
-
-def _fill(section: str, given: Mapping[str, Any], fields: Fields) -> Config:
-    for key, value in given.items():
-        if key not in fields:
-            raise UserError(f"config: unknown key '{section}.{key}' (={value!r}).{nearest(key, fields)}")
-    out: Config = {}
-    for key, field in fields.items():
-        value = given.get(key, field.default)
-        if value is REQUIRED:
-            raise UserError(f"config: {section}.{key} is not set, and has no default.")
-        out[key] = _checked(f"{section}.{key}", value, field.hint)
-    return out
-
-
-def _checked(key: str, value: Any, hint: Any) -> Any:
-    """The value, plain, if it fits the annotation; ints where floats are wanted become floats."""
-    if isinstance(value, Mapping):
-        value = {k: v for k, v in value.items()}
-    probe = tuple(value) if isinstance(value, list) else value
-    options = typing.get_args(hint) or (hint,)
-    if isinstance(value, str) and typing.get_origin(hint) is Sequence:
-        raise UserError(f"config: {key}={value!r} has the wrong type; expected a list, for instance ({value!r},).")
-    if isinstance(value, bool) and bool not in options and hint is not Any:
-        raise UserError(f"config: {key}={value!r} has the wrong type; expected {_describe(hint)}.")
-    try:
-        typeguard.check_type(probe, hint)
-    except typeguard.TypeCheckError:
-        choices = [c for c in options if isinstance(c, str)] or [c for o in options for c in typing.get_args(o)]
-        hint_text = nearest(value, choices) if choices and isinstance(value, str) else ""
-        raise UserError(
-            f"config: {key}={value!r} has the wrong type or value; expected {_describe(hint)}.{hint_text}"
-        ) from None
-    if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
-        return float(value)
-    return _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back, tuples being lists: a run's own config must equal the one in its folder."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    if isinstance(hint, type):
-        return hint.__name__
-    return str(hint).replace("typing.", "").replace("collections.abc.", "")
 
 
 def _override(raw: Config, key: str, text: str) -> None:

@@ -9,34 +9,53 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import typeguard
+
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.names import resolve as resolve_name
 from tfm_jax.nn.spec import BlockSpec
 
 REQUIRED = inspect.Parameter.empty
 # Section -> (package, attribute) of the code that its `name` stands for.
-NAMED = {"task": ("tfm_jax.tasks", "make"), "data": ("tfm_jax.data", "make")}
+NAMED = {"task": ("tfm_jax.tasks", "make"), "data": ("tfm_jax.data", "make"), "adapter": ("tfm_jax.tasks", "wrap")}
 # Arguments of theirs that are not keys of a config.
-HIDDEN = {"task": ("model", "batch_size", "teacher_model"), "data": ("tokenizer_dir",)}
-DEFAULT_NAMES = {"task": "token_prediction", "data": "tokens"}
+HIDDEN = {
+    "task": ("model", "batch_size", "teacher_model", "build"),
+    "data": ("tokenizer_dir",),
+    "adapter": ("task", "steps"),
+}
+DEFAULT_NAMES = {"task": "token_prediction", "data": "tokens", "adapter": "lora"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inside:
+    """Marks an argument as a section of some kind inside another: `Annotated[Mapping[str, Any], Inside("task")]`."""
+
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class InsideEach(Inside):
+    """Marks an argument as several sections of some kind by name."""
 
 
 class Field(NamedTuple):
     hint: Any
     default: Any
+    inside: Inside | None = None
 
 
 Fields = dict[str, Field]
 
 
-def section_fields(section: str, given: Mapping[str, Any]) -> Fields:
-    """The arguments that a section takes, given its `name` and `variant`."""
+def section_fields(section: str, given: Mapping[str, Any], setting: str | None = None) -> Fields:
+    """The arguments that a section takes, given its `name` and `variant`; `setting` is where it stands, if inside another."""
     if section == "model":
         return _model_fields(given)
     if section in NAMED:
         package, attribute = NAMED[section]
         name = given.get("name", DEFAULT_NAMES[section])
-        make = resolve_name(name, package=package, attribute=attribute, setting=f"{section}.name")
+        make = resolve_name(name, package=package, attribute=attribute, setting=f"{setting or section}.name")
         return {"name": Field(str, DEFAULT_NAMES[section]), **_signature(make, hidden=HIDDEN[section])}
     # Imported here: these modules import the device backend, which a config check by itself does not need.
     if section == "optim":
@@ -50,6 +69,75 @@ def section_fields(section: str, given: Mapping[str, Any]) -> Fields:
     from tfm_jax.train import settings
 
     return _signature(getattr(settings, section.capitalize()))
+
+
+def fill(section: str, given: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """Every argument of a section, checked by name and type.
+
+    Args:
+      section: its name, for errors.
+    """
+    for key, value in given.items():
+        if key not in fields:
+            raise UserError(f"config: unknown key '{section}.{key}' (={value!r}).{nearest(key, fields)}")
+    out: dict[str, Any] = {}
+    for key, field in fields.items():
+        value = given.get(key, field.default)
+        if value is REQUIRED:
+            raise UserError(f"config: {section}.{key} is not set, and has no default.")
+        out[key] = _checked(f"{section}.{key}", value, field.hint)
+        if field.inside is not None and out[key] is not None:
+            kind, name = field.inside.kind, f"{section}.{key}"
+            if isinstance(field.inside, InsideEach):
+                out[key] = {n: _filled(kind, f"{name}.{n}", v) for n, v in out[key].items()}
+            else:
+                out[key] = _filled(kind, name, out[key])
+    return out
+
+
+def _filled(kind: str, setting: str, given: Any) -> dict[str, Any]:
+    """A section inside another."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"config: {setting}={given!r}: a section is a dict of arguments.")
+    return fill(setting, given, section_fields(kind, given, setting))
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """The value, plain, if it fits the annotation; ints where floats are wanted become floats."""
+    if isinstance(value, Mapping):
+        value = {k: v for k, v in value.items()}
+    probe = tuple(value) if isinstance(value, list) else value
+    options = typing.get_args(hint) or (hint,)
+    if isinstance(value, str) and typing.get_origin(hint) is Sequence:
+        raise UserError(f"config: {key}={value!r} has the wrong type; expected a list, for instance ({value!r},).")
+    if isinstance(value, bool) and bool not in options and hint is not Any:
+        raise UserError(f"config: {key}={value!r} has the wrong type; expected {_describe(hint)}.")
+    try:
+        typeguard.check_type(probe, hint)
+    except typeguard.TypeCheckError:
+        choices = [c for c in options if isinstance(c, str)] or [c for o in options for c in typing.get_args(o)]
+        hint_text = nearest(value, choices) if choices and isinstance(value, str) else ""
+        raise UserError(
+            f"config: {key}={value!r} has the wrong type or value; expected {_describe(hint)}.{hint_text}"
+        ) from None
+    if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
+        return float(value)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back, tuples being lists: a run's own config must equal the one in its folder."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    if isinstance(hint, type):
+        return hint.__name__
+    return str(hint).replace("typing.", "").replace("collections.abc.", "")
 
 
 def eval_fields(name: str, given: Mapping[str, Any]) -> Fields:
@@ -134,7 +222,7 @@ def _dataclass_fields(cls: type[Any]) -> Fields:
         if f.name in ("parent", "name") or not f.init:
             continue
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        out[f.name] = Field(hints.get(f.name, Any), REQUIRED if default is dataclasses.MISSING else default)
+        out[f.name] = _field(hints.get(f.name, Any), REQUIRED if default is dataclasses.MISSING else default)
     return out
 
 
@@ -144,11 +232,31 @@ def _signature(function: Callable[..., Any], hidden: Sequence[str] = ()) -> Fiel
     hints = _hints(function)
     parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in hidden]
-    return {p.name: Field(hints.get(p.name, Any), p.default) for p in named}
+    return {p.name: _field(hints.get(p.name, Any), p.default) for p in named}
+
+
+def _field(hint: Any, default: Any) -> Field:
+    if typing.get_origin(hint) is not typing.Annotated:
+        return Field(hint, default)
+    plain, *marks = typing.get_args(hint)
+    return Field(plain, default, next((mark for mark in marks if isinstance(mark, Inside)), None))
+
+
+def make_named(kind: str, section: Mapping[str, Any], **given: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """What the code that a filled section names makes of it.
+
+    Args:
+      given: by the name of an argument that is not a key, what to give for it if it is asked for, from the section.
+    """
+    package, attribute = NAMED[kind]
+    arguments = dict(section)
+    make = resolve_name(arguments.pop("name"), package=package, attribute=attribute, setting=f"{kind}.name")
+    asked = inspect.signature(make).parameters
+    return make(**arguments, **{name: value(section) for name, value in given.items() if name in asked})
 
 
 def _hints(of: Any) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(of)
+        return typing.get_type_hints(of, include_extras=True)
     except NameError:  # a name that its author imports for type checkers only: checked by name, not by type
         return {}

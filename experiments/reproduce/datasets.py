@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ class _Files(tfds.core.GeneratorBasedBuilder):
     """Records of files that TFDS does not download, in the files' order.
 
     Attributes:
-      files: by split, a file below the folder, the function that reads its records, and which of them are kept.
+      files: by split, files below the folder, the function that reads records from their texts, and which are kept.
       columns: what a record has, by field.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    files: Mapping[str, tuple[str, Callable[[str], Rows], Callable[[str], bool]]]
+    files: Mapping[str, tuple[Sequence[str], Callable[..., Rows], Callable[[str], bool]]]
     columns: Mapping[str, Any]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -42,9 +42,10 @@ class _Files(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(folder, *how) for split, how in self.files.items()}
 
     def _generate_examples(
-        self, folder: Path, name: str, read: Callable[[str], Rows], keep: Callable[[str], bool]
+        self, folder: Path, names: Sequence[str], read: Callable[..., Rows], keep: Callable[[str], bool]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        kept = (row for i, row in enumerate(read(_text(folder, name))) if keep(str(i)))
+        texts = [_text(folder, name) for name in names]
+        kept = (row for i, row in enumerate(read(*texts)) if keep(str(i)))
         yield from enumerate(kept)
 
 
@@ -81,9 +82,9 @@ class Sst2(_Files):
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "sst2/train.tsv and sst2/dev.tsv of GLUE: sentence and label, with a header."
     files = {  # noqa: RUF012 - read only
-        "train": ("sst2/train.tsv", _sst2, _NOT_HELD_OUT),
-        "validation": ("sst2/train.tsv", _sst2, _HELD_OUT),
-        "test": ("sst2/dev.tsv", _sst2, _all),
+        "train": (["sst2/train.tsv"], _sst2, _NOT_HELD_OUT),
+        "validation": (["sst2/train.tsv"], _sst2, _HELD_OUT),
+        "test": (["sst2/dev.tsv"], _sst2, _all),
     }
 
     columns = _sentence("negative", "positive")
@@ -99,9 +100,9 @@ class Cola(_Files):
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "cola/in_domain_train.tsv and cola/in_domain_dev.tsv of the authors' release."
     files = {  # noqa: RUF012 - read only
-        "train": ("cola/in_domain_train.tsv", _cola, _NOT_HELD_OUT),
-        "validation": ("cola/in_domain_train.tsv", _cola, _HELD_OUT),
-        "test": ("cola/in_domain_dev.tsv", _cola, _all),
+        "train": (["cola/in_domain_train.tsv"], _cola, _NOT_HELD_OUT),
+        "validation": (["cola/in_domain_train.tsv"], _cola, _HELD_OUT),
+        "test": (["cola/in_domain_dev.tsv"], _cola, _all),
     }
 
     columns = _sentence("unacceptable", "acceptable")
@@ -119,9 +120,9 @@ class Stsb(_Files):
         "stsb/stsb-en-train.csv, stsb-en-dev.csv and stsb-en-test.csv: sentence, sentence, score."
     )
     files = {  # noqa: RUF012 - read only
-        "train": ("stsb/stsb-en-train.csv", _stsb, _all),
-        "validation": ("stsb/stsb-en-dev.csv", _stsb, _all),
-        "test": ("stsb/stsb-en-test.csv", _stsb, _all),
+        "train": (["stsb/stsb-en-train.csv"], _stsb, _all),
+        "validation": (["stsb/stsb-en-dev.csv"], _stsb, _all),
+        "test": (["stsb/stsb-en-test.csv"], _stsb, _all),
     }
 
     columns = {  # noqa: RUF012 - read only
@@ -129,3 +130,41 @@ class Stsb(_Files):
         "sentence2": tfds.features.Text(),
         "score": tfds.features.Scalar(np.float32),
     }
+
+
+def _aligned(english: str, german: str) -> Rows:
+    first, second = english.splitlines(), german.splitlines()
+    if len(first) != len(second):
+        raise UserError(f"multi30k: {len(first)} English lines, but {len(second)} German ones; they must be aligned.")
+    for en, de in zip(first, second, strict=True):
+        yield {"en": en, "de": de}
+
+
+def _both(name: str) -> list[str]:
+    return [f"multi30k/{name}.en", f"multi30k/{name}.de"]
+
+
+class Multi30k(_Files):
+    """Multi30k, task 1 (Elliott et al. 2016): captions in English and German; `test` is test_2016_flickr."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "multi30k/train.en, train.de, val.en, val.de and the test sets' files of the authors' release, task 1, raw."
+    )
+    files = {  # noqa: RUF012 - read only
+        "train": (_both("train"), _aligned, _all),
+        "validation": (_both("val"), _aligned, _all),
+        "test": (_both("test_2016_flickr"), _aligned, _all),
+    }
+    columns = {"en": tfds.features.Text(), "de": tfds.features.Text()}  # noqa: RUF012 - read only
+
+
+class Multi30kFlickr2017(Multi30k):
+    """The same with test_2017_flickr as `test`."""
+
+    files = {**Multi30k.files, "test": (_both("test_2017_flickr"), _aligned, _all)}  # noqa: RUF012 - read only
+
+
+class Multi30kCoco2017(Multi30k):
+    """The same with test_2017_mscoco as `test`."""
+
+    files = {**Multi30k.files, "test": (_both("test_2017_mscoco"), _aligned, _all)}  # noqa: RUF012 - read only

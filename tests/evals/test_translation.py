@@ -7,6 +7,7 @@ import pytest
 
 from experiments.generate import Loaded
 from tests.errors import says
+from tests.test_configs import FOLDER
 from tfm_jax import config as configs
 from tfm_jax.evals import translation
 from tfm_jax.evals.base import Context
@@ -18,43 +19,36 @@ pytest.importorskip("sacrebleu")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Turn digits into words, one by one."""
+    """The smoke form of the recipe of translation: turn digits into words, one by one."""
     folder, draw = tmp_path_factory.mktemp("digits"), np.random.default_rng(0)
     words = ["nil", "one", "two", "tre"]
     for name, count in (("train", 400), ("valid", 24)):
         rows = [draw.integers(0, 4, draw.integers(4, 6)) for _ in range(count)]
         lines = [{"source": " ".join(map(str, row)), "target": " ".join(words[i] for i in row)} for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {
-        "model": {"name": "encdec", "width": 32, "heads": 2, "mlp_width": 64, "encoder_layers": 1, "decoder_layers": 1,
-                  "max_len": 16, "dropout": 0.0},
-        "data": {"name": "pairs", "source": f"jsonl:{folder}/*.jsonl", "tokenizer": "wordpiece:40", "seq_len": 16,
-                 "batch_size": 32},
-        "optim": {"name": "muon", "lr": 2e-2, "warmup_steps": 10},
-        "train": {"steps": 160},
-        "evals": {
-            "validation": {"split": "validation"},
-            "bleu": {"name": "translation", "beams": 2, "max_new": 10, "batch_size": 16},
-        },
-        "log": {"tensorboard": False},
-    }  # fmt: skip
+    changes = [
+        ("data.source", f"jsonl:{folder}/*.jsonl"),
+        ("evals.test.batch_size", "16"),
+        ("log.tensorboard", "False"),
+    ]
+    return configs.resolve(configs.load(f"{FOLDER}/mt_multi30k.py:smoke"), changes)
 
 
 def test_what_is_learnt_is_scored(config, tmp_path):
-    done = train(configs.resolve(config), tmp_path / "run")
-    assert done.result["eval/bleu/sentences"] == 24
-    assert done.result["eval/validation/accuracy"] > 0.97 and done.result["eval/bleu/bleu"] > 90
+    done = train(config, tmp_path / "run")
+    assert done.result["eval/test/sentences"] == 24
+    assert done.result["eval/validation/accuracy"] > 0.97 and done.result["eval/test/bleu"] > 90
     # The command frames a source as the data did.
     assert Loaded(tmp_path / "run").likeliest("0 1 2 3", 2, 1.0, 10)[0] == "nil one two tre"
-    short = configs.resolve(config, [("train.steps", "1"), ("optim.warmup_steps", "0")])
-    assert train(short, tmp_path / "short").result["eval/bleu/bleu"] < 5
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert min(line["eval/test/bleu"] for line in lines if "eval/test/bleu" in line) < 80
 
 
 def test_the_score_is_sacrebleus_over_the_rows_that_there_are(config, monkeypatch):
     """What is 'made' here is the reference with its first word said twice; rows behind the last example do not count."""
     import sacrebleu
 
-    built = build(configs.resolve(config))
+    built = build(config)
     dataset = built.data.evals("validation", 16)
     batches = [dataset.references(step) for step in range(dataset.num_batches)]
     assert [len(texts) for texts in batches] == [16, 8]
@@ -72,7 +66,9 @@ def test_the_score_is_sacrebleus_over_the_rows_that_there_are(config, monkeypatc
 
     monkeypatch.setattr(translation, "beam_search", search)
     context = Context(built.task, built.model, built.layout, built.data, 32)
-    found = translation.make(context, batch_size=16)(type("State", (), {"params": {}, "extra": {}}))
+    found = translation.make(context, batch_size=16)(
+        type("State", (), {"params": {}, "extra": {"ema": {}, "inner": {}}})
+    )
     wanted = [text for texts in batches for text in texts]
     want = sacrebleu.corpus_bleu([twice(text) for text in wanted], [wanted]).score
     assert found["bleu"] == pytest.approx(want) and 50 < want < 99 and found["sentences"] == 24

@@ -58,6 +58,10 @@ def test_the_teacher_is_read_and_never_changes(make_config, teacher, tmp_path):
     assert load_params(tmp_path / "run")[0]["token_embedding"]["embedding"].shape == (257, 8)
 
 
+def plain(section):
+    return token_prediction.make()
+
+
 def test_a_student_comes_nearer_to_its_teacher(make_config, teacher):
     """And one that hears it but does not listen stays away: this teacher says nothing that is right."""
     built, narrow = build(make_config()), build(make_config({"model.width": 8}))
@@ -70,7 +74,7 @@ def test_a_student_comes_nearer_to_its_teacher(make_config, teacher):
 
     @functools.partial(jax.jit, static_argnums=1)
     def trained(params, weight):
-        task = make(teacher="x", teacher_model=model, task={"name": "token_prediction"}, temperature=1.0,
+        task = make(teacher="x", teacher_model=model, build=plain, task={}, temperature=1.0,
                     soft_weight=weight)  # fmt: skip
 
         def step(carry, _):
@@ -102,9 +106,7 @@ def test_the_loss_is_the_weighted_sum(make_config, teacher):
     def out(task, train=True):
         return jax.jit(lambda: task.loss(apply, params, extra, batch, None, train))()
 
-    task = make(
-        teacher="x", teacher_model=model, task={"name": "token_prediction"}, temperature=heat, soft_weight=weight
-    )
+    task = make(teacher="x", teacher_model=model, build=plain, task={}, temperature=heat, soft_weight=weight)
     hard = jax.jit(lambda: token_prediction.make().loss(apply, params, {}, batch, None, True))()
     soft = np.sum(divergence(told, apply(params, train=True, **batch["inputs"])["logits"], heat) * batch["weights"])
     want = (1 - weight) * float(hard.total) + weight * heat**2 * float(soft)

@@ -10,13 +10,13 @@ from tests.errors import says
 from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
 from tfm_jax.tasks import token_prediction
-from tfm_jax.tasks.lora import with_lora
+from tfm_jax.tasks.lora import wrap
 from tfm_jax.train.build import build
 from tfm_jax.train.restore import load_params, open_checkpoint
 from tfm_jax.train.run import train
 
 LORA = {"rank": 2, "alpha": 6.0, "pattern": r"attention/(query|value)/kernel$", "train": [r"final_norm/"]}
-CHANGES = {"train.lora": json.dumps(LORA).replace('"', "'"), "train.steps": 4, "model.layers": 2}
+CHANGES = {"train.adapter": json.dumps(LORA).replace('"', "'"), "train.steps": 4, "model.layers": 2}
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +39,19 @@ def saved(run):
 def test_only_adapters_and_what_is_named_are_trained(trained):
     donor, now = flatten(load_params(trained / "donor")[0]), saved(trained / "run")
     adapted = {path for path in donor if path.endswith(("query/kernel", "value/kernel"))}
-    assert {p for p in now if p.startswith("lora/")} == {f"lora/{p}/{x}" for p in adapted for x in "ab"}
+    assert {p for p in now if p.startswith("adapter/")} == {f"adapter/{p}/{x}" for p in adapted for x in "ab"}
     changed = {path for path, x in donor.items() if not np.array_equal(x, now[path])}
     assert changed == {path for path in donor if "final_norm/" in path} and len(adapted) == 4
-    assert all(np.any(now[f"lora/{path}/b"] != 0) for path in adapted)
+    assert all(np.any(now[f"adapter/{path}/b"] != 0) for path in adapted)
 
 
 def test_others_see_the_sum(trained):
     now, plain = saved(trained / "run"), flatten(load_params(trained / "run")[0])
-    assert not any("lora" in path for path in plain)
+    assert not any("adapter" in path for path in plain)
     for path, x in plain.items():
         want = now[path]
-        if f"lora/{path}/a" in now:
-            want = want + 3.0 * np.asarray(now[f"lora/{path}/a"]) @ np.asarray(now[f"lora/{path}/b"])
+        if f"adapter/{path}/a" in now:
+            want = want + 3.0 * np.asarray(now[f"adapter/{path}/a"]) @ np.asarray(now[f"adapter/{path}/b"])
         np.testing.assert_allclose(x, want, atol=1e-6, err_msg=path)
     result = json.loads((trained / "run" / "result.json").read_text())
     assert np.isfinite(result["eval/validation/loss"])
@@ -62,7 +62,7 @@ def test_it_begins_as_the_model_and_has_its_gradients(make_config, layer_loop):
     """A's gradient is zero at first, B's is that of the kernel's through A: scale A^T dW."""
     built = build(make_config({"model.layer_loop": f"'{layer_loop}'"}))
     batch, task = built.data.train.batch_at(0), token_prediction.make()
-    lora = with_lora(task, rank=2, alpha=6.0, pattern="mlp/up/kernel$")
+    lora = wrap(task, rank=2, alpha=6.0, pattern="mlp/up/kernel$")
     params = jax.jit(built.init)().params
     wide = jax.jit(lora.init_params)(params, jax.random.key(3))
 
@@ -78,30 +78,30 @@ def test_it_begins_as_the_model_and_has_its_gradients(make_config, layer_loop):
     wide, full, thin = flatten(wide), flatten(full), flatten(thin)
     (path,) = {p for p in full if p.endswith("mlp/up/kernel")}
     assert all(np.all(thin[p] == 0) for p in thin if not p.endswith("/b"))
-    want = 3.0 * np.swapaxes(wide[f"lora/{path}/a"], -1, -2) @ np.asarray(full[path])
-    np.testing.assert_allclose(thin[f"lora/{path}/b"], want, atol=1e-4 * np.max(np.abs(want)))
+    want = 3.0 * np.swapaxes(wide[f"adapter/{path}/a"], -1, -2) @ np.asarray(full[path])
+    np.testing.assert_allclose(thin[f"adapter/{path}/b"], want, atol=1e-4 * np.max(np.abs(want)))
 
 
 def test_bad_input(make_config):
     def with_(**changes):
-        return make_config({"train.lora": str({**LORA, "train": [], **changes})})
+        return make_config({"train.adapter": str({**LORA, "train": [], **changes})})
 
-    with says("train.lora.rnk does not exist. Did you mean 'rank'?"):
+    with says("config: unknown key 'train.adapter.rnk' (=3). Did you mean 'rank'?"):
         build(with_(rnk=3))
-    with says("train.lora.rank=0: must be at least 1."):
+    with says("train.adapter.rank=0: must be at least 1."):
         build(with_(rank=0))
     with pytest.raises(
-        UserError, match=r"^train\.lora\.pattern='attention/q/kernel' matches no parameter\. There are: "
+        UserError, match=r"^train\.adapter\.pattern='attention/q/kernel' matches no parameter\. There are: "
     ):
         build(with_(pattern="attention/q/kernel"))
-    with pytest.raises(UserError, match=r"^train\.lora\.train: 'head' matches no parameter\. There are: "):
+    with pytest.raises(UserError, match=r"^train\.adapter\.train: 'head' matches no parameter\. There are: "):
         build(with_(train=["head"]))
     with pytest.raises(UserError) as error:
         build(with_(pattern="token_embedding"))
     assert (
         str(error.value)
-        == "train.lora.pattern='token_embedding' matches token_embedding/embedding, which is no kernel."
+        == "train.adapter.pattern='token_embedding' matches token_embedding/embedding, which is no kernel."
     )
     with pytest.raises(UserError) as error:
         build(with_(rank=17))
-    assert str(error.value) == "train.lora.rank=17: stack/block_0/attention/query/kernel is only 16 x 16."
+    assert str(error.value) == "train.adapter.rank=17: stack/block_0/attention/query/kernel is only 16 x 16."

@@ -126,5 +126,5 @@ class Data:
     """Per split: tokens, documents, bytes, and for held-out splits gzip_bytes and xz_bytes where measured."""
     fingerprint: str
     """Of everything that determines the batches but the seed: hosts compare it and a run records it."""
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)
     """What a model needs besides the vocabulary, by its field (`classes`); one that a config leaves out is filled in."""

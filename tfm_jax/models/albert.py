@@ -61,7 +61,7 @@ class Model(nn.Module):
     types: int = 2
     layers: int = 12
     outputs: Sequence[heads.Output] = ("tokens", "pair")
-    classes: int | None = None
+    classes: heads.Classes = None
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
 

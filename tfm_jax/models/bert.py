@@ -53,7 +53,7 @@ class Model(nn.Module):
       offset: first row of the position table that is used; 2 in RoBERTa.
       outputs: `tokens` predicts the token at each position, `pooled` is a tanh layer over the first position; over it,
         `pair` says whether two segments follow each other and `classes` is a class of the whole, or a number.
-      classes: how many, 1 for a number; the data's own if None.
+      classes: how many, 1 for a number, or such by name for a mixture of tasks; the data's own if None.
       layers, layer_loop, remat: see `nn.stack.Stack`.
     """
 
@@ -64,7 +64,7 @@ class Model(nn.Module):
     offset: int = 0
     layers: int = 12
     outputs: Sequence[heads.Output] = ("tokens", "pair")
-    classes: int | None = None
+    classes: heads.Classes = None
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,8 +17,8 @@ from tfm_jax.parallel.sharding import Rule, constrain
 
 RULES: tuple[Rule, ...] = (
     (r"token_head/(transform/kernel|transform/bias|bias)$", (None,)),
-    (r"(pooler|pair_head|class_head)/dense/kernel$", ("fsdp", None)),
-    (r"(pooler|pair_head|class_head)/dense/bias$", (None,)),
+    (r"(pooler|pair_head|class_head\w*)/dense/kernel$", ("fsdp", None)),
+    (r"(pooler|pair_head|class_head\w*)/dense/bias$", (None,)),
 )
 
 # What an encoder may say of its states.
@@ -28,6 +28,9 @@ Output = Literal["tokens", "pooled", "pair", "classes"]
 def check_outputs(outputs: Sequence[Output]) -> None:
     if {"tokens", "classes"} <= {*outputs}:
         raise UserError(f"model.outputs={tuple(outputs)}: both 'tokens' and 'classes' would be the logits. Give one.")
+
+
+Classes = int | Mapping[str, int] | None
 
 
 def classes_of(model: Any) -> int:
@@ -43,7 +46,8 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, *, train: bool) -> d
 
     Returns:
       for `tokens` `hidden`, `unembedding` and `logits` (B, T, V) float32; for `pooled`, `pair` and `classes` `pooled`
-      (B, D); for `pair` `pair_logits` (B, 2), for `classes` `logits` (B, C), from what dropout leaves of `pooled`.
+      (B, D); for `pair` `pair_logits` (B, 2), for `classes` `logits` (B, C), or such by name where there are several heads,
+      from what dropout leaves of `pooled`.
     """
     spec: BlockSpec = model.block
     asked, out = {*model.outputs}, dict[str, Any]()
@@ -55,7 +59,11 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, *, train: bool) -> d
         out["pair_logits"] = Classifier(spec, 2, name="pair_head")(out["pooled"])
     if "classes" in asked:
         pooled = nn.Dropout(spec.dropout, deterministic=not train)(out["pooled"]) if spec.dropout else out["pooled"]
-        out["logits"] = Classifier(spec, classes_of(model), name="class_head")(pooled)
+        if isinstance(model.classes, Mapping):
+            heads = {name: Classifier(spec, count, name=f"class_head_{name}") for name, count in model.classes.items()}
+            out["logits"] = {name: head(pooled) for name, head in heads.items()}
+        else:
+            out["logits"] = Classifier(spec, classes_of(model), name="class_head")(pooled)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,8 +23,10 @@ def check_sizes(part: Any, *names: str) -> None:
     """
     for name in names:
         value = getattr(part, name)
-        if value is not None and value < 1:
-            raise UserError(f"model.{name}={value}: must be at least 1.")
+        sizes = {f".{key}": x for key, x in value.items()} if isinstance(value, Mapping) else {"": value}
+        for key, size in sizes.items():
+            if size is not None and size < 1:
+                raise UserError(f"model.{name}{key}={size}: must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -91,9 +92,13 @@ def _own(params: Params, extra: Extra) -> Params:
     return params
 
 
+def _as_updated(params: Params, extra: Extra) -> Params:
+    return params
+
+
 @dataclass(frozen=True)
 class Task:
-    """An objective. Wrappers (`ema`, distillation) take a task and return another, with `dataclasses.replace`.
+    """An objective. Wrappers (`ema`, distillation, adapters) take a task and return another; see `extended`.
 
     Attributes:
       loss: see `LossFn`.
@@ -101,7 +106,9 @@ class Task:
       frozen: regexes on the paths of what is not trained.
       init_extra: from the initial parameters, what the task carries besides them: teachers, averages, memory, queues.
       donors: `{path in extra: run directory}`, what is read from other runs when this one begins: a teacher.
-      update_extra: called once after each update with the new parameters and the loss's `aux`.
+      update_extra: called once after each update with the new parameters and the loss's `aux`, to which the step adds the
+        batch's gradient as `gradient`.
+      project: from updated parameters and the updated `extra`, parameters as the task allows them: some set to zero.
       eval_params: which parameters evaluation and generation use.
       splittable: whether any rows of a batch can be taken by themselves and their losses summed; contrastive losses and
         memories of the rows before do not allow it, and refuse accumulation.
@@ -116,8 +123,49 @@ class Task:
     init_extra: Callable[[Params], Extra] = _nothing
     donors: Mapping[str, str] = field(default_factory=dict)
     update_extra: Callable[[Params, Extra, Mapping[str, Any]], Extra] = _keep
+    project: Callable[[Params, Extra], Params] = _as_updated
     eval_params: Callable[[Params, Extra], Params] = _own
     splittable: bool = True
     carry: Carry | None = None
     predict_fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     unit: str = "token"
+
+
+def extended(
+    task: Task,
+    name: str,
+    *,
+    init: Callable[[Params], Any],
+    update: Callable[[Params, Any, Mapping[str, Any]], Any] = _keep,
+) -> Task:
+    """The task, whose `extra` is `{"inner": its own, name: what a wrapper carries besides}`.
+
+    Args:
+      init: from the initial parameters, what is carried.
+      update: from new parameters, what was carried and `aux`, what is carried on.
+    """
+    inner = task.carry
+    return dataclasses.replace(
+        task,
+        loss=lambda apply, params, extra, batch, rng, train: task.loss(
+            apply, params, extra["inner"], batch, rng, train
+        ),
+        init_extra=lambda params: {"inner": task.init_extra(params), name: init(params)},
+        donors={f"inner/{path}": run for path, run in task.donors.items()},
+        update_extra=lambda params, extra, aux: {
+            "inner": task.update_extra(params, extra["inner"], aux),
+            name: update(params, extra[name], aux),
+        },
+        project=lambda params, extra: task.project(params, extra["inner"]),
+        eval_params=lambda params, extra: task.eval_params(params, extra["inner"]),
+        carry=inner
+        and Carry(
+            forget=lambda extra: {**extra, "inner": inner.forget(extra["inner"])},
+            begin=lambda extra, rows: {**extra, "inner": inner.begin(extra["inner"], rows)},
+            after=lambda extra, aux: {**extra, "inner": inner.after(extra["inner"], aux)},
+        ),
+        predict_fns={
+            key: lambda apply, params, extra, batch, f=f: f(apply, params, extra["inner"], batch)
+            for key, f in task.predict_fns.items()
+        },
+    )

@@ -6,16 +6,16 @@ B batch, C classes or vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
-from tfm_jax.names import resolve
-from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
+from tfm_jax.sections import Inside
+from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, extended
 
 KEY = "teacher"
 
@@ -24,7 +24,8 @@ def make(
     *,
     teacher: str,
     teacher_model: nn.Module,
-    task: Mapping[str, Any],
+    build: Callable[[Mapping[str, Any]], Task],
+    task: Annotated[Mapping[str, Any], Inside("task")],
     temperature: float = 2.0,
     soft_weight: float = 0.5,
 ) -> Task:
@@ -36,6 +37,7 @@ def make(
     Args:
       teacher: its run directory.
       teacher_model: its model (not a config key).
+      build: from a section to a task (not a config key).
       task: the section of the task that is wrapped, `{"name": "classification"}`.
       temperature: T.
       soft_weight: w, from 0, the task alone, to 1, the teacher alone.
@@ -47,18 +49,12 @@ def make(
         raise UserError(f"task.temperature={temperature}: must be above 0.")
     if not 0 <= soft_weight <= 1:
         raise UserError(f"task.soft_weight={soft_weight}: must lie between 0 and 1.")
-    section = dict(task)
-    if "name" not in section:
-        raise UserError('task.task: the task that is wrapped needs a name, for instance {"name": "classification"}.')
-    inner: Task = resolve(section.pop("name"), package="tfm_jax.tasks", attribute="make", setting="task.task.name")(
-        **section
-    )
+    inner = build(task)
 
-    def init_extra(params: Params) -> Extra:
+    def blank(params: Params) -> Params:
         # Filled in from `teacher` when a run begins; see `Task.donors`.
         shapes = jax.eval_shape(lambda: teacher_model.init(jax.random.key(0), **teacher_model.example()))["params"]
-        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return {"inner": inner.init_extra(params), KEY: blank}
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         if not train:
@@ -83,18 +79,8 @@ def make(
         metrics = {**hard.metrics, "hard_loss": hard.metrics["loss"], "soft_loss": (soft, hard.weight)}
         return LossOut(total, hard.weight, metrics | {"loss": (total, hard.weight)}, hard.aux)
 
-    return dataclasses.replace(
-        inner,
-        loss=loss,
-        init_extra=init_extra,
-        update_extra=lambda params, extra, aux: {**extra, "inner": inner.update_extra(params, extra["inner"], aux)},
-        eval_params=lambda params, extra: inner.eval_params(params, extra["inner"]),
-        donors={KEY: teacher},
-        predict_fns={
-            name: lambda apply, params, extra, batch, f=f: f(apply, params, extra["inner"], batch)
-            for name, f in inner.predict_fns.items()
-        },
-    )
+    wider = extended(inner, KEY, init=blank)
+    return dataclasses.replace(wider, loss=loss, donors={**wider.donors, KEY: teacher})
 
 
 def divergence(teacher: jax.Array, student: jax.Array, temperature: float) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
-from tfm_jax.tasks.base import Carry, Extra, Params, Task
+from tfm_jax.tasks.base import Params, Task, extended
 
 
 def with_ema(task: Task, decay: float) -> Task:
@@ -21,33 +21,14 @@ def with_ema(task: Task, decay: float) -> Task:
     if not 0 < decay < 1:
         raise UserError(f"train.ema={decay}: a decay in (0, 1), for instance 0.999; None for no average.")
 
-    def init_extra(params: Params) -> Extra:
-        # A copy, so that donating the state does not donate one buffer twice.
-        return {"inner": task.init_extra(params), "ema": jax.tree.map(jnp.copy, params)}
+    # A copy, so that donating the state does not donate one buffer twice.
+    def copied(params: Params) -> Params:
+        return jax.tree.map(jnp.copy, params)
 
-    def update_extra(params: Params, extra: Extra, aux: Mapping[str, Any]) -> Extra:
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, extra["ema"], params)
-        return {"inner": task.update_extra(params, extra["inner"], aux), "ema": ema}
+    def followed(params: Params, average: Params, aux: Mapping[str, Any]) -> Params:
+        return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, params)
 
-    def loss(apply: Any, params: Any, extra: Any, batch: Any, rng: Any, train: bool) -> Any:
-        return task.loss(apply, params, extra["inner"], batch, rng, train)
-
-    inner = task.carry
-    carry = inner and Carry(
-        forget=lambda extra: {**extra, "inner": inner.forget(extra["inner"])},
-        begin=lambda extra, rows: {**extra, "inner": inner.begin(extra["inner"], rows)},
-        after=lambda extra, aux: {**extra, "inner": inner.after(extra["inner"], aux)},
-    )
     return dataclasses.replace(
-        task,
-        carry=carry,
-        loss=loss,
-        init_extra=init_extra,
-        donors={f"inner/{path}": run for path, run in task.donors.items()},
-        update_extra=update_extra,
+        extended(task, "ema", init=copied, update=followed),
         eval_params=lambda params, extra: task.eval_params(extra["ema"], extra["inner"]),
-        predict_fns={
-            name: lambda apply, params, extra, batch, f=f: f(apply, params, extra["inner"], batch)
-            for name, f in task.predict_fns.items()
-        },
     )

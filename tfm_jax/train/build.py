@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel import mesh
 from tfm_jax.parallel.multihost import global_batch
 from tfm_jax.parallel.sharding import Layout
-from tfm_jax.sections import build_model, family
+from tfm_jax.sections import build_model, family, make_named
 from tfm_jax.tasks.base import Task
 from tfm_jax.tasks.ema import with_ema
-from tfm_jax.tasks.lora import with_lora
 from tfm_jax.train import optim, schedules, settings
 from tfm_jax.train.rundir import read_config
 from tfm_jax.train.state import TrainState, initialiser
@@ -148,21 +147,25 @@ def build_task(config: configs.Config) -> Task:
     """The objective, with what `train` wraps around it.
 
     One whose `make` asks for `model` and `batch_size` (recurrent memory has their shape) is given the config's, one that asks
-    for `teacher_model` that of the run `teacher`.
+    for `teacher_model` that of the run `teacher`, and one that asks for `build` what makes the task of a section inside it.
     """
-    section, decay = dict(config["task"]), config["train"]["ema"]
-    make = resolve(section.pop("name"), package="tfm_jax.tasks", attribute="make", setting="task.name")
-    asked = inspect.signature(make).parameters
-    if "model" in asked:
-        section["model"] = build_model(config["model"])
-    if "teacher_model" in asked:
-        section["teacher_model"] = build_model(read_config(Path(section["teacher"]))["model"])
-    if "batch_size" in asked:
-        section["batch_size"] = config["data"]["batch_size"]
-    task: Task = make(**section)
-    if config["train"]["lora"] is not None:
-        task = with_lora(task, **config["train"]["lora"])
-    return task if decay is None else with_ema(task, decay)
+    train = settings.Train(**config["train"])
+
+    def build(section: Mapping[str, Any]) -> Task:
+        made: Task = make_named(
+            "task",
+            section,
+            model=lambda _: build_model(config["model"]),
+            batch_size=lambda _: config["data"]["batch_size"],
+            teacher_model=lambda section: build_model(read_config(Path(section["teacher"]))["model"]),
+            build=lambda _: build,
+        )
+        return made
+
+    task = build(config["task"])
+    if train.adapter is not None:
+        task = make_named("adapter", train.adapter, task=lambda _: task, steps=lambda _: train.steps)
+    return task if train.ema is None else with_ema(task, train.ema)
 
 
 def check(config: configs.Config, layout: Layout) -> None:
@@ -219,11 +222,8 @@ def _check_inputs(config: configs.Config, model: nn.Module, inputs: dict[str, An
 
 
 def _open_data(section: dict[str, Any], tokenizer_dir: Path | None) -> Any:
-    arguments = dict(section)
-    make = resolve(arguments.pop("name"), package="tfm_jax.data", attribute="make", setting="data.name")
-    if "tokenizer_dir" in inspect.signature(make).parameters and tokenizer_dir is not None and tokenizer_dir.is_dir():
-        arguments["tokenizer_dir"] = str(tokenizer_dir)
-    return make(**arguments)
+    saved = str(tokenizer_dir) if tokenizer_dir is not None and tokenizer_dir.is_dir() else None
+    return make_named("data", section, tokenizer_dir=lambda _: saved)
 
 
 def _fill_sizes(config: configs.Config, data: Any) -> configs.Config:
@@ -234,7 +234,10 @@ def _fill_sizes(config: configs.Config, data: Any) -> configs.Config:
             continue
         if model[name] is None:
             model[name] = size
-        if model[name] < size:
+        if isinstance(size, Mapping):
+            if model[name] != size:
+                raise UserError(f"model.{name}={model[name]}: the data has {size}. Set these, or leave it out.")
+        elif model[name] < size:
             raise UserError(
                 f"model.{name}={model[name]} is too small: the data has {size}. Set at least {size}, or leave it out."
             )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from tfm_jax.errors import UserError, nearest
-from tfm_jax.tasks.lora import with_lora
+from tfm_jax.errors import UserError
+from tfm_jax.sections import Inside
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,8 @@ class Train:
       seed: of parameters and dropout (data has its own).
       accum: microbatches an update; the batch stays `data.batch_size`.
       ema: decay of an exponential moving average of the parameters, used for evaluation; None for none.
-      lora: train low-rank adapters and nothing else: the arguments of `tasks.lora.with_lora`, for instance
-        `{"rank": 8}`; None for all parameters.
+      adapter: train a few numbers beside each kernel and nothing else: the arguments of `tasks.lora.wrap`, for instance
+        `{"rank": 8}`, or of what its `name` says (`adalora`); None for all parameters.
       eval_every: steps between evaluations; 0 for only at the end.
       max_bad_steps: stop after this many updates in a row whose loss or gradient was not finite.
     """
@@ -30,7 +29,7 @@ class Train:
     seed: int = 0
     accum: int = 1
     ema: float | None = None
-    lora: Mapping[str, Any] | None = None
+    adapter: Annotated[Mapping[str, Any] | None, Inside("adapter")] = None
     eval_every: int = 0
     max_bad_steps: int = 10
 
@@ -38,10 +37,6 @@ class Train:
         for name, least in (("steps", 1), ("accum", 1), ("eval_every", 0), ("max_bad_steps", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}.")
-        known = set(inspect.signature(with_lora).parameters) - {"task"}
-        for name in self.lora or {}:
-            if name not in known:
-                raise UserError(f"train.lora.{name} does not exist.{nearest(name, known)}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""Mixtures: shares, turns by arithmetic, batches that are the parts' own; two tasks learnt on one trunk."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.errors import says
+from tfm_jax import config as configs
+from tfm_jax.data import examples, mixture
+from tfm_jax.train.build import build
+from tfm_jax.train.run import train
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A class that a word decides, and a number that another word is."""
+    folder, draw = tmp_path_factory.mktemp("parts"), np.random.default_rng(0)
+    for part, counts in (("tone", {"train": 300, "valid": 30}), ("count", {"train": 100, "valid": 20})):
+        (folder / part).mkdir()
+        for split, count in counts.items():
+            rows = []
+            for _ in range(count):
+                words = list(draw.choice(["a", "b", "c"], 8))
+                number, tone = int(draw.integers(4)), int(draw.integers(2))
+                words.insert(int(draw.integers(9)), ("x", "y")[tone])
+                words.insert(int(draw.integers(9)), "pqrs"[number])
+                label = {"label": ("bad", "good")[tone]} if part == "tone" else {"label": 2.0 * number}
+                rows.append({"text": " ".join(words), **label})
+            (folder / part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def parts(folder):
+    return {
+        "tone": {"name": "examples", "source": f"jsonl:{folder}/tone/*.jsonl"},
+        "count": {"name": "examples", "source": f"jsonl:{folder}/count/*.jsonl", "kind": "number"},
+    }
+
+
+def made(folder, **changes):
+    return mixture.make(
+        parts=parts(folder), **{"tokenizer": "bytes", "seq_len": 32, "batch_size": 4, "seed": 3, **changes}
+    )
+
+
+@pytest.mark.parametrize(("temperature", "want"), [(1.0, 750), (2.0, 634), (1e6, 500)])
+def test_shares(sources, temperature, want):
+    data = made(sources, temperature=temperature).train
+    for block in (0, 1):
+        turns = [data.turn(1000 * block + i)[0] for i in range(1000)]
+        assert turns.count("tone") == want
+    assert mixture.shares({"a": 10_000_000, "b": 1, "c": 5_000_000}, 1.0) == {"a": 666, "b": 1, "c": 333}
+
+
+def test_every_batch_is_the_parts_own_and_each_comes_once(sources):
+    data = made(sources)
+    alone = {
+        name: examples.make(
+            **{k: v for k, v in section.items() if k != "name"}, tokenizer="bytes", seq_len=32, batch_size=4, seed=3
+        )
+        for name, section in parts(sources).items()
+    }
+    following = {"tone": 0, "count": 0}
+    turns = [data.train.turn(step) for step in range(2100)]
+    for step, (name, own) in enumerate(turns):
+        assert own == following[name]
+        following[name] += 1
+        if step % 100 == 7:
+            batch, want = data.train.batch_at(step), alone[name].train.batch_at(own)
+            assert list(batch.pop("part")) == [name]
+            assert set(batch) == set(want)
+            np.testing.assert_array_equal(batch["targets"], want["targets"])
+            np.testing.assert_array_equal(batch["inputs"]["tokens"], want["inputs"]["tokens"])
+    # In any order, as a run that goes on asks for them.
+    assert [data.train.turn(step) for step in reversed(range(2100))] == turns[::-1]
+    assert [data.train.turn(step)[0] for step in range(1000)] != [
+        data.train.turn(step)[0] for step in range(1000, 2000)
+    ]
+    held = data.evals("count/validation", 8)
+    assert held.num_batches == 3 and list(held.batch_at(0)["part"]) == ["count"]
+    assert data.sizes == {"classes": {"tone": 2, "count": 1}, "types": 1}
+
+
+def test_two_tasks_are_learnt_on_one_trunk(sources, tmp_path):
+    config = configs.resolve(
+        {
+            "model": {"name": "bert", "variant": "mini", "layers": 1, "width": 32, "heads": 2, "outputs": ("classes",)},
+            "task": {
+                "name": "mixture",
+                "tasks": {"tone": {"name": "classification"}, "count": {"name": "regression", "scale": 8.0}},
+                "weights": {"count": 10.0},
+            },
+            "data": {
+                "name": "mixture", "parts": parts(sources), "tokenizer": "bytes", "seq_len": 32, "batch_size": 16,
+                "temperature": 2.0,
+            },
+            "optim": {"name": "muon", "lr": 1e-2, "warmup_steps": 10},
+            "train": {"steps": 120},
+            "evals": {"tone": {"split": "tone/validation"}, "count": {"split": "count/validation"}},
+            "log": {"tensorboard": False, "every": 50},
+        }
+    )  # fmt: skip
+    result = train(config, tmp_path).result
+    assert result["eval/tone/accuracy"] > 0.9 and result["eval/count/absolute_error"] < 0.8
+    assert {"train/loss", "train/tone_loss", "train/count_absolute_error"} <= set(result)
+
+
+def test_bad_input(sources):
+    with says('data.parts is empty: give each part a name and a section, {"a": {"source": "jsonl:..."}}.'):
+        mixture.make(parts={})
+    with says("config: unknown key 'data.parts.tone.labl' (=1). Did you mean 'label'?"):
+        mixture.make(parts={"tone": {**parts(sources)["tone"], "labl": 1}})
+    with says(
+        "data.parts.count and data.parts.tone have tokenizers of their own; name one that is made already: run:FOLDER,"
+        " hf:FILE or sentencepiece:FILE."
+    ):
+        made(sources, tokenizer="bpe:300")
+    with says("evals: there is no split 'tune/valid' in the mixture. Did you mean 'tone/validation'?"):
+        made(sources).evals("tune/valid", None)
+
+    def built(**changes):
+        section = {"name": "mixture", "parts": parts(sources), "tokenizer": "bytes", "seq_len": 32, "batch_size": 8}
+        tasks = {"tone": {"name": "classification"}, "count": {"name": "regression"}}
+        model = {"name": "bert", "variant": "mini", "layers": 1, "width": 32, "heads": 2, "outputs": ("classes",)}
+        raw = {"model": model, "data": section, "task": {"name": "mixture", "tasks": tasks}, "train": {"steps": 200}}
+        for key, value in changes.items():
+            raw[key] = {**raw[key], **value}
+        return build(configs.resolve(raw))
+
+    with says("config: unknown key 'task.tasks.tone.label_smooth' (=0.1). Did you mean 'label_smoothing'?"):
+        built(task={"tasks": {"tone": {"name": "classification", "label_smooth": 0.1}}})
+    with says("task.weights.tune: there is no such task. Did you mean 'tone'?"):
+        built(task={"weights": {"tune": 2.0}})
+    with says("model.classes={'tone': 2}: the data has {'tone': 2, 'count': 1}. Set these, or leave it out."):
+        built(model={"classes": {"tone": 2}})

@@ -1,0 +1,111 @@
+"""Adaptive low-rank adapters: importance and budget against slow numpy, and what is left at the end of a run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.errors import says
+from tests.tasks.test_lora import saved
+from tfm_jax.paths import flatten
+from tfm_jax.tasks import adalora
+from tfm_jax.tasks.base import LossOut, Task
+from tfm_jax.train.build import build
+from tfm_jax.train.restore import load_params
+from tfm_jax.train.run import train
+
+SETTINGS = {"name": "adalora", "rank": 2, "initial_rank": 4, "start": 0.2, "settled": 0.3, "every": 2,
+            "pattern": "attention/(query|value)/kernel$"}  # fmt: skip
+
+
+@pytest.mark.parametrize("layer_loop", ["loop", "scan"])
+def test_a_run_ends_with_as_many_triplets_as_the_budget_allows(make_config, tmp_path, layer_loop):
+    changes = {"train.adapter": str(SETTINGS), "train.steps": 10, "model.layers": 2, "model.layer_loop": layer_loop}
+    train(make_config(changes), tmp_path)
+    now, plain = saved(tmp_path), flatten(load_params(tmp_path)[0])
+    s = {path: np.asarray(x) for path, x in now.items() if path.startswith("adapter/") and path.endswith("/s")}
+    kept = sum(int(np.sum(x != 0)) for x in s.values())
+    assert sum(x.size for x in s.values()) == 16 and kept == 8
+    for path, x in s.items():
+        kernel = path.removeprefix("adapter/").removesuffix("/s")
+        p, q = (np.asarray(now[f"adapter/{kernel}/{name}"]) for name in "pq")
+        want = now[kernel] + 8.0 * (p * x[..., None, :]) @ q
+        np.testing.assert_allclose(plain[kernel], want, atol=1e-6)
+
+
+def test_importance_and_budget_against_numpy():
+    """One kernel of a scanned stack and one plain one, with gradients that are given."""
+    draw = np.random.default_rng(0)
+    params = {"stack": {"kernel": jnp.zeros((2, 5, 4))}, "head": {"kernel": jnp.zeros((3, 6))}}
+    nothing = LossOut(jnp.zeros(()), jnp.ones(()), {}, {})
+    task = adalora.wrap(
+        Task(loss=lambda *_: nothing),
+        steps=20,
+        rank=1,
+        initial_rank=3,
+        pattern="kernel$",
+        start=0.1,
+        settled=0.2,
+        every=3,
+    )
+    params = task.init_params(params, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), params)
+    extra, paths = task.init_extra(params), ["head/kernel", "stack/kernel"]
+    mean = {path: dict.fromkeys("psq", 0.0) for path in paths}
+    doubt = {path: dict.fromkeys("psq", 0.0) for path in paths}
+    kept = {"head/kernel": np.ones(3, bool), "stack/kernel": np.ones((2, 3), bool)}
+    update, project = jax.jit(task.update_extra), jax.jit(task.project)
+    for step in range(1, 21):
+        gradient = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), params)
+        before = params
+        extra = update(params, extra, {"gradient": gradient})
+        params = project(params, extra)
+        scores = {}
+        for path in paths:
+            for name in "psq":
+                w = np.asarray(flatten(before)[f"adapter/{path}/{name}"])
+                found = np.abs(w * np.asarray(flatten(gradient)[f"adapter/{path}/{name}"]))
+                mean[path][name] = 0.85 * mean[path][name] + 0.15 * found
+                doubt[path][name] = 0.85 * doubt[path][name] + 0.15 * np.abs(found - mean[path][name])
+            each = {n: mean[path][n] * doubt[path][n] for n in "psq"}
+            scores[path] = each["s"] + each["p"].mean(-2) + each["q"].mean(-1)
+        choosing = step == 16 or (2 <= step < 16 and step % 3 == 0)
+        if choosing:
+            count = round(3 * (1 + 2 * (1 - (step - 2) / 14) ** 3))
+            worst = sorted(np.concatenate([x.ravel() for x in scores.values()]))[::-1][count - 1]
+            kept = {path: x >= worst for path, x in scores.items()}
+            assert sum(x.sum() for x in kept.values()) == count
+        for path in paths:
+            np.testing.assert_array_equal(flatten(extra["adalora"]["kept"])[f"{path}/s"], kept[path], err_msg=f"{step}")
+            s = np.asarray(flatten(before)[f"adapter/{path}/s"])
+            want = np.where(~kept[path] & (choosing or step >= 16), 0.0, s)
+            np.testing.assert_array_equal(flatten(params)[f"adapter/{path}/s"], want, err_msg=f"{step}")
+        # What was zeroed may come back until the last stage.
+        params = jax.tree.map(lambda x: jnp.where(x == 0, 0.5, x), params)
+
+
+def test_the_penalty_is_that_of_the_paper():
+    loss = LossOut(jnp.float32(3.0), jnp.float32(4.0), {}, {})
+    task = adalora.wrap(Task(loss=lambda *_: loss), steps=10, rank=2, pattern="kernel$", orthogonality=0.5)
+    params = task.init_params({"a": {"kernel": jnp.ones((5, 4))}}, jax.random.key(1))
+    p, q = (np.asarray(params["adapter"]["a"]["kernel"][name], np.float64) for name in "pq")
+    wanted = np.sum((p.T @ p - np.eye(3)) ** 2) + np.sum((q @ q.T - np.eye(3)) ** 2)
+    out = task.loss(None, params, task.init_extra(params), {}, None, True)
+    assert float(out.total) == pytest.approx(3.0 + 0.5 * 4.0 * wanted, rel=1e-6)
+    rank, kernels = out.metrics["rank"]
+    assert float(rank) / float(kernels) == 3.0
+    assert task.loss(None, params, task.init_extra(params), {}, None, False) is loss
+
+
+def test_bad_input(make_config):
+    def with_(**changes):
+        return build(make_config({"train.adapter": str({**SETTINGS, **changes})}))
+
+    with says("config: unknown key 'train.adapter.initial' (=3). Did you mean 'initial_rank'?"):
+        with_(initial=3)
+    with says("train.adapter.initial_rank=1: must be at least train.adapter.rank=2."):
+        with_(initial_rank=1)
+    with says("train.adapter: start=0.8 and settled=0.3 are shares of the steps, below 1 together."):
+        with_(start=0.8)
+    with says("train.adapter.name='adalor' does not exist. Did you mean 'adalora'?"):
+        with_(name="adalor")

@@ -1,0 +1,96 @@
+"""Several tasks on one trunk: each batch is of one of them (`data.mixture`), and each has a head of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import jax
+
+from tfm_jax.errors import UserError, nearest
+from tfm_jax.sections import InsideEach
+from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
+
+
+def make(
+    *,
+    build: Callable[[Mapping[str, Any]], Task],
+    tasks: Annotated[Mapping[str, Mapping[str, Any]], InsideEach("task")],
+    weights: Mapping[str, float] | None = None,
+) -> Task:
+    """Each batch's loss is that of the task of its part, times the part's weight.
+
+    A model whose `logits` are by part gives each task its own. Training metrics are `PART_loss` and so on, besides `loss`,
+    the mean of whatever came; evaluation of a part has the names of its own task.
+
+    Args:
+      build: from a section to a task (not a config key).
+      tasks: by part, the section of its task.
+      weights: by part; 1 where none is given.
+
+    Raises:
+      UserError: weights or batches of parts without a task, or a task that carries something from step to step.
+    """
+    for name, weight in (weights or {}).items():
+        if name not in tasks:
+            raise UserError(f"task.weights.{name}: there is no such task.{nearest(name, tasks)}")
+        if weight < 0:
+            raise UserError(f"task.weights.{name}={weight}: must be at least 0.")
+    if not tasks:
+        raise UserError("task.tasks is empty: give each part of the data a task.")
+    made = {name: build(section) for name, section in tasks.items()}
+    for name, task in made.items():
+        if task.init_extra({}) or task.donors or task.carry is not None:
+            raise UserError(
+                f"task.tasks.{name}.name={tasks[name]['name']!r} carries something from step to step, which a part of a"
+                " mixture cannot. Wrap the mixture instead."
+            )
+    factors = {name: float((weights or {}).get(name, 1.0)) for name in tasks}
+
+    def part_of(batch: Any) -> str:
+        if "part" not in batch:
+            raise UserError("task.name='mixture' needs batches that say whose they are: data.name='mixture'.")
+        (name,) = batch["part"]
+        if name not in made:
+            raise UserError(f"data.parts.{name} has no task.{nearest(name, made)} See task.tasks.")
+        return str(name)
+
+    def own(apply: Apply, name: str) -> Apply:
+        """The model with the logits of one part."""
+
+        def applied(params: Params, /, **inputs: Any) -> dict[str, Any]:
+            out = apply(params, **inputs)
+            logits = out.get("logits")
+            if not isinstance(logits, Mapping):
+                return out
+            if name not in logits:
+                raise UserError(f"model.classes has no head for {name!r}.{nearest(name, logits)}")
+            return {**out, "logits": logits[name]}
+
+        return applied
+
+    def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
+        name = part_of(batch)
+        out = made[name].loss(own(apply, name), params, {}, batch, rng, train)
+        if not train:
+            return out
+        total = factors[name] * out.total
+        metrics = {f"{name}_{key}": value for key, value in out.metrics.items()}
+        return LossOut(total, out.weight, metrics | {"loss": (total, out.weight)}, out.aux)
+
+    def predicted(key: str) -> Callable[..., Any]:
+        def predict(apply: Apply, params: Params, extra: Extra, batch: Any) -> Any:
+            name = part_of(batch)
+            if key not in made[name].predict_fns:
+                raise UserError(f"The task of {name!r} has no {key!r}.{nearest(key, made[name].predict_fns)}")
+            return made[name].predict_fns[key](own(apply, name), params, {}, batch)
+
+        return predict
+
+    units = {task.unit for task in made.values()}
+    return Task(
+        loss=loss,
+        splittable=all(task.splittable for task in made.values()),
+        predict_fns={key: predicted(key) for task in made.values() for key in task.predict_fns},
+        unit=units.pop() if len(units) == 1 else "target",
+    )
