@@ -1,6 +1,10 @@
 """English to German on Multi30k's captions, with the Transformer of 2017 and one BPE for both languages.
 
-python -m experiments.train --config=configs/mt_multi30k.py --config.data.manual_dir=path/to/data --workdir=runs/mt_multi30k
+    python -m experiments.train --config=configs/mt_multi30k.py --config.data.manual_dir=path/to/data --workdir=runs/mt_multi30k
+
+The sizes of Wu et al. 2021 ("Good for Misconceived Reasons"), whose Transformer-Tiny is as good on these 29,000 pairs as
+larger ones: 4 + 4 layers, 128 wide, dropout 0.3. Decoding is by beams of 5 from an average of the parameters. `:smoke` is a
+smaller one, in seconds, on pairs of your own (`--config.data.source=jsonl:GLOB` with the fields `source` and `target`).
 """
 
 from __future__ import annotations
@@ -13,27 +17,37 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"mt_multi30k.py takes ':smoke' or nothing, not {arguments!r}.")
     config = ml_collections.ConfigDict(
         {
-            "model": {"name": "encdec", "variant": "mini", "dropout": 0.3},
+            "model": {
+                "name": "encdec",
+                "encoder_layers": 4,
+                "decoder_layers": 4,
+                "width": 128,
+                "heads": 4,
+                "mlp_width": 256,
+                "max_len": 256,
+                "dropout": 0.3,
+                "init_std": 128**-0.5,
+            },
             "task": {"name": "token_prediction", "label_smoothing": 0.1},
             "data": {
                 "name": "pairs",
                 "source": "tfds:experiments.reproduce.datasets:Multi30k",
                 "text": "en",
                 "target": "de",
-                "tokenizer": "bpe:6000",
+                "tokenizer": "bpe:4000",
                 "seq_len": 64,
                 "batch_size": 128,
             },
             "optim": {
-                "lr": 1.5e-3,
+                "lr": 3e-3,
                 "schedule": "cosine",
                 "end_factor": 0.02,
-                "warmup_steps": 800,
+                "warmup_steps": 1000,
                 "weight_decay": 0.01,
                 "options": {"b2": 0.98},
             },
-            "train": {"steps": 6000, "eval_every": 1000, "ema": 0.998},
-            "checkpoint": {"every": 500, "keep": 3},
+            "train": {"steps": 8500, "eval_every": 1700, "ema": 0.998},
+            "checkpoint": {"every": 250},
             "evals": {
                 "validation": {"split": "validation"},
                 "test": {"name": "translation", "split": "test", "beams": 5, "max_new": 64},
