@@ -50,7 +50,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             "checkpoint": {"every": 250},
             "evals": {
                 "validation": {"split": "validation"},
-                "test": {"name": "translation", "split": "test", "beams": 5, "max_new": 64},
+                "test": {"name": "generation", "split": "test", "beams": 5, "max_new": 64},
             },
         }
     )

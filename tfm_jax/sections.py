@@ -146,7 +146,8 @@ def eval_fields(name: str, given: Mapping[str, Any]) -> Fields:
     make = resolve_name(
         given.get("name", "loss"), package="tfm_jax.evals", attribute="make", setting=f"evals.{name}.name"
     )
-    return {"name": Field(str, "loss"), **_signature(make, hidden=("context",))}
+    other = Field(Mapping[str, Any] | None, None)
+    return {"name": Field(str, "loss"), "data": other, **_signature(make, hidden=("context",))}
 
 
 def model_class(name: str) -> type[Any]:

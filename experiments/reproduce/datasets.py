@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,86 @@ class Multi30kCoco2017(Multi30k):
     """The same with test_2017_mscoco as `test`."""
 
     files = {**Multi30k.files, "test": (_both("test_2017_mscoco"), _aligned, _all)}  # noqa: RUF012 - read only
+
+
+def _squad(text: str) -> Rows:
+    """The nested form of SQuAD 1.1, a record for each question."""
+    for article in json.loads(text)["data"]:
+        for paragraph in article["paragraphs"]:
+            for asked in paragraph["qas"]:
+                answers = {
+                    "text": [answer["text"] for answer in asked["answers"]],
+                    "answer_start": [answer["answer_start"] for answer in asked["answers"]],
+                }
+                yield {
+                    "title": article.get("title", ""),
+                    "context": paragraph["context"],
+                    "question": asked["question"],
+                    "answers": answers,
+                }
+
+
+_QUESTIONS = {
+    "title": tfds.features.Text(),
+    "context": tfds.features.Text(),
+    "question": tfds.features.Text(),
+    "answers": tfds.features.Sequence({"text": tfds.features.Text(), "answer_start": np.int32}),
+}
+
+
+def _sites(held_out: bool) -> Callable[[str], Rows]:
+    """The questions on every fifth site, or on the others."""
+
+    def read(text: str) -> Rows:
+        sites: dict[str, int] = {}
+        for row in _squad(text):
+            number = sites.setdefault(row["title"], len(sites))
+            if (number % 5 == 4) == held_out:
+                yield row
+
+    return read
+
+
+class PolicyQa(_Files):
+    """Questions on the privacy policies of web sites (Ahmad et al. 2020).
+
+    `train` is the published dev file but for every fifth site, which is `validation`; `test` is the published one.
+    """
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "policyqa/dev.json and policyqa/test.json of the authors' release."
+    files = {  # noqa: RUF012 - read only
+        "train": (["policyqa/dev.json"], _sites(False), _all),
+        "validation": (["policyqa/dev.json"], _sites(True), _all),
+        "test": (["policyqa/test.json"], _squad, _all),
+    }
+    columns = _QUESTIONS
+
+
+class XquadEn(_Files):
+    """XQuAD in English (Artetxe et al. 2020), for evaluation only: one split, to be read with `data.split="all"`."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "xquad/xquad.en.json of the authors' release."
+    files = {"train": (["xquad/xquad.en.json"], _squad, _all)}  # noqa: RUF012 - read only
+    columns = _QUESTIONS
+
+
+def _abstracts(text: str) -> Rows:
+    for line in text.splitlines():
+        row = json.loads(line)
+        yield {"source": " ".join(row["source"]), "target": row["target"][0], "references": row["target"]}
+
+
+class SciTldr(_Files):
+    """SciTLDR-A (Cachola et al. 2020): abstracts of papers and what they say in one sentence, `references` being all of them."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "scitldr/train.jsonl, dev.jsonl and test.jsonl of the authors' release, SciTLDR-A."
+    files = {  # noqa: RUF012 - read only
+        "train": (["scitldr/train.jsonl"], _abstracts, _all),
+        "validation": (["scitldr/dev.jsonl"], _abstracts, _all),
+        "test": (["scitldr/test.jsonl"], _abstracts, _all),
+    }
+    columns = {  # noqa: RUF012 - read only
+        "source": tfds.features.Text(),
+        "target": tfds.features.Text(),
+        "references": tfds.features.Sequence(tfds.features.Text()),
+    }

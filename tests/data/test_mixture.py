@@ -22,10 +22,10 @@ def sources(tmp_path_factory):
             rows = []
             for _ in range(count):
                 words = list(draw.choice(["a", "b", "c"], 8))
-                number, tone = int(draw.integers(4)), int(draw.integers(2))
+                number, tone = int(draw.integers(2)), int(draw.integers(2))
                 words.insert(int(draw.integers(9)), ("x", "y")[tone])
-                words.insert(int(draw.integers(9)), "pqrs"[number])
-                label = {"label": ("bad", "good")[tone]} if part == "tone" else {"label": 2.0 * number}
+                words.insert(int(draw.integers(9)), "pq"[number])
+                label = {"label": ("bad", "good")[tone]} if part == "tone" else {"label": 8.0 * number}
                 rows.append({"text": " ".join(words), **label})
             (folder / part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -95,14 +95,14 @@ def test_two_tasks_are_learnt_on_one_trunk(sources, tmp_path):
                 "name": "mixture", "parts": parts(sources), "tokenizer": "bytes", "seq_len": 32, "batch_size": 16,
                 "temperature": 2.0,
             },
-            "optim": {"name": "muon", "lr": 1e-2, "warmup_steps": 10},
-            "train": {"steps": 120},
+            "optim": {"lr": 5e-3, "warmup_steps": 10},
+            "train": {"steps": 300},
             "evals": {"tone": {"split": "tone/validation"}, "count": {"split": "count/validation"}},
             "log": {"tensorboard": False, "every": 50},
         }
     )  # fmt: skip
     result = train(config, tmp_path).result
-    assert result["eval/tone/accuracy"] > 0.9 and result["eval/count/absolute_error"] < 0.8
+    assert result["eval/tone/accuracy"] > 0.9 and result["eval/count/absolute_error"] < 1.5
     assert {"train/loss", "train/tone_loss", "train/count_absolute_error"} <= set(result)
 
 
@@ -113,7 +113,7 @@ def test_bad_input(sources):
         mixture.make(parts={"tone": {**parts(sources)["tone"], "labl": 1}})
     with says(
         "data.parts.count and data.parts.tone have tokenizers of their own; name one that is made already: run:FOLDER,"
-        " hf:FILE or sentencepiece:FILE."
+        " file:PATH or sentencepiece:PATH."
     ):
         made(sources, tokenizer="bpe:300")
     with says("evals: there is no split 'tune/valid' in the mixture. Did you mean 'tone/validation'?"):

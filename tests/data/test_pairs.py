@@ -45,7 +45,7 @@ def test_rows_are_source_and_target_with_their_marks(folder, bert, own_marks, se
     seen = []
     for step in range(found.num_batches):
         batch, (index, inside) = found.batch_at(step), found.places.at(step)
-        assert found.references(step) == [rows[i]["de"] for i in index[inside]]
+        assert found.references(step) == [[rows[i]["de"]] for i in index[inside]]
         seen += index[inside].tolist()
         for row, place in enumerate(index):
             source, target = (ids.tolist() for ids in codec.encode_batch([rows[place]["en"], rows[place]["de"]]))

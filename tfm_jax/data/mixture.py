@@ -69,7 +69,7 @@ def make(
         if _reads(data) != _reads(made[first]):
             raise UserError(
                 f"data.parts.{name} and data.parts.{first} have tokenizers of their own; name one that is made already:"
-                " run:FOLDER, hf:FILE or sentencepiece:FILE."
+                " run:FOLDER, file:PATH or sentencepiece:PATH."
             )
         if data.train.batch_size != batch_size:
             raise UserError(f"data.parts.{name}.batch_size={data.train.batch_size}: all parts have {batch_size} rows.")

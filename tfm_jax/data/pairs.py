@@ -20,6 +20,7 @@ def make(
     source: str,
     text: str = "source",
     target: str = "target",
+    references: str | None = None,
     tokenizer: str = "bpe:8000",
     seq_len: int = 128,
     batch_size: int = 32,
@@ -42,6 +43,7 @@ def make(
       source: `jsonl:GLOB`, `tfds:NAME` or `hf:DIR`; see `data.sources`.
       text: the field that is read.
       target: the field that is written.
+      references: the field of the texts, one or a list, that an answer is compared with; the target if None.
       tokenizer: as for `data.tokens`; one that learns, learns from both fields.
       seq_len: longest source and longest target, marks included; what is longer is cut at its end.
       batch_size: rows of the global batch.
@@ -84,7 +86,7 @@ def make(
             codec.end_id,
             start,
             tuple(corpora[1].pieces[name]),
-            target,
+            references or target,
         )
         for name in corpora[0].streams
     }
@@ -164,13 +166,16 @@ class _Pairs:
         return {"inputs": inputs, "targets": targets, "weights": weights.astype(np.float32)}
 
     @functools.cached_property
-    def texts(self) -> list[str]:
-        """The targets as they are written in the source."""
+    def texts(self) -> list[list[str]]:
+        """What the source has for each example to be compared with."""
         out = []
         for piece in self.pieces:
             assert isinstance(piece, Records)
-            for _, value in piece.values(self.field):
-                out.append(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
+            for where, value in piece.values(self.field):
+                texts = [value] if isinstance(value, str | bytes) else list(value)
+                if not texts:
+                    raise UserError(f"{where}: the field {self.field!r} is empty.")
+                out.append([t.decode("utf-8", "replace") if isinstance(t, bytes) else str(t) for t in texts])
         return out
 
 
@@ -205,7 +210,7 @@ class Pass:
         index, inside = self.places.at(step, rows)
         return self.pairs.batch(index, self.pairs.widths(everything), inside)
 
-    def references(self, step: int) -> list[str]:
-        """The targets' texts of a batch, without the rows behind the last example."""
+    def references(self, step: int) -> list[list[str]]:
+        """The texts that a batch's rows are compared with, without the rows behind the last example."""
         index, inside = self.places.at(step)
         return [self.pairs.texts[i] for i in index[inside]]

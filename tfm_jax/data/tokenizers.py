@@ -83,6 +83,10 @@ class JsonTokenizer:
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
+    def offsets_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._engine.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2) for encoding in encodings]
+
     def frame(self) -> Frame:
         found = self._engine.encode("a", "a", add_special_tokens=True)
         texts = [i for i, mark in enumerate(found.special_tokens_mask) if not mark]
@@ -153,6 +157,10 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(ids, dtype=np.int32) for ids in self._engine.encode(list(texts))]
+
+    def offsets_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        found = [self._engine.encode(text, out_type="immutable_proto").pieces for text in texts]
+        return [np.array([(p.begin, p.end) for p in pieces], dtype=np.int32).reshape(-1, 2) for pieces in found]
 
     def frame(self) -> Frame:
         start = int(self._engine.bos_id())

@@ -85,6 +85,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text, without marks at either end."""
 
+    def offsets_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """For each text, where in it each of its tokens begins and ends: (N, 2) int32 characters."""
+
     def frame(self) -> Frame:
         """The marks that stand around one text or two."""
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import importlib
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from tfm_jax.data.prefetch import Prefetcher
 from tfm_jax.errors import UserError
+from tfm_jax.parallel.multihost import global_batch, whole
 from tfm_jax.parallel.sharding import Layout
-from tfm_jax.tasks.base import Task
+from tfm_jax.tasks.base import Task, bind
 
 Evaluate = Callable[[Any], dict[str, float]]
 
@@ -44,3 +47,32 @@ class Context:
             raise UserError(f"evals: batch_size={batch_size}: must be at least 1.")
         wanted, ways = batch_size or self.batch_size, self.layout.batch_ways
         return -(-wanted // ways) * ways
+
+
+def needed(module: str, what: str) -> Any:
+    """A module of the extra `metrics`.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(f"{what} needs {package}: pip install 'tfm_jax[metrics]'.") from None
+
+
+def predictions(context: Context, state: Any, dataset: Any, name: str) -> Iterator[tuple[Any, Any]]:
+    """Each batch of a pass, and what the task's `predict_fns[name]` makes of it, both whole and as numpy arrays."""
+    task = context.task
+
+    def make() -> Callable[..., Any]:
+        def step(params: Any, extra: Any, mutables: Any, batch: Any) -> Any:
+            return task.predict_fns[name](bind(context.model, mutables), params, extra, batch)
+
+        return step
+
+    step, params = context.jitted(f"predict {name}", make), task.eval_params(state.params, state.extra)
+    with Prefetcher(lambda i: global_batch(dataset, i, context.layout.batch()), 0, dataset.num_batches) as batches:
+        for _, batch in batches:
+            yield whole(batch), whole(step(params, state.extra, state.mutables, batch))

@@ -17,17 +17,21 @@ from tfm_jax.parallel.sharding import Rule, constrain
 
 RULES: tuple[Rule, ...] = (
     (r"token_head/(transform/kernel|transform/bias|bias)$", (None,)),
-    (r"(pooler|pair_head|class_head\w*)/dense/kernel$", ("fsdp", None)),
-    (r"(pooler|pair_head|class_head\w*)/dense/bias$", (None,)),
+    (r"(pooler|pair_head|span_head|class_head\w*)/dense/kernel$", ("fsdp", None)),
+    (r"(pooler|pair_head|span_head|class_head\w*)/dense/bias$", (None,)),
 )
 
 # What an encoder may say of its states.
-Output = Literal["tokens", "pooled", "pair", "classes"]
+Output = Literal["tokens", "pooled", "pair", "classes", "tags", "span"]
+# Of these one at most: each would be the logits.
+_LOGITS = ("tokens", "classes", "tags")
 
 
 def check_outputs(outputs: Sequence[Output]) -> None:
-    if {"tokens", "classes"} <= {*outputs}:
-        raise UserError(f"model.outputs={tuple(outputs)}: both 'tokens' and 'classes' would be the logits. Give one.")
+    rivals = [name for name in _LOGITS if name in outputs]
+    if len(rivals) > 1:
+        both = " and ".join(map(repr, rivals[:2]))
+        raise UserError(f"model.outputs={tuple(outputs)}: both {both} would be the logits. Give one.")
 
 
 Classes = int | Mapping[str, int] | None
@@ -47,7 +51,8 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, *, train: bool) -> d
     Returns:
       for `tokens` `hidden`, `unembedding` and `logits` (B, T, V) float32; for `pooled`, `pair` and `classes` `pooled`
       (B, D); for `pair` `pair_logits` (B, 2), for `classes` `logits` (B, C), or such by name where there are several heads,
-      from what dropout leaves of `pooled`.
+      from what dropout leaves of `pooled`; for `tags` `logits` (B, T, C), from what it leaves of the states; for `span`
+      `span_logits` (B, T, 2) of each position beginning and ending a stretch.
     """
     spec: BlockSpec = model.block
     asked, out = {*model.outputs}, dict[str, Any]()
@@ -57,6 +62,11 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, *, train: bool) -> d
         out["pooled"] = Pooler(spec, name="pooler")(x)
     if "pair" in asked:
         out["pair_logits"] = Classifier(spec, 2, name="pair_head")(out["pooled"])
+    if "span" in asked:
+        out["span_logits"] = Classifier(spec, 2, name="span_head")(x)
+    if "tags" in asked:
+        kept = nn.Dropout(spec.dropout, deterministic=not train)(x) if spec.dropout else x
+        out["logits"] = Classifier(spec, classes_of(model), name="class_head")(kept)
     if "classes" in asked:
         pooled = nn.Dropout(spec.dropout, deterministic=not train)(out["pooled"]) if spec.dropout else out["pooled"]
         if isinstance(model.classes, Mapping):

@@ -101,6 +101,13 @@ def global_batch(dataset: Any, step: int, sharding: NamedSharding) -> Any:
     return jax.tree.map(assemble, local)
 
 
+def whole(tree: Any) -> Any:
+    """Arrays that are split over devices and processes, as numpy arrays; every process must call this."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def _gather_text(text: str) -> list[str]:
     data = np.frombuffer(text.encode(), dtype=np.uint8)
     lengths = multihost_utils.process_allgather(np.asarray(data.size))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel import mesh
 from tfm_jax.parallel.multihost import global_batch
 from tfm_jax.parallel.sharding import Layout
-from tfm_jax.sections import build_model, family, make_named
+from tfm_jax.sections import build_model, family, fill, make_named, section_fields
 from tfm_jax.tasks.base import Task
 from tfm_jax.tasks.ema import with_ema
 from tfm_jax.train import optim, schedules, settings
@@ -74,7 +76,7 @@ class Experiment:
         return global_batch(self.data.train, step, self.layout.batch())
 
     def evaluators(self) -> dict[str, Evaluate]:
-        """The config's evaluators by name."""
+        """The config's evaluators by name; one with keys of section `data` of its own reads other data."""
         context = Context(self.task, self.model, self.layout, self.data, self.data.train.batch_size)
         made = {}
         for name, section in self.config["evals"].items():
@@ -82,8 +84,22 @@ class Experiment:
             make = resolve(
                 arguments.pop("name"), package="tfm_jax.evals", attribute="make", setting=f"evals.{name}.name"
             )
-            made[name] = make(context, **arguments)
+            changes = arguments.pop("data")
+            data = self.data if changes is None else self._other_data(f"evals.{name}.data", changes)
+            made[name] = make(dataclasses.replace(context, data=data), **arguments)
         return made
+
+    def _other_data(self, setting: str, changes: Mapping[str, Any]) -> Any:
+        """The run's data with some keys changed, by its own tokenizer and with its classes."""
+        section = {**self.config["data"], **changes}
+        section = fill(setting, section, section_fields("data", section, setting))
+        with tempfile.TemporaryDirectory() as folder:
+            if self.data.tokenizer is not None:
+                self.data.tokenizer.save(folder)
+            data = _open_data(section, Path(folder) if self.data.tokenizer is not None else None)
+        if data.sizes != self.data.sizes:
+            raise UserError(f"{setting}: this data has {dict(data.sizes)}, the run's {dict(self.data.sizes)}.")
+        return data
 
     @property
     def flops_per_token(self) -> float | None:

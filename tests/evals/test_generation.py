@@ -9,7 +9,7 @@ from experiments.generate import Loaded
 from tests.errors import says
 from tests.test_configs import FOLDER
 from tfm_jax import config as configs
-from tfm_jax.evals import translation
+from tfm_jax.evals import generation
 from tfm_jax.evals.base import Context
 from tfm_jax.train.build import build
 from tfm_jax.train.run import train
@@ -58,18 +58,18 @@ def test_the_score_is_sacrebleus_over_the_rows_that_there_are(config, monkeypatc
         return f"{text.split()[0]} {text}"
 
     def search(model, params, prompts, *, sources, **_):
-        texts = [twice(text) for text in next(waiting)]
+        texts = [twice(text) for (text,) in next(waiting)]
         assert len(prompts) == len(sources) == 16
         texts += ["one one one"] * (16 - len(texts))
         ids = built.data.tokenizer.encode_batch(texts)
         return [[type("Hypothesis", (), {"tokens": row.tolist()})] for row in ids]
 
-    monkeypatch.setattr(translation, "beam_search", search)
+    monkeypatch.setattr(generation, "beam_search", search)
     context = Context(built.task, built.model, built.layout, built.data, 32)
-    found = translation.make(context, batch_size=16)(
+    found = generation.make(context, batch_size=16)(
         type("State", (), {"params": {}, "extra": {"ema": {}, "inner": {}}})
     )
-    wanted = [text for texts in batches for text in texts]
+    wanted = [text for texts in batches for (text,) in texts]
     want = sacrebleu.corpus_bleu([twice(text) for text in wanted], [wanted]).score
     assert found["bleu"] == pytest.approx(want) and 50 < want < 99 and found["sentences"] == 24
 
@@ -77,5 +77,16 @@ def test_the_score_is_sacrebleus_over_the_rows_that_there_are(config, monkeypatc
 def test_bad_input(make_config):
     built = build(make_config())
     context = Context(built.task, built.model, built.layout, built.data, 8)
-    with says("evals: translation needs data with reference texts: data.name=pairs."):
-        translation.make(context)
+    with says("evals: generation needs data with reference texts: data.name=pairs."):
+        generation.make(context)
+
+
+def test_rouge_and_several_references():
+    """ROUGE-1 of 2 shared words of 3 and 4 is 4/7; the better reference counts."""
+    pytest.importorskip("rouge_score")
+    made, wanted = ["the white whale"], [["nothing", "a white whale swims"]]
+    found = generation.scored(made, wanted, ("rouge", "bleu"))
+    assert found["rouge1"] == pytest.approx(100 * 4 / 7) and found["rouge2"] == pytest.approx(100 * 2 / 5)
+    assert found["rougeL"] == pytest.approx(100 * 4 / 7)
+    several = [["a b c d e", "x"], ["f g h i j"]]
+    assert generation.scored(["a b c d e", "f g h i j"], several, ("bleu",))["bleu"] == pytest.approx(100)

@@ -1,0 +1,107 @@
+"""BLEU, chrF and ROUGE of what beam search makes of a split's sources, by sacrebleu and rouge_score (extra: metrics)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from tfm_jax.decode.beam import beam_search
+from tfm_jax.errors import UserError
+from tfm_jax.evals.base import Context, Evaluate, needed
+
+log = logging.getLogger(__name__)
+
+Metric = Literal["bleu", "chrf", "rouge"]
+
+
+def make(
+    context: Context,
+    *,
+    split: str = "validation",
+    metrics: Sequence[Metric] = ("bleu", "chrf"),
+    beams: int = 5,
+    length_penalty: float = 1.0,
+    max_new: int = 128,
+    batch_size: int = 64,
+    max_batches: int | None = None,
+    lowercase: bool = False,
+) -> Evaluate:
+    """An evaluator of a training state.
+
+    Args:
+      split: of a data set whose evaluation passes give `references` (`data.pairs`).
+      metrics: see `scored`.
+      beams, length_penalty, max_new: see `decode.beam.beam_search`.
+      batch_size: sources at a time.
+      max_batches: stop after this many; the whole split if None.
+      lowercase: compare lower-cased texts; ROUGE always does.
+
+    Returns:
+      A function from a `TrainState` to what `scored` gives, and `sentences`.
+
+    Raises:
+      UserError: a library is not installed, or the data or model is not one that turns texts into texts.
+    """
+    for metric in metrics:
+        needed("rouge_score" if metric == "rouge" else "sacrebleu", f"evals: {metric}")
+    dataset: Any = context.data.evals(split, batch_size)
+    if not hasattr(dataset, "references"):
+        raise UserError("evals: generation needs data with reference texts: data.name=pairs.")
+    if not hasattr(context.model, "init_caches"):
+        raise UserError("evals: generation needs a model that decodes: it has no init_caches.")
+    count = min(dataset.num_batches, max_batches or dataset.num_batches)
+    tokenizer = context.data.tokenizer
+
+    def evaluate(state: Any) -> dict[str, float]:
+        params = context.task.eval_params(state.params, state.extra)
+        made, wanted = list[str](), list[list[str]]()
+        for step in range(count):
+            batch, texts = dataset.batch_at(step)["inputs"], dataset.references(step)
+            rows = [row[valid].tolist() for row, valid in zip(batch["tokens"], batch["valid"], strict=True)]
+            found = beam_search(
+                context.model,
+                params,
+                [[int(row[0])] for row in batch["decoder_tokens"]],
+                sources=rows,
+                beams=beams,
+                max_new=max_new,
+                length_penalty=length_penalty,
+                end_id=tokenizer.end_id,
+                allowed=tokenizer.vocab_size,
+            )
+            made += [tokenizer.decode(best[0].tokens).strip() for best in found[: len(texts)]]
+            wanted += texts
+        log.info("evals: for instance %r, where the reference is %r.", made[len(made) // 2], wanted[len(made) // 2][0])
+        return scored(made, wanted, metrics, lowercase=lowercase) | {"sentences": float(len(made))}
+
+    return evaluate
+
+
+def scored(
+    made: Sequence[str], wanted: Sequence[Sequence[str]], metrics: Sequence[str], *, lowercase: bool = False
+) -> dict[str, float]:
+    """Scores of texts, each with one reference or several, from 0 to 100.
+
+    `bleu` (Papineni et al. 2002) and `chrf` (Popovic 2015) are of the whole corpus, with sacrebleu's own tokenization.
+    `rouge1`, `rouge2` and `rougeL` (Lin 2004) are means of each text's F1 with Porter's stems, by its best reference.
+    """
+    out: dict[str, float] = {}
+    if {"bleu", "chrf"} & {*metrics}:
+        sacrebleu = needed("sacrebleu", "evals: bleu")
+        # One stream for each number of a reference; None where a text has fewer.
+        streams = [[t[i] if i < len(t) else None for t in wanted] for i in range(max(map(len, wanted)))]
+        if "bleu" in metrics:
+            out["bleu"] = float(sacrebleu.corpus_bleu(made, streams, lowercase=lowercase).score)
+        if "chrf" in metrics:
+            out["chrf"] = float(sacrebleu.CHRF(lowercase=lowercase).corpus_score(made, streams).score)
+    if "rouge" in metrics:
+        kinds = ("rouge1", "rouge2", "rougeL")
+        scorer = needed("rouge_score.rouge_scorer", "evals: rouge").RougeScorer(kinds, use_stemmer=True)
+        for kind in kinds:
+            best = [
+                max(scorer.score(t, text)[kind].fmeasure for t in texts)
+                for text, texts in zip(made, wanted, strict=True)
+            ]
+            out[kind] = 100 * sum(best) / len(best)
+    return out

@@ -1,0 +1,74 @@
+"""Scores of a split's predictions as a whole: Matthews' and Pearson's and Spearman's correlation, F1 (extra: metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from tfm_jax.errors import UserError, nearest
+from tfm_jax.evals.base import Context, Evaluate, needed, predictions
+
+Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
+# What tasks call the function that predicts one class or number for each example.
+_FUNCTIONS = {"classify": "logits", "number": "number"}
+
+
+def make(
+    context: Context,
+    *,
+    metrics: Sequence[Metric],
+    split: str = "validation",
+    batch_size: int | None = None,
+) -> Evaluate:
+    """An evaluator of a training state, from 0 to 1 (correlations from -1).
+
+    Args:
+      metrics: for classes `accuracy`, `f1` (of class 1 among two), `macro_f1`, `matthews` (1975); for numbers `pearson` and
+        `spearman`.
+      split: of the data set.
+      batch_size: rows at a time; the training batch if None.
+
+    Raises:
+      UserError: a library is not installed, or the task predicts no classes or numbers.
+    """
+    if not metrics:
+        raise UserError("evals: metrics is empty: give for instance ('matthews',).")
+    needed("sklearn", "evals: scores")
+    needed("scipy", "evals: scores")
+    known = context.task.predict_fns
+    name = next((n for n in _FUNCTIONS if n in known), None)
+    if name is None:
+        raise UserError(f"evals: scores needs a task that predicts classes or numbers.{nearest('classify', known)}")
+    dataset = context.data.evals(split, context.rows(batch_size))
+
+    def evaluate(state: Any) -> dict[str, float]:
+        targets, found = list[np.ndarray](), list[np.ndarray]()
+        for batch, made in predictions(context, state, dataset, name):
+            shown = batch["weights"] > 0
+            targets.append(batch["targets"][shown])
+            found.append(made[_FUNCTIONS[name]][shown])
+        wanted, values = np.concatenate(targets), np.concatenate(found)
+        return {metric: scored(metric, wanted, values) for metric in metrics} | {"examples": float(len(wanted))}
+
+    return evaluate
+
+
+def scored(metric: str, wanted: np.ndarray, found: np.ndarray) -> float:
+    """One score of predictions: logits (N, C) of classes (N,), or numbers (N,)."""
+    if metric in ("pearson", "spearman"):
+        stats = needed("scipy.stats", "evals: scores")
+        numbers = found if found.ndim == 1 else found[:, -1]
+        which = stats.pearsonr if metric == "pearson" else stats.spearmanr
+        return float(which(wanted, numbers).statistic)
+    if found.ndim != 2:
+        raise UserError(f"evals: {metric} is a score of classes, and this task predicts numbers.")
+    measures, chosen = needed("sklearn.metrics", "evals: scores"), np.argmax(found, axis=-1)
+    if metric == "accuracy":
+        return float(measures.accuracy_score(wanted, chosen))
+    if metric == "matthews":
+        return float(measures.matthews_corrcoef(wanted, chosen))
+    if metric == "f1" and found.shape[1] != 2:
+        raise UserError(f"evals: f1 is of class 1 among two; this task has {found.shape[1]}. Take macro_f1.")
+    return float(measures.f1_score(wanted, chosen, average="binary" if metric == "f1" else "macro"))
