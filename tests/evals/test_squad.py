@@ -1,4 +1,4 @@
-"""SQuAD's rules on cases worked out by hand and against another implementation; the best span against all of them."""
+"""SQuAD's rules on cases worked out by hand; the best span against all of them."""
 
 import numpy as np
 import pytest
@@ -23,18 +23,6 @@ from tfm_jax.train.build import build
 def test_scores_by_hand(made, wanted, exact, f1):
     found = squad.scored([made], [wanted])
     assert found["exact_match"] == 100 * exact and found["f1"] == pytest.approx(100 * f1)
-
-
-@pytest.mark.parity
-def test_scores_are_the_official_scripts():
-    reference = pytest.importorskip("transformers.data.metrics.squad_metrics")
-    draw, words = np.random.default_rng(0), ["The", "whale,", "a", "ship", "an", "Sea.", "it's", "U.S."]
-    for _ in range(300):
-        made, wanted = (" ".join(draw.choice(words, draw.integers(1, 7))) for _ in range(2))
-        assert squad.overlap(made, wanted) == pytest.approx(reference.compute_f1(wanted, made), abs=1e-12) or (
-            not squad.normal(made) and not squad.normal(wanted)
-        )
-        assert (squad.normal(made) == squad.normal(wanted)) == reference.compute_exact(wanted, made)
 
 
 def test_the_best_span_is_the_best_of_all():

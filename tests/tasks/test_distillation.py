@@ -11,9 +11,12 @@ import pytest
 from tests.errors import says
 from tfm_jax.data.tokenizers import load_tokenizer
 from tfm_jax.errors import UserError
+from tfm_jax.models.bert import Model as BertModel
+from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.paths import flatten
 from tfm_jax.sections import build_model
 from tfm_jax.tasks import token_prediction
+from tfm_jax.tasks.base import bind
 from tfm_jax.tasks.distillation import divergence, make
 from tfm_jax.train import rundir
 from tfm_jax.train.build import build
@@ -69,12 +72,12 @@ def test_a_student_comes_nearer_to_its_teacher(make_config, teacher):
     model, extra = build_model(rundir.read_config(teacher)["model"]), {"inner": {}, "teacher": told}
     adam = optax.adam(1e-2)
 
-    def apply(params, /, *, train, rngs=None, **inputs):
+    def apply(params, /, *, train, rngs=None, capture=False, **inputs):
         return narrow.model.apply({"params": params}, **inputs, train=train)
 
     @functools.partial(jax.jit, static_argnums=1)
     def trained(params, weight):
-        task = make(teacher="x", teacher_model=model, build=plain, task={}, temperature=1.0,
+        task = make(teacher="x", teacher_model=model, model=None, build=plain, task={}, temperature=1.0,
                     soft_weight=weight)  # fmt: skip
 
         def step(carry, _):
@@ -100,13 +103,15 @@ def test_the_loss_is_the_weighted_sum(make_config, teacher):
     told = model.apply({"params": load_params(teacher)[0]}, **batch["inputs"])["logits"]
     extra = {"inner": {}, "teacher": load_params(teacher)[0]}
 
-    def apply(params, /, *, train, rngs=None, **inputs):
+    def apply(params, /, *, train, rngs=None, capture=False, **inputs):
         return built.model.apply({"params": params}, **inputs, train=train)
 
     def out(task, train=True):
         return jax.jit(lambda: task.loss(apply, params, extra, batch, None, train))()
 
-    task = make(teacher="x", teacher_model=model, build=plain, task={}, temperature=heat, soft_weight=weight)
+    task = make(
+        teacher="x", teacher_model=model, model=None, build=plain, task={}, temperature=heat, soft_weight=weight
+    )
     hard = jax.jit(lambda: token_prediction.make().loss(apply, params, {}, batch, None, True))()
     soft = np.sum(divergence(told, apply(params, train=True, **batch["inputs"])["logits"], heat) * batch["weights"])
     want = (1 - weight) * float(hard.total) + weight * heat**2 * float(soft)
@@ -128,3 +133,81 @@ def test_bad_input(make_config, teacher, tmp_path):
             build(student(make_config, teacher, **{f"task.{key}": value}))
     with pytest.raises(UserError, match=r"its logits are \(8, 8, 257\), the student's \(8, 8, 300\)"):
         train(student(make_config, teacher, **{"model.vocab_size": 300}), tmp_path / "run")
+
+
+SIZES = [("loop", "loop", 16), ("scan", "loop", 8), ("loop", "scan", 8)]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "width"), SIZES)
+def test_states_and_scores_are_matched_as_slow_numpy_does(ours, theirs, width):
+    """Of a model called layer by layer by hand."""
+    sizes = {"heads": 2, "norm_position": "post"}
+    student = BertModel(BlockSpec(width=width, **sizes), vocab_size=9, max_len=6, layers=1, layer_loop=ours)
+    teacher = BertModel(BlockSpec(width=16, **sizes), vocab_size=9, max_len=6, layers=2, layer_loop=theirs)
+    draw = np.random.default_rng(0)
+    tokens = jnp.asarray(draw.integers(0, 9, (3, 6)))
+    valid = jnp.asarray(np.arange(6)[None] < np.array([[6], [4], [1]]))
+    batch = {"inputs": {"tokens": tokens, "valid": valid}, "targets": tokens,
+             "weights": jnp.asarray(draw.integers(0, 2, (3, 6)), jnp.float32) * valid}  # fmt: skip
+    task = make(teacher="x", teacher_model=teacher, model=student, build=plain, task={}, soft_weight=0.0,
+                hidden=((0, 0), (1, 2)), hidden_weight=0.5, attention=((1, 1),), attention_weight=0.25)  # fmt: skip
+    params = task.init_params(student.init(jax.random.key(0), tokens)["params"], jax.random.key(1))
+    assert ("bridge" in params) == (width != 16)
+    told = teacher.init(jax.random.key(2), tokens)["params"]
+    extra = {"inner": {}, "teacher": told}
+    out = jax.jit(lambda p: task.loss(bind(student, {}), p, extra, batch, None, True))(params)
+
+    def said(model, params):
+        _, found = model.apply({"params": params}, tokens, valid=valid, mutable=["intermediates"])
+        found = found["intermediates"]["stack"]
+        each = [found[f"block_{i}"] for i in range(model.layers)] if "block_0" in found else [
+            jax.tree.map(lambda x, i=i: x[i], found["blocks"]) for i in range(model.layers)]  # fmt: skip
+        return [found["inputs"], *(x["states"] for x in each)], [x["attention"]["scores"] for x in each]
+
+    mine, others = said(student, {k: v for k, v in params.items() if k != "bridge"}), said(teacher, told)
+    # A block's states are what the model returns after its last one.
+    final = teacher.apply({"params": told}, tokens, valid=valid)["states"]
+    np.testing.assert_allclose(others[0][-1], final, atol=1e-6)
+    hard = token_prediction.make().loss(bind(student, {}), {k: v for k, v in params.items() if k != "bridge"}, {}, batch,
+                                        None, True)  # fmt: skip
+    want, keep = float(hard.total), np.asarray(valid)
+    rows = np.asarray(batch["weights"]).sum(1)
+    for a, b, name in ((0, 0, "embeddings"), (1, 2, "states")):
+        x = np.asarray(mine[0][a])
+        if width != 16:
+            x = x @ np.asarray(params["bridge"][name]["kernel"])
+        error = ((x - np.asarray(others[0][b])) ** 2).mean(-1)
+        want += 0.5 * sum(rows[r] * error[r][keep[r]].mean() for r in range(3))
+    error = (np.asarray(mine[1][0]) - np.asarray(others[1][0])) ** 2
+    want += 0.25 * sum(rows[r] * error[r][:, keep[r]][:, :, keep[r]].mean() for r in range(3))
+    assert float(out.total) == pytest.approx(want, rel=1e-5)
+    assert "bridge" not in task.eval_params(params, extra)
+
+
+def test_what_is_captured_costs_nothing_unasked(make_config):
+    built = build(make_config())
+    batch = built.data.train.batch_at(0)["inputs"]
+    params = jax.jit(built.init)().params
+    plainly = jax.jit(lambda p: bind(built.model, {})(p, **batch, train=False)["logits"]).lower(params).as_text()
+    with_ = jax.jit(lambda p: bind(built.model, {})(p, **batch, train=False, capture=True)["logits"]).lower(params)
+    assert with_.as_text().count("stablehlo.dot") == plainly.count("stablehlo.dot")
+
+
+def test_bad_pairs():
+    small = BertModel(BlockSpec(width=8, heads=2), vocab_size=9, max_len=6, layers=1)
+    other = BertModel(BlockSpec(width=8, heads=4), vocab_size=9, max_len=6, layers=1)
+    tokens = jnp.zeros((1, 6), jnp.int32)
+    batch = {"inputs": {"tokens": tokens}, "targets": tokens, "weights": jnp.ones((1, 6))}
+
+    def tried(**changes):
+        task = make(teacher="x", teacher_model=other, model=small, build=plain, task={}, **changes)
+        params = small.init(jax.random.key(0), tokens)["params"]
+        extra = {"inner": {}, "teacher": other.init(jax.random.key(0), tokens)["params"]}
+        return task.loss(bind(small, {}), params, extra, batch, None, True)
+
+    with says("task.hidden: 3 is not a pair (layer of the student, layer of the teacher)."):
+        tried(hidden=(3,))
+    with says("task.hidden: there is no layer 2; the last is 1."):
+        tried(hidden=((1, 2),))
+    with says("task.attention: the student has 2 heads, the teacher 4."):
+        tried(attention=((1, 1),))

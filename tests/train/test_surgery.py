@@ -126,3 +126,18 @@ def test_layers_with_gaps_cannot_be_stacked():
     message = "checkpoint.init_from: layers [0, 2] of stack/blocks/w have gaps; they cannot be stacked."
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         transfer(donor, {"stack": {"blocks": {"w": jnp.ones((2, 1))}}})
+
+
+@pytest.mark.parametrize("donor_loop", ["loop", "scan"])
+@pytest.mark.parametrize("loop", ["loop", "scan"])
+def test_some_of_the_layers(donor_loop, loop):
+    donor = flatten(params(1, donor_loop, layers=4)[1])
+    found, report = transfer(donor, params(2, loop)[1], layers=(3, 1))
+    assert not report.missing and not report.extra
+    found, path = flatten(found), "attention/query/kernel"
+    for new, old in enumerate((3, 1)):
+        want = donor[f"stack/blocks/{path}"][old] if donor_loop == "scan" else donor[f"stack/block_{old}/{path}"]
+        got = found[f"stack/blocks/{path}"][new] if loop == "scan" else found[f"stack/block_{new}/{path}"]
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(UserError, match=r"^checkpoint\.layers=\(0, 4\): the donor has layers 0 to 3\.$"):
+        transfer(donor, params(2, loop)[1], layers=(0, 4))

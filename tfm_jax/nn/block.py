@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from tfm_jax.nn.attention import Attention, Cache, Context, CrossAttention, dense
+from tfm_jax.nn.capture import say
 from tfm_jax.nn.linear import Norm
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import Rule, constrain
@@ -97,4 +98,5 @@ class Block(nn.Module):
             x, cross = around(x, lambda y: look(y, context, cross), "cross_attention_norm")
         mlp = MLP(spec, self.layers, self.train, name="mlp")
         x, _ = around(x, lambda y: (mlp(y), None), "mlp_norm")
+        say(self, "states", x)
         return x, None if cache is None else LayerCache(own, cross)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from tfm_jax.nn.attention import Attention, Cache, Context
 from tfm_jax.nn.block import Block, LayerCache
+from tfm_jax.nn.capture import SAID, say
 from tfm_jax.nn.linear import Norm
 from tfm_jax.nn.spec import BlockSpec
 
@@ -49,7 +50,12 @@ class Stack(nn.Module):
     def __call__(
         self, x: jax.Array, context: Context, caches: Caches | None = None, *, train: bool
     ) -> tuple[jax.Array, Caches | None]:
-        """(B, T, D) to (B, T, D), with the caches as they are after these T positions."""
+        """(B, T, D) to (B, T, D), with the caches as they are after these T positions.
+
+        Where the collection `intermediates` is mutable it gets `inputs` (B, T, D), and of each block `states` (B, T, D), what
+        it returns, and of its attention `scores` (B, H, T, S) float32, before mask and softmax.
+        """
+        say(self, "inputs", x)
         block: Any = Block
         if self.remat != "none":
             # Inside a scan the barrier against common-subexpression elimination only costs time.
@@ -62,7 +68,7 @@ class Stack(nn.Module):
         if self.layer_loop == "scan":
             scanned = nn.scan(
                 block,
-                variable_axes={} if shared else {"params": 0},
+                variable_axes={SAID: 0} if shared else {"params": 0, SAID: 0},
                 variable_broadcast="params" if shared else False,
                 split_rngs={"params": not shared, "dropout": True},
                 in_axes=(0, nn.broadcast),

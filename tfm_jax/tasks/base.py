@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 
+from tfm_jax.nn.capture import SAID
+
 Params = Any
 Extra = Any
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -18,22 +20,27 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 class Apply(Protocol):
     """A model as a function: `apply(params, **inputs, train=..., rngs=...) -> dict of named arrays`.
 
-    A model with mutable collections (batch statistics) also returns them, under the name `mutables`.
+    A model with mutable collections (batch statistics) also returns them, under the name `mutables`. With `capture` there is
+    also `captured`, what its blocks say of themselves: see `nn.stack.Stack`.
     """
 
-    def __call__(self, params: Params, /, *, train: bool, rngs: Any = None, **inputs: Any) -> dict[str, Any]: ...
+    def __call__(
+        self, params: Params, /, *, train: bool, rngs: Any = None, capture: bool = False, **inputs: Any
+    ) -> dict[str, Any]: ...
 
 
 def bind(model: nn.Module, mutables: Any) -> Apply:
     """The model as a function of its parameters; see `Apply`."""
 
-    def apply(params: Any, /, *, train: bool, rngs: Any = None, **inputs: Any) -> dict[str, Any]:
+    def apply(params: Any, /, *, train: bool, rngs: Any = None, capture: bool = False, **inputs: Any) -> dict[str, Any]:
         variables = {"params": params, **mutables}
-        if mutables and train:
-            out, changed = model.apply(variables, **inputs, train=train, rngs=rngs, mutable=list(mutables))
-            return {**out, "mutables": changed}
-        result: dict[str, Any] = model.apply(variables, **inputs, train=train, rngs=rngs)
-        return result
+        changing = [*(mutables if train else ()), *([SAID] if capture else [])]
+        if not changing:
+            result: dict[str, Any] = model.apply(variables, **inputs, train=train, rngs=rngs)
+            return result
+        out, changed = model.apply(variables, **inputs, train=train, rngs=rngs, mutable=changing)
+        said = {"captured": changed.pop(SAID, {})} if capture else {}
+        return {**out, **said, **({"mutables": changed} if mutables and train else {})}
 
     return apply
 

@@ -151,11 +151,19 @@ def _places(own: Mapping[str, jax.Array]) -> Callable[[str, Any], Any]:
 
 
 def load_donor(
-    path: Path, params: Any, *, rename: Sequence[Any], resize_positions: bool, resize: Sequence[Resize] = LINE
+    path: Path,
+    params: Any,
+    *,
+    rename: Sequence[Any],
+    resize_positions: bool,
+    layers: Sequence[int] | None = None,
+    resize: Sequence[Resize] = LINE,
 ) -> tuple[Any, Report]:
     """Another run's parameters in the place of `params`; see `surgery.transfer`."""
     donor, _ = load_params(path, sharding=_places(flatten(params)))
-    return transfer(flatten(donor), params, rename=rename, resize_positions=resize_positions, resize=resize)
+    return transfer(
+        flatten(donor), params, rename=rename, layers=layers, resize_positions=resize_positions, resize=resize
+    )
 
 
 def with_donors(state: TrainState, donors: Mapping[str, str]) -> TrainState:
@@ -193,6 +201,7 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
             Path(str(settings.init_from)),
             state.params,
             rename=settings.rename,
+            layers=settings.layers,
             resize_positions=settings.resize_positions,
             resize=family(experiment.config["model"]["name"], "RESIZE", LINE),
         )

@@ -50,6 +50,8 @@ class Checkpoint:
       resume: a run or checkpoint folder of the same config to start from, if this run has no checkpoint yet.
       init_from: a run or checkpoint folder whose parameters start this run, if it has no checkpoint yet.
       rename: `(regex, replacement)` pairs applied to the donor's parameter paths.
+      layers: of the donor, the ones that become this model's, in this order: a student from some of its teacher's. None
+        for all.
       resize_positions: stretch or cut the donor's position tables to this model's length, by linear interpolation.
     """
 
@@ -59,6 +61,7 @@ class Checkpoint:
     resume: str | None = None
     init_from: str | None = None
     rename: Sequence[Any] = ()
+    layers: Sequence[int] | None = None
     resize_positions: bool = False
 
     def __post_init__(self) -> None:

@@ -50,6 +50,7 @@ def transfer(
     params: Any,
     *,
     rename: Sequence[Any] = (),
+    layers: Sequence[int] | None = None,
     resize_positions: bool = False,
     resize: Sequence[Resize] = LINE,
 ) -> tuple[Any, Report]:
@@ -59,6 +60,7 @@ def transfer(
       donor: `{path: array}`; layers may be stacked (`blocks/`) or not (`block_0/`) on either side.
       params: the freshly initialised tree; its shapes, dtypes and shardings stay.
       rename: `(regex, replacement)` pairs, applied in order to the donor's paths.
+      layers: of the donor, the ones that become this model's, in this order (Sanh et al. 2019, section 3); all if None.
       resize_positions: interpolate position tables of another length.
       resize: which tables those are, and how.
 
@@ -66,7 +68,10 @@ def transfer(
       UserError: shapes differ (all are listed), or nothing at all fits.
     """
     target = flatten(params)
-    source = _restack(_rename(donor, rename), stacked=any(_BLOCKS.search(path) for path in target))
+    renamed = _rename(donor, rename)
+    source = _restack(
+        renamed if layers is None else _chosen(renamed, layers), stacked=any(_BLOCKS.search(path) for path in target)
+    )
     resized, wrong, values = [], [], {}
     for path, leaf in target.items():
         if path not in source:
@@ -114,6 +119,24 @@ def _rename(donor: dict[str, jax.Array], rules: Sequence[Any]) -> dict[str, jax.
             raise UserError(f"checkpoint.rename: {rule!r} gives several parameters the same name.")
         donor = renamed
     return donor
+
+
+def _chosen(donor: dict[str, jax.Array], layers: Sequence[int]) -> dict[str, jax.Array]:
+    """Some of the layers, numbered anew."""
+    out: dict[str, jax.Array] = {}
+    numbers = {i for path in donor if (found := _BLOCK.search(path)) for i in [int(found[2])]}
+    count = next((x.shape[0] for path, x in donor.items() if _BLOCKS.search(path)), len(numbers))
+    for i in layers:
+        if not 0 <= i < count:
+            raise UserError(f"checkpoint.layers={tuple(layers)}: the donor has layers 0 to {count - 1}.")
+    for path, value in donor.items():
+        if found := _BLOCK.search(path):
+            for new, old in enumerate(layers):
+                if old == int(found[2]):
+                    out[_BLOCK.sub(rf"\g<1>block_{new}/", path)] = value
+        else:
+            out[path] = value[jnp.asarray(layers)] if _BLOCKS.search(path) else value
+    return out
 
 
 def _restack(donor: dict[str, jax.Array], *, stacked: bool) -> dict[str, jax.Array]:
