@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     made.add_argument("--run", type=Path, required=True, help="run directory")
     made.add_argument("--step", type=int, help="checkpoint to evaluate; the newest by default")
+    made.add_argument("--average", type=int, default=1, help="average this many checkpoints, the last of them that one")
     # Only for `parse` to know that overrides are welcome: the config itself is the run's.
     made.add_argument("--config", help=cli.HIDDEN)
     flags, overrides = cli.parse(made, argv)
@@ -38,14 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     experiment = build(config, tokenizer_dir=flags.run / "tokenizer", for_training=False)
     with jax.set_mesh(experiment.layout.mesh):
         state, step = restore_for_evaluation(
-            experiment, flags.run, flags.step, same_data=not any(key.startswith("data.") for key, _ in overrides)
+            experiment,
+            flags.run,
+            flags.step,
+            same_data=not any(key.startswith("data.") for key, _ in overrides),
+            average=flags.average,
         )
         results = {
             f"eval/{name}/{key}": value
             for name, evaluate in experiment.evaluators().items()
             for key, value in evaluate(state).items()
         }
-    record = {"step": step, "overrides": dict(overrides), **results}
+    record = {"step": step, "average": flags.average, "overrides": dict(overrides), **results}
     if multihost.is_main():
         print(
             cli.table(
@@ -59,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
         write_atomic(
-            flags.run / f"evaluation_{step}.json",
+            flags.run / f"evaluation_{step}{f'_average_{flags.average}' if flags.average > 1 else ''}.json",
             configs.to_json(record),
         )
         if flags.json:

@@ -30,10 +30,11 @@ def test_defaults_are_those_of_the_signatures(make_config):
     assert config["task"] == {"name": "token_prediction", "vocab_chunk": 0, "label_smoothing": 0.0, "z_loss": 0.0}
     assert config["mesh"] == {"data": -1, "fsdp": 1, "tensor": 1, "rules": []}
     assert config["train"] == {
-        "steps": 8, "seed": 0, "accum": 1, "ema": None, "adapter": None, "eval_every": 0, "max_bad_steps": 10,
+        "steps": 8, "seed": 0, "accum": 1, "ema": None, "adapter": None, "eval_every": 0, "stop_metric": None,
+        "stop_patience": 3, "stop_goal": "lower", "max_bad_steps": 10,
     }  # fmt: skip
     assert config["evals"]["validation"] == {
-        "name": "loss", "split": "validation", "batch_size": None, "max_batches": None,
+        "name": "loss", "data": None, "split": "validation", "batch_size": None, "max_batches": None,
     }  # fmt: skip
     assert not {"params", "devices", "context", "tokenizer_dir"} & {k.split(".")[-1] for k in configs.flat(config)}
     assert json.loads(configs.to_json(config)) == config

@@ -107,6 +107,22 @@ def test_decay_mask_and_multipliers():
     check(run(made)[0], slow(adamw, decayed="scale$", factors=factors))
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_rates_decay_from_layer_to_layer(stacked):
+    """Three layers: 0.5 for the last one, 0.125 for the first, 0.0625 for embeddings, 1 for the head."""
+    stack = {"blocks": {"w": jnp.zeros((3, 2))}} if stacked else {f"block_{i}": {"w": jnp.zeros(2)} for i in range(3)}
+    params = {"token_embedding": {"embedding": jnp.zeros(2)}, "stack": stack, "head": {"kernel": jnp.zeros(2)}}
+    made = optim.make(params, **CONSTANT, weight_decay=0.0, layer_decay=0.5, clip_norm=None)
+    grads = jax.tree.map(jnp.ones_like, params)
+    update, _ = jax.jit(made.tx.update)(grads, made.tx.init(params), params)
+    # The first of Adam's updates is the gradient's sign.
+    found = {path: np.asarray(x) / -LR for path, x in flatten(update).items()}
+    layers = found["stack/blocks/w"] if stacked else np.stack([found[f"stack/block_{i}/w"] for i in range(3)])
+    np.testing.assert_allclose(layers, np.array([[0.125] * 2, [0.25] * 2, [0.5] * 2]), rtol=1e-5)
+    np.testing.assert_allclose(found["token_embedding/embedding"], 0.0625, rtol=1e-5)
+    np.testing.assert_allclose(found["head/kernel"], 1.0, rtol=1e-5)
+
+
 def test_schedule_is_applied_by_step():
     made = optim.make(PARAMS, steps=4, lr=LR, schedule="linear", warmup_steps=2, end_factor=0.0, weight_decay=0.0)
     found, _ = run(made, [GRADS[0]] * 4)

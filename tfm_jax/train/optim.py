@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from optax import contrib
 
@@ -36,6 +38,7 @@ def make(
     decay_pattern: str = r"(kernel|embedding)$",
     clip_norm: float | None = 1.0,
     lr_multipliers: Sequence[Any] = (),
+    layer_decay: float = 1.0,
     freeze: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Optimizer:
@@ -51,6 +54,8 @@ def make(
       decay_pattern: regex; parameters that match are decayed.
       clip_norm: global gradient norm above which gradients are scaled down; None for no clipping.
       lr_multipliers: `(regex, factor)` pairs; the first that matches scales a parameter's update.
+      layer_decay: the rate of each layer is that of the one above times this (Clark et al. 2020, section 3.1); heads have the
+        full one, embeddings the lowest. 1 for none.
       freeze: regexes; parameters that match get no update and no moments.
       options: further arguments of the update rule, for instance `{"b1": 0.9, "b2": 0.95}`.
 
@@ -78,6 +83,10 @@ def make(
     if lr_multipliers:
         pairs = [_pair(rule) for rule in lr_multipliers]
         parts += [_scale_each(_lookup(values_by_pattern(params, pairs, 1.0, setting="optim.lr_multipliers")))]
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"optim.layer_decay={layer_decay}: must lie in (0, 1].")
+    if layer_decay < 1:
+        parts += [_scale_each(flat_lookup(layer_factors(params, layer_decay)))]
     parts += [optax.scale_by_learning_rate(rate)]
     tx = optax.chain(*parts)
     if freeze:
@@ -161,8 +170,39 @@ def _pair(rule: Any) -> tuple[str, float]:
 
 
 def _lookup(values: Any) -> Callable[[Any], Any]:
-    table = flatten(values)
+    return flat_lookup(flatten(values))
+
+
+def flat_lookup(table: Mapping[str, Any]) -> Callable[[Any], Any]:
     return lambda tree: map_with_path(lambda path, _: table[path], tree)
+
+
+_BLOCK, _BLOCKS = re.compile(r"(.*?)block_(\d+)/"), re.compile(r"(.*?)blocks/")
+
+
+def layer_factors(params: Any, decay: float) -> dict[str, Any]:
+    """decay^(L - i) for layer i of a stack of L, from 0; decay^(L + 1) for embeddings of the deepest stack, else 1.
+
+    Of stacked layers a factor each, (L, 1, ..).
+    """
+    leaves, depth = flatten(params), dict[str, int]()
+    for path, x in leaves.items():
+        if found := _BLOCK.match(path):
+            depth[found[1]] = max(depth.get(found[1], 0), int(found[2]) + 1)
+        elif found := _BLOCKS.match(path):
+            depth[found[1]] = x.shape[0]
+    if not depth:
+        raise UserError(f"optim.layer_decay={decay}: this model has no stack of layers.")
+
+    def factor(path: str, x: Any) -> Any:
+        if found := _BLOCK.match(path):
+            return decay ** (depth[found[1]] - int(found[2]))
+        if found := _BLOCKS.match(path):
+            layers = depth[found[1]]
+            return decay ** np.arange(layers, 0, -1, dtype=np.float32).reshape(layers, *[1] * (len(x.shape) - 1))
+        return decay ** (max(depth.values()) + 1) if "embedding" in path else 1.0
+
+    return {path: factor(path, x) for path, x in leaves.items()}
 
 
 def _scale_each(factors: Callable[[Any], Any]) -> optax.GradientTransformation:

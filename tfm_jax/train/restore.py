@@ -50,11 +50,12 @@ def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, 
 
 
 def restore_for_evaluation(
-    experiment: Experiment, path: Path, step: int | None = None, *, same_data: bool = True
+    experiment: Experiment, path: Path, step: int | None = None, *, same_data: bool = True, average: int = 1
 ) -> tuple[TrainState, int]:
     """Parameters and what evaluation needs, on the experiment's mesh; the optimizer's state is not read.
 
     Args:
+      average: over this many checkpoints, the asked one and those before it (Vaswani et al. 2017, section 6.1).
       same_data: refuse data that is not the run's own.
 
     Raises:
@@ -67,12 +68,13 @@ def restore_for_evaluation(
         abstract = abstract._replace(extra=experiment.task.carry.forget(abstract.extra))
     # Orbax keeps no node for an empty tree.
     wanted = {name: tree for name, tree in abstract._asdict().items() if jax.tree.leaves(tree)}
+    restored: Any = None
     try:
-        restored = checkpoints.restore(found, wanted, partial=True)
+        for i, one in enumerate(_latest(path, checkpoints.steps(), found, average)):
+            newer = checkpoints.restore(one, wanted, partial=True)
+            restored = newer if restored is None else newer._replace(state=_mean(restored.state, newer.state, i))
     except CorruptCheckpoint as error:
-        raise UserError(
-            f"Checkpoint {found} of {path} is damaged: {error}.{nearest('', checkpoints.steps())}"
-        ) from None
+        raise UserError(f"Checkpoint {one} of {path} is damaged: {error}.{nearest('', checkpoints.steps())}") from None
     finally:
         checkpoints.close()
     trained_on, here = restored.meta.get("data"), experiment.data.fingerprint
@@ -84,10 +86,33 @@ def restore_for_evaluation(
     return abstract._replace(**restored.state), found
 
 
-def load_params(path: Path, step: int | None = None, *, sharding: Any = None) -> tuple[Any, int]:
+def _latest(path: Path, steps: Sequence[int], last: int, count: int) -> list[int]:
+    """The last `count` steps up to one."""
+    found = [step for step in steps if step <= last][-count:] if count > 0 else []
+    if len(found) < max(count, 1):
+        raise UserError(
+            f"--average={count}: {path} has {len(found)} checkpoints up to step {last}. A run keeps more of them with"
+            " checkpoint.keep."
+            if count > 0
+            else f"--average={count}: must be at least 1."
+        )
+    return found
+
+
+def _mean(mean: Any, newer: Any, count: int) -> Any:
+    """The mean of `count` trees and one more; numbers that are not fractions are the newer one's."""
+
+    def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a + (b - a) / (count + 1) if jax.numpy.issubdtype(b.dtype, jax.numpy.floating) else b
+
+    return jax.tree.map(leaf, mean, newer)
+
+
+def load_params(path: Path, step: int | None = None, *, sharding: Any = None, average: int = 1) -> tuple[Any, int]:
     """The parameters that the run's task evaluates with (an average, if it keeps one) as a plain tree, and their step.
 
     Args:
+      average: over this many checkpoints, the asked one and those before it.
       sharding: a function from `(parameter's path, abstract array)` to a sharding; the first device holds all if None.
 
     Raises:
@@ -109,13 +134,17 @@ def load_params(path: Path, step: int | None = None, *, sharding: Any = None) ->
 
     # Orbax keeps no node for an empty tree.
     abstract = {name: map_with_path(place, tree) for name, tree in wanted.items() if jax.tree.leaves(tree)}
+    mean: Any = None
     try:
-        state = {**wanted, **checkpoints.restore(found, abstract, partial=True).state}
+        for i, one in enumerate(_latest(path, checkpoints.steps(), found, average)):
+            state = {**wanted, **checkpoints.restore(one, abstract, partial=True).state}
+            params = task.eval_params(state["params"], state["extra"])
+            mean = params if mean is None else _mean(mean, params, i)
     except CorruptCheckpoint as error:
-        raise UserError(f"Checkpoint {found} of {path} is damaged: {error}.") from None
+        raise UserError(f"Checkpoint {one} of {path} is damaged: {error}.") from None
     finally:
         checkpoints.close()
-    return task.eval_params(state["params"], state["extra"]), found
+    return mean, found
 
 
 # Settings of the data that parameters have been trained for.

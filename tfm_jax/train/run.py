@@ -1,7 +1,7 @@
 """The loop. It is the one place where order matters, and it is never copied.
 
  1. build, 2. agree across hosts, 3. restore; then, at each step,
- 4. evaluate if due, 5. save if due, 6. take the batch, 7. dispatch the update, 8. read the *previous* step's metrics
+ 4. evaluate if due, and end if it says so, 5. save if due, 6. take the batch, 7. dispatch the update, 8. read the *previous* step's metrics
     (so the device never waits for the host), 9. log; at the end, or when told to stop,
 10. write what remains, in the order checkpoint, picture, result, status: a crash in between loses nothing.
 """
@@ -18,7 +18,7 @@ import jax
 
 from tfm_jax import config as configs
 from tfm_jax.data.prefetch import Prefetcher
-from tfm_jax.errors import UserError
+from tfm_jax.errors import UserError, nearest
 from tfm_jax.evals.base import Evaluate
 from tfm_jax.files import write_atomic
 from tfm_jax.parallel import multihost
@@ -26,7 +26,7 @@ from tfm_jax.parallel.devices import peak_flops
 from tfm_jax.train import rundir
 from tfm_jax.train.build import Experiment, build
 from tfm_jax.train.checkpoint import Checkpointer, Restored
-from tfm_jax.train.log import Metrics, Progress, Writers, read_step
+from tfm_jax.train.log import Metrics, Progress, Writers, read_metrics, read_step
 from tfm_jax.train.meter import Meter
 from tfm_jax.train.plots import loss_picture
 from tfm_jax.train.references import as_loss, compressors
@@ -97,7 +97,10 @@ def _train(
         )
         try:
             start = starting_state(experiment, checkpoints, main=main)  # 3
-            if start.step == experiment.train.steps and (run / "result.json").is_file():
+            ended = start.step == experiment.train.steps or experiment.train.stale(
+                _watched(experiment, run, start.step)
+            )
+            if ended and (run / "result.json").is_file():
                 # Nothing is left to do; evaluating again would log the last step twice.
                 if main:
                     rundir.write_status(run, "finished", step=start.step)
@@ -105,6 +108,13 @@ def _train(
             return _Loop(experiment, run, checkpoints, start, evaluators, facts, profile, main).run()
         finally:
             checkpoints.close()
+
+
+def _watched(experiment: Experiment, run: Path, step: int) -> list[float]:
+    """What has been logged of the metric that may end the run, up to the step that it goes on from."""
+    metric = experiment.train.stop_metric
+    lines = read_metrics(run) if metric is not None else []
+    return [float(line[metric]) for line in lines if metric in line and line["step"] <= step]
 
 
 class _Loop:
@@ -124,7 +134,8 @@ class _Loop:
         self.experiment, self.run_dir, self.checkpoints = experiment, run, checkpoints
         self.facts, self.main = facts, main
         self.state, self.first = start.state, start.step
-        self.total = experiment.train.steps
+        self.watched = _watched(experiment, run, start.step)
+        self.total = start.step if experiment.train.stale(self.watched) else experiment.train.steps
         self.evaluators = evaluators
         peak_flops()  # measured while nothing else runs
         self.meter = Meter(
@@ -134,6 +145,7 @@ class _Loop:
         )
         self.trace = Trace(run / "profile", *profile) if profile is not None and main else None
         self.finals: Metrics = {}
+        self.evaluated: int | None = None
         self.pending: tuple[int, Any] | None = None  # a step dispatched, and its metrics not yet read
         self.stop = StopRequest()
         settings = experiment.log
@@ -160,6 +172,9 @@ class _Loop:
                         if self._due(step, experiment.train.eval_every):
                             self._read()
                             self._evaluate(step)  # 4
+                            if experiment.train.stale(self.watched):
+                                self.total = step
+                                break
                         if self._due(step, experiment.checkpoint.every):
                             self._read()
                             self._save(step)  # 5
@@ -177,7 +192,7 @@ class _Loop:
                 self.meter.pause()
                 # A crash may have come between the last checkpoint and `result.json`.
                 recorded = read_step(self.run_dir, self.total) if self.first == self.total else {}
-                if not any(name.startswith("eval/") for name in recorded):
+                if self.evaluated != self.total and not any(name.startswith("eval/") for name in recorded):
                     self._evaluate(self.total)
                 return self._finish(recorded)  # 10
         finally:
@@ -215,6 +230,18 @@ class _Loop:
                     f"{k.rpartition('/')[2]} {v:.4f}" for k, v in found.items() if not k.endswith(f"/{unit}s")
                 )
                 self.progress.say(f"step {step}/{self.total}  eval {name}: {shown}")
+        self.evaluated = step
+        metric = self.experiment.train.stop_metric
+        if metric is not None:
+            if metric not in self.finals:
+                raise UserError(
+                    f"train.stop_metric={metric!r} is none that is evaluated.{nearest(metric, self.finals)}"
+                )
+            self.watched.append(self.finals[metric])
+            if self.experiment.train.stale(self.watched):
+                self.progress.say(
+                    f"{metric} has not become better for {self.experiment.train.stop_patience} evaluations: the run ends."
+                )
 
     def _save(self, step: int) -> None:
         if step in self.checkpoints.steps():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tfm_jax.errors import UserError
 from tfm_jax.sections import Inside
@@ -22,6 +22,11 @@ class Train:
       adapter: train a few numbers beside each kernel and nothing else: the arguments of `tasks.lora.wrap`, for instance
         `{"rank": 8}`, or of what its `name` says (`adalora`); None for all parameters.
       eval_every: steps between evaluations; 0 for only at the end.
+      stop_metric: end the run before its last step when this metric, `eval/NAME/KEY`, has not become better for
+        `stop_patience` evaluations; None for never. To have the best step's checkpoint then, let checkpoint.every be
+        train.eval_every and checkpoint.keep more than the patience.
+      stop_patience: how many.
+      stop_goal: whether `lower` or `higher` is better.
       max_bad_steps: stop after this many updates in a row whose loss or gradient was not finite.
     """
 
@@ -31,12 +36,26 @@ class Train:
     ema: float | None = None
     adapter: Annotated[Mapping[str, Any] | None, Inside("adapter")] = None
     eval_every: int = 0
+    stop_metric: str | None = None
+    stop_patience: int = 3
+    stop_goal: Literal["lower", "higher"] = "lower"
     max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("accum", 1), ("eval_every", 0), ("max_bad_steps", 1)):
+        for name, least in (("steps", 1), ("accum", 1), ("eval_every", 0), ("stop_patience", 1), ("max_bad_steps", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}.")
+        if self.stop_metric is not None and not self.eval_every:
+            raise UserError(
+                f"train.stop_metric={self.stop_metric!r} is looked at when evaluating: set train.eval_every."
+            )
+
+    def stale(self, history: Sequence[float]) -> bool:
+        """Whether a metric's values at each evaluation so far say that the run should end."""
+        if len(history) <= self.stop_patience:
+            return False
+        best = min if self.stop_goal == "lower" else max
+        return history.index(best(history)) < len(history) - self.stop_patience
 
 
 @dataclass(frozen=True)

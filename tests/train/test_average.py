@@ -1,0 +1,47 @@
+"""The mean of a run's last checkpoints, of what its task evaluates with."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import evaluate
+from tests.errors import says
+from tfm_jax.paths import flatten
+from tfm_jax.train.restore import load_params
+from tfm_jax.train.run import train
+
+
+@pytest.fixture(scope="module", params=[None, 0.5], ids=["plain", "ema"])
+def run(make_config, tmp_path_factory, request):
+    path = tmp_path_factory.mktemp("average") / "run"
+    train(make_config({"train.ema": request.param, "checkpoint.every": 2, "checkpoint.keep": 4}), path)
+    return path
+
+
+def test_parameters_are_the_mean(run):
+    each = [flatten(load_params(run, step)[0]) for step in (4, 6, 8)]
+    mean, step = load_params(run, average=3)
+    assert step == 8
+    for path, x in flatten(mean).items():
+        np.testing.assert_allclose(x, np.mean([one[path] for one in each], axis=0), atol=1e-7, err_msg=path)
+    earlier = flatten(load_params(run, 6, average=2)[0])
+    want = jax.tree.map(lambda a, b: (np.asarray(a) + np.asarray(b)) / 2, each[0], each[1])
+    assert all(np.allclose(earlier[path], want[path], atol=1e-7) for path in want)
+
+
+def test_evaluate_takes_it(run, capsys):
+    results = []
+    for flags in ([], ["--average=1"], ["--average=3"]):
+        assert evaluate.main([f"--run={run}", "--json", *flags]) == 0
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1])["eval/validation/loss"])
+    assert results[0] == results[1] != results[2]
+    assert (run / "evaluation_8_average_3.json").is_file()
+
+
+def test_too_many(run):
+    with says(f"--average=9: {run} has 4 checkpoints up to step 8. A run keeps more of them with checkpoint.keep."):
+        load_params(run, average=9)
+    with says("--average=0: must be at least 1."):
+        load_params(run, average=0)
