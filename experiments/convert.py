@@ -259,7 +259,7 @@ def _own_marks(run: Path, config: configs.Config, fields: dict[str, Any]) -> tup
     start = config["data"].get("decoder_start")
     marks = dict.fromkeys(("bos_token_id", "eos_token_id"), codec.end_id)
     marks |= {"pad_token_id": pad_id(codec), "decoder_start_token_id": codec.end_id if start is None else start}
-    masks = config["data"].get("objective") in ("mask", "denoise", "span")
+    masks = config["data"].get("objective") in ("mask", "denoise", "span", "order", "follow")
     return marks, config["model"]["vocab_size"] - codec.vocab_size if masks else 0
 
 

@@ -322,7 +322,9 @@ def test_a_new_evaluator_on_the_command_line_starts_with_its_name(make_config):
     )
 
 
-@pytest.mark.parametrize(("name", "objective", "fitting"), [("gpt", "mask", "next"), ("bert", "next", "mask")])
+@pytest.mark.parametrize(
+    ("name", "objective", "fitting"), [("gpt", "mask", "next"), ("bert", "next", "mask, follow, order")]
+)
 def test_an_objective_that_makes_no_sense_of_a_model(make_config, name, objective, fitting):
     config = make_config({"data.objective": f"'{objective}'"})
     model = {"name": name, "layers": 1, "width": 16, "heads": 2, "max_len": 16}

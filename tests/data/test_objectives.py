@@ -1,10 +1,15 @@
 """What each objective hides and asks for: published rates, nothing lost, and each row a function of its seed."""
 
+import itertools
+
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 
 from tests.errors import says
-from tfm_jax.data.objectives import make
+from tfm_jax.data.objectives import make, sentence_stops, word_starts
+from tfm_jax.data.tokenizers import JsonTokenizer
 from tfm_jax.data.vocabularies import byte_tokenizer
 
 END, FIRST, B = 256, 257, 400
@@ -26,7 +31,7 @@ def leaves(batch):
     return {**batch["inputs"], "targets": batch["targets"], "weights": batch["weights"]}
 
 
-@pytest.mark.parametrize("name", ["next", "mask", "span", "denoise", "continue"])
+@pytest.mark.parametrize("name", ["next", "mask", "span", "denoise", "continue", "prefix"])
 def test_rows_are_functions_of_their_seeds(name):
     objective = made(name)
     tokens, known, seeds = rows(objective)
@@ -138,3 +143,124 @@ def test_a_row_that_is_cut_off_weighs_nothing(name):
 def test_errors(fields, message):
     with says(message):
         made(**fields)
+
+
+def wordpieces():
+    """Every other piece goes on with the word before."""
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*marks, *(f"##{i}" if i % 2 else f"w{i}" for i in range(200)), ".", "!"]
+    engine = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    engine.add_special_tokens(marks)
+    engine.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return JsonTokenizer(engine.to_str())
+
+
+def test_words_are_hidden_as_wholes():
+    codec = wordpieces()
+    objective = make("mask", 256, codec, mask_rate=None, span_length=None, mask_unit="word")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 207, (B, 257)).astype(np.int32)
+    batch = objective.batch(tokens, np.ones(tokens.shape, bool), np.arange(B, dtype=np.uint64))
+    chosen = batch["weights"] > 0
+    goes_on = np.array([p.startswith("##") for p in codec.pieces()])[tokens[:, :-1]]
+    # Inside a word, all or none; from word to word, the rate.
+    np.testing.assert_array_equal(chosen[:, 1:][goes_on[:, 1:]], chosen[:, :-1][goes_on[:, 1:]])
+    words = chosen[~goes_on]
+    assert abs(words.mean() - 0.15) < 4 * np.sqrt(0.15 * 0.85 / words.size)
+    assert not np.array_equal(chosen, made_of_tokens(codec, tokens))
+
+
+def made_of_tokens(codec, tokens):
+    plain = make("mask", 256, codec, mask_rate=None, span_length=None)
+    return plain.batch(tokens, np.ones(tokens.shape, bool), np.arange(B, dtype=np.uint64))["weights"] > 0
+
+
+def test_where_words_begin():
+    assert word_starts(["##a", "b", "."]) == (False, True, True)
+    assert word_starts(["\u0120the", "re", ",", "\u0120"]) == (True, False, True, True)
+    assert word_starts(["\u2581the", "re"]) == (True, False)
+    with says("data.mask_unit='word': this tokenizer does not say where words begin."):
+        word_starts(["a", "b"])
+    assert sentence_stops(["a.", ".", "\u0120!", '."', '".', "##?", "x"]) == (1, 2, 4, 5)
+
+
+def test_sentences_are_permuted_and_nothing_is_lost():
+    codec = wordpieces()
+    objective = make("denoise", 64, codec, mask_rate=1e-9, span_length=None, shuffle_sentences=1.0)
+    rng, stop = np.random.default_rng(0), codec.token_id(".")
+    tokens = rng.integers(5, 205, (B, 65)).astype(np.int32)
+    tokens[:, 9:64:10] = stop
+    batch = objective.batch(tokens, np.ones(tokens.shape, bool), np.arange(B, dtype=np.uint64))
+    np.testing.assert_array_equal(batch["targets"], tokens[:, :-1])
+    hidden, moved = codec.token_id("[MASK]"), []
+    for row in range(B):
+        source = batch["inputs"]["tokens"][row][batch["inputs"]["valid"][row]]
+        places = np.flatnonzero(source == hidden)
+        if len(places) > 1:
+            continue  # a stretch of nothing has pushed a token out at the end
+        # One token is behind the mask; whichever it is, the others are sentences in some order.
+        sentences = np.split(tokens[row, :-1], np.flatnonzero(tokens[row, :-1] == stop) + 1)
+        orders = itertools.permutations(range(len(sentences))) if row < 3 else []
+        every = [np.delete(np.concatenate([sentences[i] for i in order]), places) for order in orders]
+        assert not every or any(np.array_equal(one, np.delete(source, places)) for one in every)
+        left = np.bincount(tokens[row, :-1], minlength=300) - np.bincount(np.delete(source, places), minlength=300)
+        assert left.min() == 0 and left.sum() == 1
+        moved.append(not np.array_equal(np.delete(source, places), np.delete(tokens[row, :-1], places)))
+    assert len(moved) > B / 2
+    # One order of 7! is the old one.
+    assert np.mean(moved) > 0.98
+    some = make("denoise", 64, codec, mask_rate=1e-9, span_length=None, shuffle_sentences=0.5)
+    batch = some.batch(tokens, np.ones(tokens.shape, bool), np.arange(B, dtype=np.uint64))
+    # Row for row as without permuting, or with it.
+    kept = [np.sum(batch["inputs"]["tokens"][row, :8] == tokens[row, :8]) >= 6 for row in range(B)]
+    assert abs(np.mean(kept) - 0.5 - 0.5 / 7) < 4 * np.sqrt(0.25 / B)
+
+
+def test_a_prefix_and_the_rest_are_the_window():
+    objective = made("prefix")
+    tokens, known, seeds = rows(objective)
+    batch = objective.batch(tokens, known, seeds)
+    cuts = batch["inputs"]["valid"].sum(1)
+    for row in range(B):
+        source = batch["inputs"]["tokens"][row, : cuts[row]]
+        rest = batch["targets"][row][batch["weights"][row] > 0]
+        np.testing.assert_array_equal(np.concatenate([source, rest]), tokens[row, :-1])
+    # Uniform from 1 to 63.
+    assert cuts.min() >= 1 and cuts.max() <= 63
+    assert abs(cuts.mean() - 32) < 4 * np.sqrt(63**2 / 12 / B)
+
+
+@pytest.mark.parametrize("question", ["order", "follow"])
+def test_segment_pairs_against_a_slow_version(question):
+    codec = wordpieces()
+    objective = make(question, 40, codec, mask_rate=0.3, span_length=None)
+    window = 37
+    assert objective.window == window and objective.elsewhere == (window if question == "follow" else 0)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 205, (B, window + 1 + objective.elsewhere)).astype(np.int32)
+    batch = objective.batch(tokens, np.ones(tokens.shape, bool), np.arange(B, dtype=np.uint64))
+    shown, types = batch["inputs"]["tokens"], batch["inputs"]["token_types"]
+    cuts = []
+    for row in range(B):
+        text, pair = batch["targets"]["tokens"][row], batch["targets"]["pair"][row]
+        middle = int(np.flatnonzero(types[row])[0]) - 1
+        first, second = text[1:middle], text[middle + 1 : -1]
+        assert (text[0], text[middle], text[-1]) == (2, 3, 3) and len(first) + len(second) == window
+        own, other = tokens[row, :window], tokens[row, window + 1 :]
+        if question == "order":
+            np.testing.assert_array_equal(np.concatenate([second, first] if pair else [first, second]), own)
+        else:
+            cut = len(first)
+            np.testing.assert_array_equal(first, own[:cut])
+            np.testing.assert_array_equal(second, other[cut:] if pair else own[cut:])
+        cuts.append(len(second) if question == "order" and pair else len(first))
+        chosen = batch["weights"][row] > 0
+        assert not chosen[[0, middle, -1]].any()
+        np.testing.assert_array_equal(shown[row][~chosen], text[~chosen])
+    assert abs(batch["targets"]["pair"].mean() - 0.5) < 4 * np.sqrt(0.25 / B)
+    assert min(cuts) == 9 and max(cuts) == 28
+    assert abs((batch["weights"] > 0).sum() / (B * window) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / (B * window))
+    with says(f"data.objective={question!r} needs a tokenizer that tells two segments apart, as BERT's do."):
+        made(question)

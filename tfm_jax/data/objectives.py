@@ -1,41 +1,19 @@
-"""What is predicted: from rows of a token stream to batches, in numpy, seeded row by row.
-
-B rows, W window (tokens a row takes from the stream), S encoder length, T target length.
-"""
+"""What is predicted, by name: from the config's keys to what makes a batch of rows of a token stream."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+import re
+from collections.abc import Sequence
+from typing import Literal
 
-import numpy as np
-
-from tfm_jax.data.index import hash_ints
-from tfm_jax.data.types import Batch, Tokenizer
+from tfm_jax.data.noise import Continue, Denoise, Mask, Next, Objective, Prefix, Span, span_sizes
+from tfm_jax.data.segment_pairs import SegmentPairs
+from tfm_jax.data.types import Tokenizer
 from tfm_jax.errors import UserError
 
-Name = Literal["next", "mask", "span", "denoise", "continue"]
+Name = Literal["next", "mask", "span", "denoise", "continue", "prefix", "order", "follow"]
+Unit = Literal["token", "word"]
 MASKS = ("[MASK]", "<mask>")
-
-
-class Objective(Protocol):
-    """A row of a stream as an example."""
-
-    @property
-    def window(self) -> int:
-        """W."""
-
-    @property
-    def added(self) -> int:
-        """Ids that it needs behind the tokenizer's own."""
-
-    def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
-        """A batch from `tokens` (B, W + 1) int32, the last one being the token after the window.
-
-        Args:
-          known: (B, W + 1) bool, False past the stream's end.
-          seeds: (B,) uint64; equal seeds give equal rows, in whatever batch they stand.
-        """
 
 
 def make(
@@ -46,16 +24,24 @@ def make(
     mask_rate: float | None,
     span_length: float | None,
     decoder_start: int | None = None,
+    mask_unit: Unit = "token",
+    shuffle_sentences: float = 0.0,
 ) -> Objective:
-    """The objective of the config keys `data.objective`, `data.mask_rate` and `data.span_length`.
+    """The objective of the config keys `data.objective`, `data.mask_rate` and so on.
 
     Raises:
       UserError: a value out of its range, or a key that this objective does not have.
     """
     for key, value in (("mask_rate", mask_rate), ("span_length", span_length)):
-        if value is not None and (name in ("next", "continue") or (key == "span_length" and name == "mask")):
+        if value is not None and (name in _WHOLE or (key == "span_length" and name in _MASKED)):
             raise UserError(f"data.{key}={value}: the objective {name!r} has none. Leave it out.")
-    if decoder_start is not None and name in ("next", "mask"):
+    if mask_unit != "token" and name not in _MASKED:
+        raise UserError(f"data.mask_unit={mask_unit!r}: the objective {name!r} masks no tokens. Leave it out.")
+    if not 0 <= shuffle_sentences <= 1:
+        raise UserError(f"data.shuffle_sentences={shuffle_sentences}: a share of the rows in [0, 1].")
+    if shuffle_sentences and name != "denoise":
+        raise UserError(f"data.shuffle_sentences={shuffle_sentences}: only the objective 'denoise' does. Leave it out.")
+    if decoder_start is not None and name in ("next", *_MASKED):
         raise UserError(f"data.decoder_start={decoder_start}: the objective {name!r} has no decoder. Leave it out.")
     start = tokenizer.end_id if decoder_start is None else decoder_start
     if mask_rate is not None and not 0 < mask_rate < 1:
@@ -67,13 +53,30 @@ def make(
         return Next(seq_len)
     if name == "continue":
         return Continue(seq_len, start)
+    if name == "prefix":
+        return Prefix(seq_len, tokenizer.end_id, start)
     mask = next((found for mark in MASKS if (found := tokenizer.token_id(mark)) is not None), None)
-    if name == "mask":
-        return Mask(seq_len, tokenizer.end_id, first if mask is None else mask, first, mask_rate or 0.15)
+    if name == "mask" or name == "order" or name == "follow":  # as `_MASKED`; the type checker wants them one by one
+        starts = word_starts(tokenizer.pieces()) if mask_unit == "word" else ()
+        made = Mask(seq_len, tokenizer.end_id, first if mask is None else mask, first, mask_rate or 0.15, starts)
+        if name == "mask":
+            return made
+        return SegmentPairs.of(made, tokenizer.frame(), name)
     if name == "denoise":
         mask = first if mask is None else mask
-        return Denoise(seq_len, tokenizer.end_id, start, mask, first, mask_rate or 0.3, span_length or 3.0)
-    window, noise, spans = _span_sizes(seq_len, mask_rate or 0.15, span_length or 3.0)
+        stops = sentence_stops(tokenizer.pieces()) if shuffle_sentences else ()
+        return Denoise(
+            seq_len,
+            tokenizer.end_id,
+            start,
+            mask,
+            first,
+            mask_rate or 0.3,
+            span_length or 3.0,
+            shuffle_sentences,
+            stops,
+        )
+    window, noise, spans = span_sizes(seq_len, mask_rate or 0.15, span_length or 3.0)
     sentinels = [tokenizer.token_id(f"<extra_id_{i}>") for i in range(spans)]
     own = [i for i in sentinels if i is not None]
     if own and len(own) < spans:
@@ -85,212 +88,36 @@ def make(
     return Span(window, noise, tuple(marks), tokenizer.end_id, start, first)
 
 
-def uniform(seeds: np.ndarray, size: int, tag: int) -> np.ndarray:
-    """(B, size) float64 in [0, 1), a function of each row's seed and the tag."""
-    bits = hash_ints(seeds.view(np.int64)[:, None], tag, np.arange(size)[None])
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+# Objectives that hide nothing of what they show, and those of masked tokens.
+_WHOLE = ("next", "continue", "prefix")
+_MASKED = ("mask", "order", "follow")
 
 
-@dataclass(frozen=True)
-class Next:
-    """Each token from those before it (causal language models)."""
+def word_starts(pieces: Sequence[str]) -> tuple[bool, ...]:
+    """Whether each piece of a vocabulary begins a word: WordPiece marks those that do not, others those that do.
 
-    seq_len: int
-    added: int = 0
-
-    @property
-    def window(self) -> int:
-        return self.seq_len
-
-    def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
-        return {
-            "inputs": {"tokens": np.ascontiguousarray(tokens[:, :-1])},
-            "targets": np.ascontiguousarray(tokens[:, 1:]),
-            "weights": known[:, 1:].astype(np.float32),
-        }
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Some tokens hidden, each to be told from all others (Devlin et al. 2019, section 3.1 and appendix A.1).
-
-    Every token but the end mark is chosen with probability `rate`, anew in every epoch (Liu et al. 2019); 80 % of the
-    chosen become the mask, 10 % a random token, 10 % stay. `targets` has the original at every position, `weights` is
-    1 at the chosen ones.
+    What is neither letter nor digit is a word of its own.
     """
-
-    seq_len: int
-    end_id: int
-    mask_id: int
-    vocab_size: int
-    rate: float
-
-    @property
-    def window(self) -> int:
-        return self.seq_len
-
-    @property
-    def added(self) -> int:
-        return int(self.mask_id >= self.vocab_size)
-
-    def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
-        tokens, whole = tokens[:, :-1], np.all(known[:, :-1], axis=1)
-        chosen = (uniform(seeds, self.seq_len, 1) < self.rate) & (tokens != self.end_id)
-        fate = uniform(seeds, self.seq_len, 2)
-        anything = (uniform(seeds, self.seq_len, 3) * self.vocab_size).astype(np.int32)
-        shown = np.where(fate < 0.8, np.int32(self.mask_id), np.where(fate < 0.9, anything, tokens))
-        return {
-            "inputs": {"tokens": np.where(chosen, shown, tokens).astype(np.int32)},
-            "targets": np.ascontiguousarray(tokens),
-            "weights": (chosen & whole[:, None]).astype(np.float32),
-        }
+    if any(piece.startswith("##") for piece in pieces):
+        return tuple(not piece.startswith("##") for piece in pieces)
+    marks = tuple(mark for mark in _SPACES if any(len(piece) > 1 and piece.startswith(mark) for piece in pieces))
+    if not marks:
+        raise UserError("data.mask_unit='word': this tokenizer does not say where words begin.")
+    return tuple(piece.startswith(marks) or not piece[:1].isalnum() for piece in pieces)
 
 
-def _span_sizes(seq_len: int, rate: float, length: float) -> tuple[int, int, int]:
-    """(W, corrupted tokens, spans) such that what is left, one sentinel a span and an end mark fill `seq_len`."""
-
-    def sizes(window: int) -> tuple[int, int]:
-        noise = min(max(round(window * rate), 1), window - 1)
-        return noise, max(1, min(round(noise / length), noise, window - noise))
-
-    if seq_len < 3:
-        raise UserError(f"data.seq_len={seq_len}: the objective 'span' needs at least 3.")
-    window = seq_len
-
-    def source(window: int) -> int:
-        noise, spans = sizes(window)
-        return window - noise + spans + 1
-
-    window = seq_len
-    while source(window + 1) <= seq_len:
-        window += 1
-    while source(window) > seq_len:
-        window -= 1
-    return window, *sizes(window)
+# A space as byte-level BPE and SentencePiece write it.
+_SPACES = ("\u0120", "\u2581")
 
 
-@dataclass(frozen=True)
-class Span:
-    """Spans replaced by sentinels, to be spelled out (Raffel et al. 2020, section 3.1.4).
-
-    The numbers of corrupted tokens and of spans are those of the rate, exactly, so that every row has the same shape:
-    S = W - noise + spans + 1, T = noise + spans + 1, both with the end mark at their end.
-    """
-
-    window: int
-    noise: int
-    sentinels: tuple[int, ...]
-    end_id: int
-    start_id: int
-    vocab_size: int
-
-    @property
-    def added(self) -> int:
-        return sum(i >= self.vocab_size for i in self.sentinels)
-
-    def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
-        tokens, whole = tokens[:, :-1], np.all(known[:, :-1], axis=1)
-        rows, spans = len(tokens), len(self.sentinels)
-        kept = _segments(self.window - self.noise, spans, uniform(seeds, self.window, 1))
-        lost = _segments(self.noise, spans, uniform(seeds, self.window, 2))
-        # Kept and lost stretches take turns, kept first.
-        ends = np.cumsum(np.stack([kept, lost], axis=2).reshape(rows, -1), axis=1)
-        stretch = (np.arange(self.window)[None, :, None] >= ends[:, None, :]).sum(axis=2)
-        noisy = stretch % 2 == 1
-        starts = noisy & (np.diff(stretch, axis=1, prepend=-1) > 0)
-        marks = np.asarray(self.sentinels, np.int32)[stretch // 2]
-        end = np.full((rows, 1), self.end_id, np.int32)
-        source = np.where(starts, marks, tokens)[~noisy | starts].reshape(rows, -1)
-        spelled = np.stack([marks, tokens], axis=2)[np.stack([starts, noisy], axis=2)].reshape(rows, -1)
-        targets = np.concatenate([spelled, end], axis=1).astype(np.int32)
-        weights = np.broadcast_to(whole[:, None], targets.shape).astype(np.float32)
-        inputs = {
-            "tokens": np.concatenate([source, end], axis=1).astype(np.int32),
-            "decoder_tokens": _shifted(self.start_id, targets),
-        }
-        return {"inputs": inputs, "targets": targets, "weights": weights}
+def sentence_stops(pieces: Sequence[str]) -> tuple[int, ...]:
+    """The pieces that end a sentence: nothing but marks, of which the last is a full stop, `!` or `?`."""
+    found = tuple(
+        i for i, piece in enumerate(pieces) if (bare := piece.strip("".join(_SPACES) + "#")) and _STOP.fullmatch(bare)
+    )
+    if not found:
+        raise UserError("data.shuffle_sentences: this tokenizer has no piece for a full stop.")
+    return found
 
 
-def _segments(items: int, count: int, noise: np.ndarray) -> np.ndarray:
-    """(B, count) lengths of at least 1 that add up to `items`, every way being as likely."""
-    cuts = np.sort(np.argsort(noise[:, : items - 1], axis=1, kind="stable")[:, : count - 1], axis=1) + 1
-    edges = np.concatenate([np.zeros((len(noise), 1), np.int64), cuts, np.full((len(noise), 1), items)], axis=1)
-    return np.diff(edges, axis=1)
-
-
-@dataclass(frozen=True)
-class Denoise:
-    """The text from itself with stretches hidden behind one mask each (Lewis et al. 2020, "text infilling").
-
-    Stretches of Poisson(`length`) tokens, until `rate` of them are hidden; a stretch of none inserts a mask. The
-    source is padded to S, which leaves room for such masks; `valid` says where it is.
-    """
-
-    seq_len: int
-    end_id: int
-    start_id: int
-    mask_id: int
-    vocab_size: int
-    rate: float
-    length: float
-
-    @property
-    def window(self) -> int:
-        return self.seq_len
-
-    @property
-    def added(self) -> int:
-        return int(self.mask_id >= self.vocab_size)
-
-    def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
-        targets, whole = np.ascontiguousarray(tokens[:, :-1]), np.all(known[:, :-1], axis=1)
-        source = np.full(targets.shape, self.end_id, np.int32)
-        valid = np.zeros(targets.shape, bool)
-        for row, seed in enumerate(seeds):
-            found = self._source(targets[row], np.random.Generator(np.random.Philox(key=int(seed))))
-            source[row, : len(found)], valid[row, : len(found)] = found, True
-        weights = np.broadcast_to(whole[:, None], targets.shape).astype(np.float32)
-        inputs = {"tokens": source, "valid": valid, "decoder_tokens": _shifted(self.start_id, targets)}
-        return {"inputs": inputs, "targets": targets, "weights": weights}
-
-    def _source(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        budget = max(1, round(self.rate * len(tokens)))
-        drawn = rng.poisson(self.length, 4 * budget + 8)
-        count = int(np.searchsorted(np.cumsum(drawn), budget)) + 1
-        lengths = drawn[:count].copy()
-        lengths[-1] -= lengths.sum() - budget
-        rng.shuffle(lengths)
-        # Each stretch stands in one of the gaps between the tokens that stay.
-        gaps = np.sort(rng.integers(0, len(tokens) - budget + 1, count))
-        starts = gaps + np.cumsum(lengths) - lengths
-        pieces: list[np.ndarray] = []
-        before = 0
-        for start, size in zip(starts, lengths, strict=True):
-            pieces += [tokens[before:start], np.array([self.mask_id], np.int32)]
-            before = start + size
-        return np.concatenate([*pieces, tokens[before:]])[: len(tokens)]
-
-
-@dataclass(frozen=True)
-class Continue:
-    """The second half of a window from the first, S = T = `seq_len` (sequence to sequence without a parallel text)."""
-
-    seq_len: int
-    start_id: int
-    added: int = 0
-
-    @property
-    def window(self) -> int:
-        return 2 * self.seq_len
-
-    def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
-        source, targets = np.split(tokens[:, :-1], 2, axis=1)
-        inputs = {"tokens": np.ascontiguousarray(source), "decoder_tokens": _shifted(self.start_id, targets)}
-        weights = known[:, self.seq_len : -1] & known[:, self.seq_len - 1 : self.seq_len]
-        return {"inputs": inputs, "targets": np.ascontiguousarray(targets), "weights": weights.astype(np.float32)}
-
-
-def _shifted(start_id: int, targets: np.ndarray) -> np.ndarray:
-    """What a decoder is given: the targets one place later, behind its first token."""
-    start = np.full((len(targets), 1), start_id, np.int32)
-    return np.concatenate([start, targets[:, :-1]], axis=1).astype(np.int32)
+_STOP = re.compile(r"[^\w\s]*[.!?]")

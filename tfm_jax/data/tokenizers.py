@@ -79,6 +79,12 @@ class JsonTokenizer:
     def token_id(self, mark: str) -> int | None:
         return self._vocab.get(mark)
 
+    def pieces(self) -> list[str]:
+        found = [""] * self.vocab_size
+        for piece, i in self._vocab.items():
+            found[i] = piece
+        return found
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
@@ -154,6 +160,9 @@ class SentencePieceTokenizer:
     def token_id(self, mark: str) -> int | None:
         found = int(self._engine.piece_to_id(mark))
         return None if found == self.unk_id else found
+
+    def pieces(self) -> list[str]:
+        return [str(self._engine.id_to_piece(i)) for i in range(self.vocab_size)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(ids, dtype=np.int32) for ids in self._engine.encode(list(texts))]

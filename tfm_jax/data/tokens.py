@@ -10,6 +10,7 @@ from tfm_jax.data import objectives
 from tfm_jax.data.build import TokenStream
 from tfm_jax.data.corpus import open_corpus
 from tfm_jax.data.index import epoch_records, hash_ints
+from tfm_jax.data.noise import Objective
 from tfm_jax.data.types import Batch, Data, Rows
 from tfm_jax.errors import UserError
 
@@ -22,6 +23,8 @@ def make(
     objective: objectives.Name = "next",
     mask_rate: float | None = None,
     span_length: float | None = None,
+    mask_unit: objectives.Unit = "token",
+    shuffle_sentences: float = 0.0,
     decoder_start: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -40,10 +43,14 @@ def make(
         the tokenizer of a run; those with a size are trained on the train split.
       seq_len: T, tokens a row; of an encoder's input where there are two sequences.
       objective: what is predicted: the `next` token, tokens behind a `mask`, a `span` behind a sentinel (T5), the whole
-        text from one with holes (`denoise`, BART), or how a text goes on (`continue`); see `data.objectives`.
+        text from one with holes (`denoise`, BART), how a text goes on after its first half (`continue`) or any place
+        (`prefix`), or masked tokens of two segments and whether they stand in their `order` (ALBERT) or `follow` each other
+        (BERT), for `task.name=masked_pairs`; see `data.objectives`.
       mask_rate: share of the tokens that are hidden; 0.15, and 0.3 for `denoise`, if None.
       decoder_start: the id that a decoder begins with; the end mark if None.
       span_length: mean length of hidden stretches for `span` and `denoise`; 3 if None.
+      mask_unit: what is hidden as a whole: a `token`, or a `word`.
+      shuffle_sentences: share of the rows of `denoise` whose sentences are permuted.
       batch_size: rows of the global batch.
       seed: of the order of the rows.
       feature: which field of a record is the text, where there are several.
@@ -69,7 +76,14 @@ def make(
     )
     codec, stream = corpus.tokenizer, corpus.stream("train")
     made = objectives.make(
-        objective, seq_len, codec, mask_rate=mask_rate, span_length=span_length, decoder_start=decoder_start
+        objective,
+        seq_len,
+        codec,
+        mask_rate=mask_rate,
+        span_length=span_length,
+        decoder_start=decoder_start,
+        mask_unit=mask_unit,
+        shuffle_sentences=shuffle_sentences,
     )
     if stream.size < made.window + 1:
         raise UserError(
@@ -101,7 +115,7 @@ class Training:
     """
 
     stream: TokenStream
-    objective: objectives.Objective
+    objective: Objective
     batch_size: int
     seed: int
     num_batches: None = None
@@ -122,7 +136,7 @@ class Pass:
     """One pass in order. Predicting the next token, it predicts each one behind the leading end mark exactly once."""
 
     stream: TokenStream
-    objective: objectives.Objective
+    objective: Objective
     batch_size: int
 
     @property
@@ -135,6 +149,12 @@ class Pass:
         return _batch(self.stream, window * self.objective.window, self.objective, hash_ints(0, 3, window))
 
 
-def _batch(stream: TokenStream, start: np.ndarray, objective: objectives.Objective, seeds: np.ndarray) -> Batch:
+def _batch(stream: TokenStream, start: np.ndarray, objective: Objective, seeds: np.ndarray) -> Batch:
     place = start[:, None] + np.arange(objective.window + 1, dtype=np.int64)[None, :]
+    if objective.elsewhere:
+        # Another place of the stream for each row, drawn from the row's seed.
+        far = (hash_ints(seeds.view(np.int64), 4) % np.uint64(max(stream.size - objective.elsewhere, 1))).astype(
+            np.int64
+        )
+        place = np.concatenate([place, far[:, None] + np.arange(objective.elsewhere)[None, :]], axis=1)
     return objective.batch(stream.at(np.minimum(place, stream.size - 1)), place < stream.size, seeds)

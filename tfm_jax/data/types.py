@@ -82,6 +82,9 @@ class Tokenizer(Protocol):
     def token_id(self, mark: str) -> int | None:
         """The id of a mark such as `[MASK]`, if there is one."""
 
+    def pieces(self) -> list[str]:
+        """What stands for each id in the vocabulary, with its marks of spaces; empty where there is nothing."""
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text, without marks at either end."""
 

@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # Of `data.objectives`, those that make sense of it.
-OBJECTIVES = ("continue", "span", "denoise")
+OBJECTIVES = ("continue", "span", "denoise", "prefix")
 RULES: tuple[Rule, ...] = encdec.RULES
 
 

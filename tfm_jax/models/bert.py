@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # Of `data.objectives`, those that make sense of it.
-OBJECTIVES = ("mask",)
+OBJECTIVES = ("mask", "follow", "order")
 RULES: tuple[Rule, ...] = (*embeddings.RULES, *heads.RULES, *block.RULES)
 
 

@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # Of `data.objectives`, those that make sense of it.
-OBJECTIVES = ("continue", "span", "denoise")
+OBJECTIVES = ("continue", "span", "denoise", "prefix")
 RULES: tuple[Rule, ...] = ((r"logits_bias$", ("tensor",)), *encdec.RULES)
 
 

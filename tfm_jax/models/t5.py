@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # Of `data.objectives`, those that make sense of it.
-OBJECTIVES = ("continue", "span", "denoise")
+OBJECTIVES = ("continue", "span", "denoise", "prefix")
 RULES: tuple[Rule, ...] = ((r"relative_bias/embedding$", (None, "tensor")), *encdec.RULES)
 
 
