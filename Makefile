@@ -9,10 +9,10 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help pretrain test lint evaluate generate convert benchmark parity clean reproduce-shakespeare reproduce-kills \
-	reproduce-minilm reproduce-minilm-sst2 reproduce-albert reproduce-longformer
+	reproduce-minilm reproduce-albert reproduce-longformer results
 
 help:  ## show this list
-	@grep -hE '^[a-z0-9-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## (.*)/\1|\2/' | \
+	@grep -hE '^[a-z0-9%-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%-]+):[^#]*## (.*)/\1|\2/' | \
 		awk -F'|' '{printf "  make %-24s %s\n", $$1, $$2}'
 	@echo
 	@echo "  Variables: PYTHON=python3.12  RUN=runs/x  CONFIG=configs/x.py  ARGS='--config.optim.lr=1e-3'"
@@ -71,10 +71,13 @@ reproduce-minilm: $(VENV)/.ready  ## imported MiniLM on STS-B; MODEL=folder DATA
 	@$(BIN)/python -m experiments.reproduce.minilm --model $(or $(MODEL),$(error give MODEL=path/to/model)) \
 		--data $(or $(DATA),$(error give DATA=path/to/stsb-en-test.csv.gz)) $(ARGS)
 
-reproduce-minilm-sst2: $(VENV)/.ready  ## MiniLM fine-tuned on SST-2; MODEL=folder DATA=folder with sst2/train.tsv, dev.tsv (up to 40 minutes)
-	@[ -d runs/minilm ] || $(BIN)/python -m experiments.convert --from hf:$(or $(MODEL),$(error give MODEL=path/to/model)) --to runs/minilm
-	@$(BIN)/python -m experiments.reproduce.recipe --config=configs/minilm_sst2.py --metric=eval/test/accuracy --at-least=0.9 \
-		--config.data.manual_dir=$(or $(DATA),$(error give DATA=path/to/folder)) $(ARGS)
+reproduce-%: $(VENV)/.ready  ## recipes of configs/NAME.py; DATA=folder of the files, MODEL=folder, VARIANT=lora (see the config)
+	@[ -f configs/$*.py ] || { echo "There is no configs/$*.py; recipes are: $$(grep -l '^RECIPES' configs/*.py | xargs -n1 basename | sed 's/.py$$//' | xargs)"; exit 2; }
+	@$(BIN)/python -m experiments.reproduce.recipe --config=configs/$*.py$(if $(VARIANT),:$(VARIANT)) $(if $(DATA),--data=$(DATA)) \
+		$(if $(MODEL),--model=$(MODEL)) $(ARGS)
+
+results: $(VENV)/.ready  ## draw the README's table of recipes from results/*.json
+	@$(BIN)/python -m experiments.results $(ARGS)
 
 reproduce-albert: $(VENV)/.parity  ## imported ALBERT of rxnmapper beside the reference; MODEL=folder (about 20 seconds)
 	@$(BIN)/python -m experiments.reproduce.albert --model $(or $(MODEL),$(error give MODEL=path/to/model)) $(ARGS)

@@ -11,6 +11,15 @@ from __future__ import annotations
 
 import ml_collections
 
+RECIPES = {
+    "": {
+        "title": "Multi30k, English to German, test_2016_flickr: BLEU with 5 beams",
+        "metrics": ("eval/test/bleu", "eval/test/chrf", "eval/flickr2017/bleu", "eval/coco2017/bleu"),
+        "at_least": 38.0,
+        "published": "41.02 (Wu et al. 2021, Transformer-Tiny, trained longer, 10 checkpoints averaged; lower-cased and tokenized)",
+    }
+}
+
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     if arguments not in ("", "smoke"):
@@ -51,6 +60,18 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             "evals": {
                 "validation": {"split": "validation"},
                 "test": {"name": "generation", "split": "test", "beams": 5, "max_new": 64},
+                "flickr2017": {
+                    "name": "generation",
+                    "split": "test",
+                    "max_new": 64,
+                    "data": {"source": "tfds:experiments.reproduce.datasets:Multi30kFlickr2017"},
+                },
+                "coco2017": {
+                    "name": "generation",
+                    "split": "test",
+                    "max_new": 64,
+                    "data": {"source": "tfds:experiments.reproduce.datasets:Multi30kCoco2017"},
+                },
             },
         }
     )
@@ -60,5 +81,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         config.optim.update({"name": "muon", "lr": 2e-2, "warmup_steps": 10})
         del config.optim.options["b2"]
         config.train.update({"steps": 80, "eval_every": 20, "ema": 0.9})
+        del config.evals.flickr2017
+        del config.evals.coco2017
         config.evals.test.update({"split": "validation", "beams": 2, "max_new": 10})
     return config

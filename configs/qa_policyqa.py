@@ -11,6 +11,15 @@ from __future__ import annotations
 
 import ml_collections
 
+RECIPES = {
+    "": {
+        "title": "all-MiniLM-L6-v2 fine-tuned on PolicyQA's dev file: F1 on the test sites",
+        "metrics": ("eval/test/f1", "eval/test/exact_match", "eval/xquad/f1", "eval/xquad/exact_match"),
+        "published": "F1 55.3, EM 27.6 (the authors' BERT-base, trained on the train file, which has 4.5 times the questions)",
+        "model": "runs/minilm",
+    }
+}
+
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     if arguments not in ("", "smoke"):

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from experiments import evaluate
+from experiments import evaluate, results
 from experiments.reproduce import recipe
-from tests.test_configs import FOLDER
+from tests.errors import says
+from tests.test_configs import FOLDER, NAMES
+from tfm_jax import config as configs
 from tfm_jax.train import rundir
 
 GOOD, BAD = ["bright", "warm", "fine", "sweet"], ["dull", "cold", "flat", "sour"]
@@ -32,7 +34,7 @@ def reviews(tmp_path_factory):
 def trained(reviews, tmp_path_factory):
     """The smoke form by the recipe's command, and then low-rank adapters on its end."""
     base = tmp_path_factory.mktemp("recipes")
-    common = ["--metric=eval/validation/accuracy", "--at-least=0.95", f"--config.data.source={reviews}", "--json",
+    common = ["--metric", "eval/validation/accuracy", "eval/validation/loss", "--at-least=0.95", f"--config.data.source={reviews}", "--json",
               "--config.log.tensorboard=False", f"--workdir={base}", f"--results={base}"]  # fmt: skip
     first = recipe.main([f"--config={FOLDER}/minilm_sst2.py:smoke", *common])
     lora = "{'rank': 4, 'pattern': 'attention/(query|value)/kernel$', 'train': ['class_head/']}"
@@ -48,6 +50,47 @@ def test_a_class_is_learnt_and_the_figure_written(trained):
     record = json.loads((base / "minilm_sst2-smoke.json").read_text())
     assert record["figures"]["mean"] >= 0.95 and record["config"]["file"].endswith("minilm_sst2.py:smoke")
     assert set(record["figures"]["by_seed"]) == {"1"} and record["revision"]
+    assert set(record["figures"]["also"]) == {"eval/validation/loss"}
+
+
+def test_a_student_learns_from_the_trained_run(reviews, trained):
+    base, _, _ = trained
+    teacher = base / "minilm_sst2-smoke-0"
+    code = recipe.main(
+        [f"--config={FOLDER}/distil_sst2.py:smoke", "--metric", "eval/validation/accuracy", "--at-least=0.95",
+         f"--config.data.source={reviews}", f"--config.data.tokenizer=run:{teacher}", f"--config.task.teacher={teacher}",
+         "--config.log.tensorboard=False", f"--workdir={base}", f"--results={base}"]
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (base / "distil_sst2-smoke-0" / "metrics.jsonl").read_text().splitlines()]
+    matched = [line["train/hidden_loss"] for line in lines if "train/hidden_loss" in line]
+    assert code == 0 and matched[-1] < matched[0]
+
+
+def test_the_table_is_drawn_from_the_files(trained, tmp_path):
+    base, _, _ = trained
+    readme = tmp_path / "README.md"
+    readme.write_text("# A\n<!-- results -->\nold\n<!-- /results -->\nB\n")
+    assert results.main([f"--results={base}", f"--readme={readme}"]) == 0
+    first, header, line, row, last, *_ = readme.read_text().splitlines()[1:]
+    assert (first, last) == ("<!-- results -->", "<!-- /results -->") and line.count("---") == header.count(
+        "|"
+    ) - 1 == 8
+    figure = json.loads((base / "minilm_sst2-smoke.json").read_text())["figures"]
+    assert f"**{figure['mean']:.4g}**" in row and "at least 0.95" in row and "VARIANT=smoke" in row
+    readme.write_text("no table")
+    with says(f"--readme={readme} has no lines <!-- results --> and <!-- /results -->."):
+        results.main([f"--results={base}", f"--readme={readme}"])
+
+
+def test_recipes_say_what_they_want(tmp_path):
+    with says(f"--config={FOLDER}/gpt_stdlib.py:smoke says no figure in RECIPES. Or give --metric."):
+        recipe.main([f"--config={FOLDER}/gpt_stdlib.py:smoke"])
+    for name in NAMES:
+        module, _ = configs.load_module(f"{FOLDER}/{name}.py")
+        for arguments, found in getattr(module, "RECIPES", {}).items():
+            assert set(found) <= set(recipe.Recipe.__annotations__), name
+            evaluators = configs.resolve(configs.load(f"{FOLDER}/{name}.py:{arguments}"))["evals"]
+            assert {metric.split("/")[1] for metric in found["metrics"]} <= set(evaluators), name
 
 
 def test_adapters_go_on_from_it_and_are_evaluated_like_any_run(trained, capsys):

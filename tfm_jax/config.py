@@ -15,6 +15,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -45,15 +46,8 @@ LOCAL_KEYS = ("data.cache_dir", "data.workers")
 
 def load(spec: str) -> ml_collections.ConfigDict:
     """The ConfigDict of `path/to/file.py` or `path/to/file.py:arguments`, from its `get_config(arguments)`."""
-    path_text, _, argument = spec.partition(":")
-    path = Path(path_text)
-    if not path.is_file():
-        near = sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(f"--config={spec}: there is no file {path}.{nearest(path.as_posix(), near)}")
-    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module, argument = load_module(spec)
+    path = spec.partition(":")[0]
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {path} has no get_config(arguments).")
     takes_argument = bool(inspect.signature(module.get_config).parameters)
@@ -64,6 +58,20 @@ def load(spec: str) -> ml_collections.ConfigDict:
     except ValueError as error:
         raise UserError(f"--config={spec}: {error}") from None
     return config
+
+
+def load_module(spec: str) -> tuple[ModuleType, str]:
+    """The Python module of a config file, and the arguments behind its colon."""
+    path_text, _, argument = spec.partition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        near = sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError(f"--config={spec}: there is no file {path}.{nearest(path.as_posix(), near)}")
+    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module, argument
 
 
 def resolve(config: Mapping[str, Any] | ml_collections.ConfigDict, overrides: Sequence[tuple[str, str]] = ()) -> Config:

@@ -1,7 +1,7 @@
 """Train a config once for each seed and write the figure that it is for: `results/NAME.json`.
 
-A run that is finished is not trained again, and one that was cut goes on. Further `--config.SECTION.KEY=VALUE` are for
-every run.
+What a config's figure is, and what it should be, stands beside it in its file, `RECIPES` by arguments. A run that is finished is
+not trained again, and one that was cut goes on. Further `--config.SECTION.KEY=VALUE` are for every run.
 """
 
 from __future__ import annotations
@@ -10,17 +10,37 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from experiments import cli
 from experiments.reproduce.record import RESULTS, write_result
+from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
 
 EXAMPLES = """\
-  python -m experiments.reproduce.recipe --config=configs/minilm_sst2.py --metric=eval/test/accuracy --at-least=0.9 \\
-    --config.data.manual_dir=path/to/data --seeds 0 1 2"""
+  python -m experiments.reproduce.recipe --config=configs/minilm_sst2.py --model=path/to/all-MiniLM-L6-v2 --data=path/to/data
+  python -m experiments.reproduce.recipe --config=configs/minilm_sst2.py:lora --data=path/to/data --seeds 0 1 2"""
+
+
+class Recipe(TypedDict, total=False):
+    """What a config is for.
+
+    Attributes:
+      title: what is measured, in a line of a table.
+      metrics: of a run's `result.json`; the first is the figure.
+      at_least, at_most: what the figure should be.
+      published: a figure to stand beside it, where it is from and under which protocol.
+      model: the run directory that an imported model goes to (`--model`).
+    """
+
+    title: str
+    metrics: Sequence[str]
+    at_least: float
+    at_most: float
+    published: str
+    model: str
 
 
 # Where files lie is this machine's matter.
@@ -30,30 +50,57 @@ LOCAL = ("data.manual_dir", "data.cache_dir")
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     made.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENTS")
-    made.add_argument("--metric", required=True, help="of a run's result.json, for instance eval/test/accuracy")
-    made.add_argument("--at-least", type=float, help="the figure that the recipe must reach")
-    made.add_argument("--published", default="", help="a figure to stand beside it, and where it is from")
+    made.add_argument("--model", type=Path, help="folder of the model that the recipe starts from")
+    made.add_argument("--data", type=Path, help="folder of the data set's files: data.manual_dir")
+    made.add_argument("--metric", nargs="+", help="other metrics than the recipe's")
+    made.add_argument("--at-least", type=float, help="another goal than the recipe's")
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
     made.add_argument("--workdir", type=Path, default=Path("runs"), help="folder of the runs")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of NAME.json")
     flags, overrides = cli.parse(made, argv)
-    path, _, arguments = flags.config.partition(":")
-    name = "-".join(part for part in (Path(path).stem, arguments) if part)
+    module, arguments = configs.load_module(flags.config)
+    recipe = dict(getattr(module, "RECIPES", {}).get(arguments, {}))
+    recipe |= {"metrics": flags.metric} if flags.metric else {}
+    recipe |= {} if flags.at_least is None else {"at_least": flags.at_least}
+    if "metrics" not in recipe:
+        known = [name for name in getattr(module, "RECIPES", {})]
+        raise UserError(
+            f"--config={flags.config} says no figure in RECIPES.{nearest(arguments, known)} Or give --metric."
+        )
+    if flags.data is not None:
+        overrides = [*overrides, ("data.manual_dir", str(flags.data.absolute()))]
+    if "model" in recipe:
+        _imported(Path(recipe["model"]), flags.model)
+    name = "-".join(part for part in (Path(flags.config.partition(":")[0]).stem, arguments) if part)
     found: dict[int, dict[str, Any]] = {}
     for seed in flags.seeds:
         found[seed] = _trained(flags.config, seed, flags.workdir / f"{name}-{seed}", overrides)
-        if flags.metric not in found[seed]:
-            raise UserError(f"--metric={flags.metric}: the run has none.{nearest(flags.metric, sorted(found[seed]))}")
+        for metric in recipe["metrics"]:
+            if metric not in found[seed]:
+                raise UserError(f"--metric={metric}: the run has none.{nearest(metric, sorted(found[seed]))}")
         # Written as they come: what is done is not lost with what is not.
-        figures = _figures(found, flags)
+        figures = _figures(found, recipe)
         settings = {key: value for key, value in overrides if key not in LOCAL}
         write_result(name, figures, config={"file": flags.config, "overrides": settings}, folder=flags.results)
     spread = f" (+- {figures['deviation']:.4f} over {len(found)} seeds)" if len(found) > 1 else ""
-    wanted = "" if flags.at_least is None else f", at least {flags.at_least} was asked for"
-    print(f"{name}: {flags.metric} {figures['mean']:.4f}{spread}{wanted}")
+    least, most = recipe.get("at_least"), recipe.get("at_most")
+    wanted = "" if least is None else f", at least {least} was asked for"
+    wanted += "" if most is None else f", at most {most} was asked for"
+    print(f"{name}: {figures['metric']} {figures['mean']:.4f}{spread}{wanted}")
     if flags.json:
         cli.print_json(figures)
-    return 0 if flags.at_least is None or figures["mean"] >= flags.at_least else 1
+    return 0 if (least is None or figures["mean"] >= least) and (most is None or figures["mean"] <= most) else 1
+
+
+def _imported(run: Path, model: Path | None) -> None:
+    """The run that a recipe starts from, made from a model's folder if it is not there."""
+    if (run / "config.json").is_file():
+        return
+    if model is None:
+        raise UserError(f"This recipe starts from a model. Name its folder: --model=FOLDER; it is imported to {run}.")
+    command = [sys.executable, "-m", "experiments.convert", "--from", f"hf:{model}", "--to", str(run)]
+    if code := subprocess.run(command).returncode:
+        raise SystemExit(code)
 
 
 def _trained(config: str, seed: int, run: Path, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -68,15 +115,19 @@ def _trained(config: str, seed: int, run: Path, overrides: Sequence[tuple[str, s
     return result
 
 
-def _figures(found: dict[int, dict[str, Any]], flags: Any) -> dict[str, Any]:
-    values = [result[flags.metric] for result in found.values()]
+def _figures(found: Mapping[int, Mapping[str, Any]], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    first, *others = recipe["metrics"]
+    values = [result[first] for result in found.values()]
     return {
-        "metric": flags.metric,
+        "title": recipe.get("title", ""),
+        "metric": first,
         "mean": statistics.fmean(values),
         "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "by_seed": {str(seed): result[flags.metric] for seed, result in found.items()},
-        "asked": flags.at_least,
-        "published": flags.published,
+        "by_seed": {str(seed): result[first] for seed, result in found.items()},
+        "also": {metric: statistics.fmean(result[metric] for result in found.values()) for metric in others},
+        "at_least": recipe.get("at_least"),
+        "at_most": recipe.get("at_most"),
+        "published": recipe.get("published", ""),
         "train_seconds": statistics.fmean(result["train_seconds"] for result in found.values()),
     }
 

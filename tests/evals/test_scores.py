@@ -45,8 +45,8 @@ class Passes:
 @pytest.mark.parametrize("devices", [1, 8])
 def test_every_row_counts_once(make_config, devices):
     built = build(make_config())
-    task = Task(loss=None, predict_fns={"classify": lambda apply, params, extra, batch: {
-        "logits": jax.nn.one_hot(batch["inputs"]["x"], 2)}})  # fmt: skip
+    task = Task(loss=None, predict_fns={"predict": lambda apply, params, extra, batch: {
+        "prediction": jax.nn.one_hot(batch["inputs"]["x"], 2)}})  # fmt: skip
     data = type("Data", (), {"evals": staticmethod(lambda split, rows: Passes())})
     layout = mesh.make(data=devices, devices=jax.devices()[:devices])
     context = Context(task, built.model, layout, data, 8)
@@ -60,7 +60,7 @@ def test_every_row_counts_once(make_config, devices):
 def test_bad_input(make_config):
     built = build(make_config())
     context = Context(built.task, built.model, built.layout, built.data, 8)
-    with says("evals: scores needs a task that predicts classes or numbers. Valid: next_token."):
+    with says("evals: scores needs a task that predicts a class or a number for each example."):
         scores.make(context, metrics=("matthews",))
     with says("evals: metrics is empty: give for instance ('matthews',)."):
         scores.make(context, metrics=())

@@ -74,8 +74,8 @@ def test_a_padded_row_may_hold_anything():
 
 
 def test_predict_fns():
-    made = classification.make().predict_fns["classify"](model(LOGITS), {}, {}, BATCH)
-    np.testing.assert_allclose(made["logits"], LOGITS, rtol=1e-6)
+    made = classification.make().predict_fns["predict"](model(LOGITS), {}, {}, BATCH)
+    np.testing.assert_allclose(made["prediction"], LOGITS, rtol=1e-6)
 
 
 def test_evaluation_speaks_of_examples(make_digits):

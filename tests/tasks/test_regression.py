@@ -25,7 +25,7 @@ def test_squared_error_over_the_scale():
     assert float(out.weight) == 1.5
     total, weight = out.metrics["absolute_error"]
     assert float(total) / float(weight) == pytest.approx((5 * 0.2 + 0.5 * 5 * 0.1) / 1.5, rel=1e-5)
-    made = task.predict_fns["number"](apply(LOGITS[:2]), {}, {}, BATCH)["number"]
+    made = task.predict_fns["predict"](apply(LOGITS[:2]), {}, {}, BATCH)["prediction"]
     np.testing.assert_allclose(made, [1.0, 4.5], rtol=1e-6)
 
 

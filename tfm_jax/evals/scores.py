@@ -7,12 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tfm_jax.errors import UserError, nearest
+from tfm_jax.errors import UserError
 from tfm_jax.evals.base import Context, Evaluate, needed, predictions
 
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
-# What tasks call the function that predicts one class or number for each example.
-_FUNCTIONS = {"classify": "logits", "number": "number"}
 
 
 def make(
@@ -37,18 +35,16 @@ def make(
         raise UserError("evals: metrics is empty: give for instance ('matthews',).")
     needed("sklearn", "evals: scores")
     needed("scipy", "evals: scores")
-    known = context.task.predict_fns
-    name = next((n for n in _FUNCTIONS if n in known), None)
-    if name is None:
-        raise UserError(f"evals: scores needs a task that predicts classes or numbers.{nearest('classify', known)}")
+    if "predict" not in context.task.predict_fns:
+        raise UserError("evals: scores needs a task that predicts a class or a number for each example.")
     dataset = context.data.evals(split, context.rows(batch_size))
 
     def evaluate(state: Any) -> dict[str, float]:
         targets, found = list[np.ndarray](), list[np.ndarray]()
-        for batch, made in predictions(context, state, dataset, name):
+        for batch, made in predictions(context, state, dataset, "predict"):
             shown = batch["weights"] > 0
             targets.append(batch["targets"][shown])
-            found.append(made[_FUNCTIONS[name]][shown])
+            found.append(made["prediction"][shown])
         wanted, values = np.concatenate(targets), np.concatenate(found)
         return {metric: scored(metric, wanted, values) for metric in metrics} | {"examples": float(len(wanted))}
 

@@ -226,10 +226,10 @@ def attention(
     return IMPLEMENTATIONS[implementation](q, k, v, mask, scale, dropout)
 
 
-def scores(q: jax.Array, k: jax.Array, scale: float | None) -> jax.Array:
-    """scale q k^T of (B, T, H, K) and (B, S, G, K), (B, H, T, S) float32, without mask or bias."""
+def scores(q: jax.Array, k: jax.Array, spec: BlockSpec) -> jax.Array:
+    """Scaled q k^T of (B, T, H, K) and (B, S, G, K), (B, H, T, S) float32, without mask or bias."""
     b, t, h, size = q.shape
-    grouped = (q * (size**-0.5 if scale is None else scale)).reshape(b, t, k.shape[2], -1, size)
+    grouped = (q * (size**-0.5 if spec.attention_scale == "sqrt" else 1.0)).reshape(b, t, k.shape[2], -1, size)
     found = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=jnp.float32)
     return found.reshape(b, h, t, k.shape[1])
 
@@ -260,6 +260,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache = written(cache, k, v, mask)
             k, v = cache
+        say(self, "scores", lambda: scores(q, k, spec))
         return mixed(self, q, k, v, mask, x.shape[-1]), cache
 
 
@@ -309,7 +310,6 @@ def mixed(module: AttentionModule, q: jax.Array, k: jax.Array, v: jax.Array, mas
         weight_dropout = nn.Dropout(spec.attention_dropout, deterministic=False)
     implementation = choose(spec, jax.default_backend(), biased=mask.bias is not None)
     scale = None if spec.attention_scale == "sqrt" else 1.0
-    say(module, "scores", lambda: scores(q, k, scale))
     out = attention(q, k, v, mask, scale=scale, implementation=implementation, dropout=weight_dropout)
     out = out.reshape(*q.shape[:2], spec.heads * spec.key_size)
     return dense(spec, width, "residual", out.shape[-1], module.layers, "out")(out)

@@ -47,9 +47,9 @@ def make(*, label_smoothing: float = 0.0) -> Task:
         aux = {"mutables": out["mutables"]} if "mutables" in out else {}
         return LossOut(total, weight, metrics, aux)
 
-    return Task(loss=loss, predict_fns={"classify": _classify}, unit="example")
+    return Task(loss=loss, predict_fns={"predict": _predict}, unit="example")
 
 
-def _classify(apply: Apply, params: Params, extra: Extra, batch: Any) -> dict[str, Any]:
+def _predict(apply: Apply, params: Params, extra: Extra, batch: Any) -> dict[str, Any]:
     """The logits of every class, (B, C) float32."""
-    return {"logits": apply(params, **batch["inputs"], train=False)["logits"]}
+    return {"prediction": apply(params, **batch["inputs"], train=False)["logits"]}

@@ -39,12 +39,12 @@ def make(*, scale: float = 1.0) -> Task:
         aux = {"mutables": out["mutables"]} if "mutables" in out else {}
         return LossOut(total, weight, metrics, aux)
 
-    return Task(loss=loss, predict_fns={"number": _number(scale)}, unit="example")
+    return Task(loss=loss, predict_fns={"predict": _predict(scale)}, unit="example")
 
 
-def _number(scale: float) -> Any:
+def _predict(scale: float) -> Any:
     def predict(apply: Apply, params: Params, extra: Extra, batch: Any) -> dict[str, Any]:
         """The number of each example, (B,) float32."""
-        return {"number": scale * apply(params, **batch["inputs"], train=False)["logits"][:, 0]}
+        return {"prediction": scale * apply(params, **batch["inputs"], train=False)["logits"][:, 0]}
 
     return predict

@@ -1,0 +1,100 @@
+"""SST-2, CoLA and the STS Benchmark in one run: all-MiniLM-L6-v2 as the trunk, a head and a score for each.
+
+    python -m experiments.convert --from hf:path/to/all-MiniLM-L6-v2 --to runs/minilm
+    python -m experiments.train --config=configs/glue_mixture.py --config.data.manual_dir=path/to/data --workdir=runs/glue_mixture
+
+Batches come from the three in proportion to the square root of their sizes. `:sst2`, `:cola` and `:stsb` are each of them
+alone, for as many of its own batches. `:smoke` is a tiny one on sources of your own, in seconds.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+_BUILDERS = "tfds:experiments.reproduce.datasets:"
+_PARTS = {
+    "sst2": {"name": "examples", "source": f"{_BUILDERS}Sst2", "text": "sentence"},
+    "cola": {"name": "examples", "source": f"{_BUILDERS}Cola", "text": "sentence"},
+    "stsb": {
+        "name": "examples",
+        "source": f"{_BUILDERS}Stsb",
+        "text": "sentence1",
+        "pair": "sentence2",
+        "label": "score",
+        "kind": "number",
+    },
+}
+_TASKS = {
+    "sst2": {"name": "classification"},
+    "cola": {"name": "classification"},
+    "stsb": {"name": "regression", "scale": 5.0},
+}
+_SCORES = {"sst2": ("accuracy",), "cola": ("matthews",), "stsb": ("spearman",)}
+# Batches of each in 6,000: its examples' square root.
+_STEPS = {"sst2": 3660, "cola": 1300, "stsb": 1040}
+_TITLES = {
+    "sst2": "SST-2, accuracy on GLUE's dev set",
+    "cola": "CoLA, Matthews' correlation on the in-domain dev set",
+    "stsb": "STS Benchmark, Spearman's correlation on the test set",
+}
+_ALL = tuple(f"eval/{name}/{metric}" for name, (metric,) in _SCORES.items())
+RECIPES = {
+    "": {
+        "title": "SST-2, CoLA and STS-B in one run: accuracy, Matthews, Spearman",
+        "metrics": _ALL,
+        "model": "runs/minilm",
+    },
+    **{
+        name: {
+            "title": f"{title}, trained alone",
+            "metrics": (f"eval/{name}/{_SCORES[name][0]}",),
+            "model": "runs/minilm",
+        }
+        for name, title in _TITLES.items()
+    },
+}
+
+
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    if arguments not in ("", "smoke", *_PARTS):
+        raise ValueError(f"glue_mixture.py takes ':sst2', ':cola', ':stsb', ':smoke' or nothing, not {arguments!r}.")
+    names = [arguments] if arguments in _PARTS else list(_PARTS)
+    config = ml_collections.ConfigDict(
+        {
+            "model": {
+                "name": "bert",
+                "variant": "minilm-l6",
+                "outputs": ("classes",),
+                "dropout": 0.1,
+                "attention_dropout": 0.1,
+            },
+            "task": {"name": "mixture", "tasks": {name: _TASKS[name] for name in names}},
+            "data": {
+                "name": "mixture",
+                "parts": {name: _PARTS[name] for name in names},
+                "temperature": 2.0,
+                "tokenizer": "run:runs/minilm",
+                "seq_len": 64,
+                "batch_size": 32,
+            },
+            "optim": {
+                "lr": 1e-4,
+                "schedule": "linear",
+                "end_factor": 0.0,
+                "warmup_steps": 200,
+                "weight_decay": 0.01,
+            },
+            "train": {"steps": sum(_STEPS[name] for name in names), "eval_every": 0},
+            "checkpoint": {"init_from": "runs/minilm", "every": 500},
+            "evals": {name: {"name": "scores", "split": f"{name}/test", "metrics": _SCORES[name]} for name in names},
+        }
+    )
+    if arguments == "smoke":
+        config.model.update({"variant": "mini", "layers": 1, "width": 32, "heads": 2, "max_len": 64})
+        config.data.update({"tokenizer": "bytes", "batch_size": 16})
+        config.optim.update({"lr": 5e-3, "warmup_steps": 10})
+        config.train.steps = 150
+        config.checkpoint.init_from = None
+        for name in names:
+            config.evals[name].split = f"{name}/validation"
+    return config
