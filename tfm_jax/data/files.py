@@ -164,11 +164,8 @@ class JsonlPiece:
         return self.stop - self.start
 
     def documents(self) -> Iterator[Document]:
-        for where, text in self.values(self.feature):
-            if not isinstance(text, str):
-                raise UserError(f"{where}: the field {self.feature!r} is a {type(text).__name__}, not text.")
-            # Half a surrogate pair is legal JSON but no text.
-            yield Document(text.encode("utf-8", "replace").decode("utf-8"), True)
+        for where, value in self.values(self.feature):
+            yield Document(text_of(value, where, self.feature), True)
 
     def values(self, field: str) -> Iterator[tuple[str, Any]]:
         lines = _read_range(self.path, self.start, self.stop).split(b"\n")
@@ -187,6 +184,22 @@ class JsonlPiece:
         if field not in record:
             raise UserError(f"{where}: no field {field!r}.{nearest(field, record)}")
         return record[field]
+
+
+def text_of(value: Any, where: str, field: str) -> str:
+    """A record's text: a string, bytes, or words, which are joined by spaces.
+
+    Raises:
+      UserError: it is something else.
+    """
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, list | tuple | np.ndarray) and all(isinstance(word, str | bytes) for word in value):
+        return " ".join(text_of(word, where, field) for word in value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: the field {field!r} is a {type(value).__name__}, not text.")
+    # Half a surrogate pair is legal JSON but no text.
+    return value.encode("utf-8", "replace").decode("utf-8")
 
 
 def jsonl_pieces(index: FileIndex, feature: str, keep: Keep | None) -> list[JsonlPiece]:

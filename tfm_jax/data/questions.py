@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tfm_jax.data.corpus import Corpus, cache_root, open_corpora
-from tfm_jax.data.locks import locked
+from tfm_jax.data.corpus import Corpus, cache_root, offsets, open_corpora
 from tfm_jax.data.rows import Part, Places, Texts, joined, pooled, width_for
 from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records, Rows
 from tfm_jax.errors import UserError
-from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +90,7 @@ def make(
             Texts.of(corpora[0].streams[name], codec.end_id),
             Texts.of(corpora[1].streams[name], codec.end_id),
             _records(corpora[1], name, context, answers),
-            _offsets(corpora[1], name, context, root),
+            offsets(corpora[1], name, root),
             frame,
             seq_len,
             overlap,
@@ -150,29 +146,6 @@ def _records(corpus: Corpus, split: str, context: str, answers: str) -> list[Rec
 
 def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _offsets(corpus: Corpus, split: str, field: str, root: Path) -> list[np.ndarray]:
-    """Where each context's tokens stand in it, (tokens, 2) int32 characters; found once and kept beside the tokens."""
-    path = (
-        root
-        / "labels"
-        / f"{corpus.fingerprint}-{hashlib.sha256(f'{split} {field} offsets'.encode()).hexdigest()[:16]}.npz"
-    )
-    with locked(path):
-        if not path.is_file():
-            log.info("offsets: aligning the field %r of %s, %s.", field, corpus.source, split)
-            texts = [document.text for piece in corpus.pieces[split] for document in piece.documents()]
-            # Contexts come once for each of their questions.
-            different = list(dict.fromkeys(texts))
-            found = dict(zip(different, corpus.tokenizer.offsets_batch(different), strict=True))
-            sizes = np.array([len(found[text]) for text in texts])
-            content = io.BytesIO()
-            whole = np.concatenate([found[text] for text in texts]) if texts else np.zeros((0, 2), np.int32)
-            np.savez_compressed(content, offsets=whole, sizes=sizes)
-            write_atomic(path, content.getvalue())
-    with np.load(path) as kept:
-        return np.split(kept["offsets"], np.cumsum(kept["sizes"])[:-1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tfm_jax.data.files import text_of
 from tfm_jax.data.splits import Keep, split_in_name
 from tfm_jax.data.types import Document
 from tfm_jax.errors import UserError, nearest
@@ -48,8 +49,8 @@ class RecordPiece:
     keep: Keep | None
 
     def documents(self) -> Iterator[Document]:
-        for _, text in self.values(self.feature):
-            yield Document(text.decode("utf-8", "replace") if isinstance(text, bytes) else text, True)
+        for where, value in self.values(self.feature):
+            yield Document(text_of(value, where, self.feature), True)
 
     def values(self, field: str) -> Iterator[tuple[str, Any]]:
         records = (
@@ -82,7 +83,8 @@ def canonical_splits(data: RecordSet) -> dict[str, RecordSplit]:
     return {name: split for name, split in own.items() if name}
 
 
-def _pick_feature(feature: str | None, texts: list[str], every: list[str], name: str) -> str:
+def _pick_feature(feature: str | None, texts: list[str], words: list[str], every: list[str], name: str) -> str:
+    """The feature that is asked for, text or a list of words, or the only one that is text."""
     if feature is None:
         if len(texts) != 1:
             what = f"text features {', '.join(sorted(texts))}" if texts else "no text feature"
@@ -90,8 +92,8 @@ def _pick_feature(feature: str | None, texts: list[str], every: list[str], name:
         return texts[0]
     if feature not in every:
         raise UserError(f"{name} has no feature {feature!r}.{nearest(feature, every)}")
-    if feature not in texts:
-        raise UserError(f"{name}: the feature {feature!r} is not text.{nearest(feature, texts)}")
+    if feature not in (*texts, *words):
+        raise UserError(f"{name}: the feature {feature!r} is not text.{nearest(feature, [*texts, *words])}")
     return feature
 
 
@@ -153,7 +155,12 @@ def open_tfds_folder(folder: Path, feature: str | None) -> RecordSet:
     info = tfds_info(folder)
     features = dict(info.features)
     texts = [key for key, value in features.items() if isinstance(value, tfds.features.Text)]
-    return tfds_record_set(folder, info, _pick_feature(feature, texts, list(features), f"tfds:{info.full_name}"))
+    words = [
+        key
+        for key, value in features.items()
+        if isinstance(value, tfds.features.Sequence) and isinstance(value.feature, tfds.features.Text)
+    ]
+    return tfds_record_set(folder, info, _pick_feature(feature, texts, words, list(features), f"tfds:{info.full_name}"))
 
 
 def tfds_record_set(folder: Path, info: Any, feature: str) -> RecordSet:
@@ -214,6 +221,9 @@ def open_hf(folder: Path, feature: str | None, fingerprint: str) -> RecordSet:
     features = next(iter(splits.values())).features
     strings = ("string", "large_string")
     texts = [key for key, value in features.items() if isinstance(value, datasets.Value) and value.dtype in strings]
+    words = [
+        key for key, value in features.items() if getattr(getattr(value, "feature", None), "dtype", None) in strings
+    ]
     found = tuple(RecordSplit(name, len(data), data.data.nbytes) for name, data in splits.items())
-    chosen = _pick_feature(feature, texts, list(features), f"hf:{folder}")
+    chosen = _pick_feature(feature, texts, words, list(features), f"hf:{folder}")
     return RecordSet("hf", str(folder), chosen, found, fingerprint)

@@ -1,0 +1,117 @@
+"""Tagged words: targets at first tokens against a slow version, a tagger that learns, entities by hand, bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.errors import says
+from tfm_jax import config as configs
+from tfm_jax.data.tags import make
+from tfm_jax.evals import entities
+from tfm_jax.train.run import train
+
+pytest.importorskip("seqeval")
+
+NAMES, PLACES, REST = ["anna", "ben", "carla"], ["rome", "new york", "oslo"], ["went", "to", "and", "saw", "the"]
+
+
+def sentences(count, seed):
+    draw, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        words, tags = [], []
+        for _ in range(int(draw.integers(3, 12))):
+            kind = int(draw.integers(3))
+            found = str(draw.choice((NAMES, PLACES, REST)[kind])).split()
+            words += found
+            tags += [["B-PER"], ["B-LOC", "I-LOC"], ["O"]][kind][: len(found)]
+        rows.append({"words": words, "tags": tags})
+    return rows
+
+
+def write(folder, **splits):
+    for name, rows in splits.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:{folder}/*.jsonl"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("tags"), train=sentences(300, 0), valid=sentences(30, 1))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "wordpiece:60", "bpe:300"])
+def test_first_tokens_have_their_words_tags(source, tokenizer):
+    data, rows = make(source=source, tokenizer=tokenizer, seq_len=48, batch_size=4), sentences(30, 1)
+    held, codec = data.evals("validation", 4), data.tokenizer
+    names, order, cut = sorted({"O", "B-PER", "B-LOC", "I-LOC"}), held.places.order, 0
+    assert data.sizes == {"classes": 4}
+    for step in range(held.num_batches):
+        batch = held.batch_at(step)
+        for i in range(4):
+            place = 4 * step + i
+            if place >= len(rows):
+                assert not batch["weights"][i].any()
+                continue
+            row = rows[order[place]]
+            at = np.flatnonzero(batch["weights"][i])
+            assert [names[t] for t in batch["targets"][i][at]] == row["tags"][: len(at)]
+            text = batch["inputs"]["tokens"][i][batch["inputs"]["valid"][i]]
+            # From one first token to the next is a word; the last may be cut.
+            words = [codec.decode(text[a:b]).strip() for a, b in zip(at, [*at[1:], len(text) - 1], strict=True)]
+            assert words[:-1] == row["words"][: len(at)][:-1] and row["words"][len(at) - 1].startswith(words[-1])
+            cut += len(row["words"]) - len(at)
+    assert (cut > 0) == (tokenizer == "bytes")
+
+
+def test_a_tagger_learns(source, tmp_path):
+    config = configs.resolve(
+        {
+            "model": {"name": "bert", "variant": "mini", "layers": 1, "width": 32, "heads": 2, "outputs": ("tags",)},
+            "data": {"name": "tags", "source": source, "tokenizer": "wordpiece:60", "seq_len": 48, "batch_size": 16},
+            "optim": {"lr": 1e-2, "warmup_steps": 5},
+            "train": {"steps": 60},
+            "evals": {"validation": {"split": "validation"}, "entities": {"name": "entities"}},
+            "log": {"tensorboard": False},
+        }
+    )
+    result = train(config, tmp_path).result
+    assert result["eval/entities/f1"] > 0.95 and result["eval/entities/sentences"] == 30
+    assert result["eval/validation/accuracy"] > 0.95
+
+
+def test_entities_by_hand():
+    """Two of three found are right, of four that there are."""
+    wanted = [["B-PER", "O", "B-LOC", "I-LOC"], ["B-PER", "B-PER"]]
+    found = [["B-PER", "O", "B-LOC", "O"], ["B-PER", "O"]]
+    got = entities.scored(wanted, found)
+    assert got == pytest.approx({"precision": 2 / 3, "recall": 2 / 4, "f1": 4 / 7})
+
+
+def test_bad_input(tmp_path):
+    good = {"words": ["a", "b"], "tags": ["O", "B-X"]}
+
+    def made(*rows, valid=good, **changes):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        source = write(folder, train=rows, valid=[valid])
+        return folder, lambda: make(source=source, tokenizer="bytes", **changes)
+
+    folder, call = made({**good, "tags": ["O"]})
+    with says(f"{folder}/train.jsonl, line 1: 2 words, but 1 tags."):
+        call()
+    folder, call = made(good, valid={**good, "tags": ["O", "B-Y"]})
+    with says(
+        f"{folder}/valid.jsonl, line 1: 'B-Y' in the field 'tags' is no tag of the train split. Did you mean 'B-X'?"
+    ):
+        call()
+    folder, call = made({"words": "a b", "tags": ["O"]})
+    with says(f"{folder}/train.jsonl, line 1: the field 'words' is text, not a list of words."):
+        call()
+    folder, call = made({**good, "tags": [0, 1]}, valid={**good, "tags": [0, 1]})
+    with says(
+        f"data.source='jsonl:{folder}/*.jsonl': the tags in the field 'tags' are numbers; name them: data.names."
+    ):
+        call()
+    _, call = made({**good, "tags": [0, 1]}, valid={**good, "tags": [0, 1]}, names=["O", "B-X"])
+    assert call().evals("validation", 1).batch_at(0)["targets"][0].sum() == 1

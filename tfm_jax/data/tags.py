@@ -1,0 +1,268 @@
+"""Words with a tag each, as rows of tokens. B batch, T length, N sentences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tfm_jax.data.corpus import Corpus, cache_root, offsets, open_corpora
+from tfm_jax.data.files import text_of
+from tfm_jax.data.rows import Part, Places, Texts, joined, pooled, width_for
+from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records, Rows
+from tfm_jax.errors import UserError, nearest
+
+
+def make(
+    *,
+    source: str,
+    words: str = "words",
+    tags: str = "tags",
+    names: Sequence[str] | None = None,
+    tokenizer: str = "bpe:4096",
+    seq_len: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+    manual_dir: str | None = None,
+    split: str = "auto",
+    valid_fraction: float | None = None,
+    cache_dir: str | None = None,
+    workers: int = 0,
+    tokenizer_dir: str | None = None,
+) -> Data:
+    """The config section `data` for `name="tags"`.
+
+    A batch has the inputs `tokens` (B, T) int32 and `valid` (B, T) bool, the targets (B, T) int32 and weights (B, T), which
+    are 1 at the first token of each word (Devlin et al. 2019, section 5.3). The words of a sentence are joined by spaces. T is
+    as in `data.examples`.
+
+    Args:
+      source: `jsonl:GLOB`, `tfds:NAME` or `hf:DIR`; see `data.sources`.
+      words: the field with a sentence's words.
+      tags: the field with as many tags, names or numbers.
+      names: those of the numbers, in their order; for tags that are names, those of the train split if None.
+      tokenizer: as for `data.tokens`.
+      seq_len: longest row, marks included; of longer sentences the end is cut, and its words have no tag.
+      batch_size: rows of the global batch.
+      seed: of the order of the sentences.
+      manual_dir: the folder of files that a TFDS builder wants you to have.
+      split, valid_fraction, cache_dir, workers, tokenizer_dir: as for `data.tokens`.
+
+    Raises:
+      UserError: a field that the source lacks, more or fewer tags than words, a tag that the train split has not; with its place.
+    """
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"data.{name}={value}: must be at least 1.")
+    if source.partition(":")[0] in ("stdlib", "text"):
+        raise UserError(f"data.source={source!r} has no fields: tags need jsonl:GLOB, tfds:NAME or hf:DIR.")
+    (corpus,) = open_corpora(
+        source,
+        [words],
+        tokenizer=tokenizer,
+        split=split,
+        valid_fraction=valid_fraction,
+        cache_dir=cache_dir,
+        workers=workers,
+        tokenizer_dir=tokenizer_dir,
+        manual_dir=manual_dir,
+    )
+    codec, root = corpus.tokenizer, cache_root(cache_dir)
+    frame = codec.frame()
+    if seq_len <= len(frame.before) + len(frame.after):
+        raise UserError(f"data.seq_len={seq_len}: the marks alone take {len(frame.before) + len(frame.after)}.")
+    found = {name: _sentences(corpus, name, words, tags) for name in corpus.streams}
+    known = _names(found["train"], names, source, tags)
+    made = {
+        name: _Tagged.of(
+            Texts.of(corpus.streams[name], codec.end_id),
+            sentences,
+            offsets(corpus, name, root),
+            known,
+            tags,
+            frame,
+            seq_len,
+            codec.end_id,
+        )
+        for name, sentences in found.items()
+    }
+
+    def evals(name: str, rows: int | None) -> Dataset:
+        corpus.stream(name)
+        return Pass(made[name], rows or batch_size)
+
+    facts = [corpus.fingerprint, tags, known, seq_len]
+    return Data(
+        train=Training(made["train"], batch_size, seed),
+        evals=evals,
+        vocab_size=codec.vocab_size,
+        tokenizer=codec,
+        facts={name: {"examples": len(one)} for name, one in made.items()},
+        fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
+        sizes={"classes": len(known)},
+    )
+
+
+@dataclass(frozen=True)
+class _Sentence:
+    """Words and their tags, and where they stand."""
+
+    where: str
+    words: list[str]
+    tags: list[Any]
+
+
+def _sentences(corpus: Corpus, split: str, words: str, tags: str) -> list[_Sentence]:
+    out = []
+    for piece in corpus.pieces[split]:
+        assert isinstance(piece, Records)
+        for (where, found), (_, given) in zip(piece.values(words), piece.values(tags), strict=True):
+            if isinstance(found, str | bytes):
+                raise UserError(f"{where}: the field {words!r} is text, not a list of words.")
+            kept = [text_of(word, where, words) for word in found]
+            plain = [_plain(tag) for tag in given]
+            if len(kept) != len(plain):
+                raise UserError(f"{where}: {len(kept)} words, but {len(plain)} tags.")
+            out.append(_Sentence(where, kept, plain))
+    return out
+
+
+def _plain(tag: Any) -> Any:
+    if isinstance(tag, bytes):
+        return tag.decode()
+    return tag.item() if isinstance(tag, np.generic) else tag
+
+
+def _names(sentences: Sequence[_Sentence], names: Sequence[str] | None, source: str, field: str) -> list[str]:
+    kinds = {type(tag) for sentence in sentences for tag in sentence.tags}
+    if kinds == {int}:
+        if names is None:
+            raise UserError(
+                f"data.source={source!r}: the tags in the field {field!r} are numbers; name them: data.names."
+            )
+        return list(names)
+    if kinds != {str}:
+        raise UserError(
+            f"data.source={source!r}: the tags in the field {field!r} are neither all names nor all numbers."
+        )
+    return list(names) if names is not None else sorted({tag for sentence in sentences for tag in sentence.tags})
+
+
+@dataclass(frozen=True, eq=False)
+class _Tagged:
+    """A split's sentences: for each, `first` its words' first tokens and `tags` their classes."""
+
+    texts: Texts
+    first: Sequence[np.ndarray]
+    tags: Sequence[np.ndarray]
+    names: Sequence[str]
+    frame: Frame
+    seq_len: int
+    pad: int
+
+    @classmethod
+    def of(
+        cls,
+        texts: Texts,
+        sentences: Sequence[_Sentence],
+        places: Sequence[np.ndarray],
+        names: Sequence[str],
+        field: str,
+        frame: Frame,
+        seq_len: int,
+        pad: int,
+    ) -> _Tagged:
+        number: dict[Any, int] = {name: i for i, name in enumerate(names)} | {i: i for i in range(len(names))}
+        first, tags = list[np.ndarray](), list[np.ndarray]()
+        for sentence, spans in zip(sentences, places, strict=True):
+            for tag in sentence.tags:
+                if tag not in number:
+                    hint = nearest(str(tag), names)
+                    raise UserError(
+                        f"{sentence.where}: {tag!r} in the field {field!r} is no tag of the train split.{hint}"
+                    )
+            sizes = np.array([len(word) for word in sentence.words], np.int64)
+            begins = np.cumsum(sizes + 1) - sizes - 1
+            # The first token that has a character of the word; a word of which the tokenizer left nothing has no place.
+            at = np.searchsorted(spans[:, 1], begins, side="right")
+            there = at < len(spans)
+            there[there] = spans[at[there], 0] < (begins + sizes)[there]
+            first.append(np.where(there, at, -1))
+            tags.append(np.array([number[tag] for tag in sentence.tags], np.int32))
+        return cls(texts, first, tags, names, frame, seq_len, pad)
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    def sizes(self, index: np.ndarray) -> np.ndarray:
+        room = self.seq_len - len(self.frame.before) - len(self.frame.after)
+        found: np.ndarray = np.minimum(self.texts.sizes(index), room)
+        return found
+
+    def lengths(self, index: np.ndarray) -> np.ndarray:
+        total: np.ndarray = self.sizes(index) + len(self.frame.before) + len(self.frame.after)
+        return total
+
+    def positions(self, sentence: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which of a sentence's words have a place in its row, and that place."""
+        first = self.first[sentence]
+        shown = np.flatnonzero((first >= 0) & (first < int(self.sizes(np.array([sentence]))[0])))
+        return shown, first[shown] + len(self.frame.before)
+
+    def batch(self, index: np.ndarray, width: int, inside: np.ndarray) -> Batch:
+        parts: list[Part] = [self.frame.before, self.texts.stretch(index, self.sizes(index)), self.frame.after]
+        tokens, at = joined(parts, len(index), width, self.pad)
+        targets, weights = np.zeros((len(index), width), np.int32), np.zeros((len(index), width), np.float32)
+        for row, sentence in enumerate(index.tolist()):
+            if inside[row]:
+                shown, place = self.positions(sentence)
+                targets[row, place], weights[row, place] = self.tags[sentence][shown], 1.0
+        inputs = {"tokens": tokens, "valid": np.arange(width)[None] < at[-1]}
+        return {"inputs": inputs, "targets": targets, "weights": weights}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Endless sentences; see `rows.pooled`."""
+
+    tagged: _Tagged
+    batch_size: int
+    seed: int
+    num_batches: None = None
+
+    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
+        index = pooled(step, self.batch_size, len(self.tagged), self.seed, self.tagged.lengths)
+        width = width_for(int(self.tagged.lengths(index).max()), self.tagged.seq_len)
+        return self.tagged.batch(index[rows], width, np.ones(len(index[rows]), bool))
+
+
+class Pass:
+    """One pass, the shortest sentences first."""
+
+    def __init__(self, tagged: _Tagged, batch_size: int) -> None:
+        self.tagged, self.batch_size, self.names = tagged, batch_size, tagged.names
+        self.places = Places(np.argsort(tagged.lengths(np.arange(len(tagged))), kind="stable"), batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        return self.places.num_batches
+
+    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
+        everything, _ = self.places.at(step)
+        width = width_for(int(self.tagged.lengths(everything).max()), self.tagged.seq_len)
+        index, inside = self.places.at(step, rows)
+        return self.tagged.batch(index, width, inside)
+
+    def tagged_words(self, step: int) -> list[tuple[list[str], np.ndarray, np.ndarray]]:
+        """For each row of a batch, without those behind the last: the tags of all words, and of those that have a place in the
+        row, which they are and where they stand."""
+        index, inside = self.places.at(step)
+        found = []
+        for i in index[inside].tolist():
+            shown, place = self.tagged.positions(i)
+            found.append(([self.names[tag] for tag in self.tagged.tags[i]], shown, place))
+        return found

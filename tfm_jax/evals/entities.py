@@ -1,0 +1,56 @@
+"""Precision, recall and F1 of whole entities, as CoNLL counts them (Tjong Kim Sang and De Meulder 2003), by seqeval."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tfm_jax.errors import UserError
+from tfm_jax.evals.base import Context, Evaluate, needed, predictions
+
+
+def make(context: Context, *, split: str = "validation", batch_size: int | None = None) -> Evaluate:
+    """An evaluator of a training state.
+
+    An entity is right if its tags `B-TYPE`, `I-TYPE` .. agree from its first word to its last. Words behind a row's end count as
+    outside of any.
+
+    Args:
+      split: of a data set of tags (`data.tags`).
+      batch_size: rows at a time; the training batch if None.
+
+    Returns:
+      A function from a `TrainState` to `precision`, `recall` and `f1`, from 0 to 1, and `sentences`.
+
+    Raises:
+      UserError: seqeval is not installed, or the data has no tags, or they mark no entities.
+    """
+    needed("seqeval", "evals: entities")
+    dataset: Any = context.data.evals(split, context.rows(batch_size))
+    if not hasattr(dataset, "tagged_words"):
+        raise UserError("evals: entities needs words with tags: data.name=tags.")
+    strange = [name for name in dataset.names if name != "O" and name[1:2] != "-"]
+    if strange:
+        raise UserError(f"evals: entities are marked by O, B-TYPE and I-TYPE; {strange[0]!r} is none of these.")
+
+    def evaluate(state: Any) -> dict[str, float]:
+        wanted, found = list[list[str]](), list[list[str]]()
+        for step, (_, made) in enumerate(predictions(context, state, dataset, "next_token")):
+            chosen = np.argmax(made["logits"], axis=-1)
+            for row, (tags, shown, place) in zip(chosen, dataset.tagged_words(step), strict=False):
+                guess = ["O"] * len(tags)
+                for word, position in zip(shown, place, strict=True):
+                    guess[word] = dataset.names[row[position]]
+                wanted.append(tags)
+                found.append(guess)
+        return scored(wanted, found) | {"sentences": float(len(wanted))}
+
+    return evaluate
+
+
+def scored(wanted: list[list[str]], found: list[list[str]]) -> dict[str, float]:
+    """Of the tags of each sentence's words."""
+    measures = needed("seqeval.metrics", "evals: entities")
+    names = {"precision": "precision_score", "recall": "recall_score", "f1": "f1_score"}
+    return {name: float(getattr(measures, how)(wanted, found, zero_division=0)) for name, how in names.items()}
