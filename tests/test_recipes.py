@@ -66,15 +66,45 @@ def test_a_student_learns_from_the_trained_run(reviews, trained):
     assert code == 0 and matched[-1] < matched[0]
 
 
+@pytest.mark.parametrize("name", ["bert_books", "t5_books", "lm_wikitext2"])
+def test_language_models_of_the_recipes(corpus, tmp_path, name):
+    code = recipe.main([f"--config={FOLDER}/{name}.py:smoke", "--metric", "eval/validation/loss", f"--workdir={tmp_path}",
+                        f"--config.data.source=text:{corpus}/*.txt", f"--results={tmp_path}",
+                        "--config.log.tensorboard=False"])  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / f"{name}-smoke-0" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval/validation/loss"] for line in lines if "eval/validation/loss" in line]
+    assert code == 0 and losses[-1] < losses[0]
+
+
+def test_summaries_of_the_recipe(tmp_path):
+    row = {"source": "the whale swims in the sea", "target": "a whale", "references": ["a whale", "the whale"]}
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 12)
+    code = recipe.main([f"--config={FOLDER}/scitldr.py:smoke", "--metric", "eval/test/rouge1", f"--workdir={tmp_path}",
+                        f"--config.data.source=jsonl:{tmp_path}/*.jsonl", f"--results={tmp_path}",
+                        "--config.log.tensorboard=False"])  # fmt: skip
+    assert code == 0 and json.loads((tmp_path / "scitldr-smoke.json").read_text())["figures"]["mean"] >= 0
+
+
+def test_the_small_bert_of_the_recipe(reviews, trained):
+    base, _, _ = trained
+    code = recipe.main([f"--config={FOLDER}/small_bert.py:smoke", "--metric", "eval/test/accuracy", "--at-least=0.9",
+                        f"--workdir={base}", f"--config.data.source={reviews}", f"--results={base}",
+                        f"--config.data.tokenizer=run:{base}/minilm_sst2-smoke-0",
+                        "--config.log.tensorboard=False"])  # fmt: skip
+    assert code == 0
+
+
 def test_the_table_is_drawn_from_the_files(trained, tmp_path):
     base, _, _ = trained
     readme = tmp_path / "README.md"
     readme.write_text("# A\n<!-- results -->\nold\n<!-- /results -->\nB\n")
     assert results.main([f"--results={base}", f"--readme={readme}"]) == 0
-    first, header, line, row, last, *_ = readme.read_text().splitlines()[1:]
+    first, header, line, *rows, last, _ = readme.read_text().splitlines()[1:]
     assert (first, last) == ("<!-- results -->", "<!-- /results -->") and line.count("---") == header.count(
         "|"
     ) - 1 == 8
+    (row,) = (row for row in rows if row.startswith("| minilm_sst2-smoke "))
     figure = json.loads((base / "minilm_sst2-smoke.json").read_text())["figures"]
     assert f"**{figure['mean']:.4g}**" in row and "at least 0.95" in row and "VARIANT=smoke" in row
     readme.write_text("no table")

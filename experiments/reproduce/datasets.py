@@ -45,12 +45,13 @@ class _Files(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, folder: Path, names: Sequence[str], read: Callable[..., Rows], keep: Callable[[str], bool]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        texts = [_text(folder, name) for name in names]
+        texts = [read_text(folder, name) for name in names]
         kept = (row for i, row in enumerate(read(*texts)) if keep(str(i)))
         yield from enumerate(kept)
 
 
-def _text(folder: Path, name: str) -> str:
+def read_text(folder: Path, name: str) -> str:
+    """A file below the folder, gzipped or not."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise UserError(f"data.manual_dir={str(folder)!r} has no {name}, and no {name}.gz.")
@@ -252,3 +253,39 @@ class SciTldr(_Files):
         "target": tfds.features.Text(),
         "references": tfds.features.Sequence(tfds.features.Text()),
     }
+
+
+def _one(text: str) -> Rows:
+    yield {"text": text}
+
+
+class WikiText2(_Files):
+    """WikiText-2, the version of word tokens (Merity et al. 2017); each split is one text."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "wikitext2/wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens."
+    files = {  # noqa: RUF012 - read only
+        "train": (["wikitext2/wiki.train.tokens"], _one, _all),
+        "validation": (["wikitext2/wiki.valid.tokens"], _one, _all),
+        "test": (["wikitext2/wiki.test.tokens"], _one, _all),
+    }
+    columns = {"text": tfds.features.Text()}  # noqa: RUF012 - read only
+
+
+def _books(text: str) -> Rows:
+    for line in text.splitlines():
+        row = json.loads(line)
+        yield {"title": row["title"], "text": row["text"]}
+
+
+class Books19c(_Files):
+    """Novels of the 19th century in English, split by book."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "books19c/train.jsonl, valid.jsonl and test.jsonl: a book a line, with the fields title and text."
+    )
+    files = {  # noqa: RUF012 - read only
+        "train": (["books19c/train.jsonl"], _books, _all),
+        "validation": (["books19c/valid.jsonl"], _books, _all),
+        "test": (["books19c/test.jsonl"], _books, _all),
+    }
+    columns = {"title": tfds.features.Text(), "text": tfds.features.Text()}  # noqa: RUF012 - read only

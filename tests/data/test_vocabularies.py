@@ -119,7 +119,7 @@ def test_a_text_too_short_for_the_size_is_said(caplog):
         (
             "gpt",
             "data.tokenizer: unknown kind 'gpt' in 'gpt'. "
-            "Valid: bpe, bytes, chars, file, run, sentencepiece, unigram, wordpiece.",
+            "Valid: bpe, bytes, chars, file, run, sentencepiece, unigram, wordpiece, words.",
         ),
         ("bpe", "data.tokenizer: 'bpe' should look like 'bpe:N'."),
         ("chars:5", "data.tokenizer: 'chars:5' should look like 'chars'."),
@@ -143,3 +143,10 @@ def test_a_size_below_the_characters_of_the_text(tmp_path, opened, books):
         f"take {alone}."
     ):
         open_tokenizer("wordpiece:12", opened, tmp_path / "cache")
+
+
+def test_words_and_ends_of_lines():
+    codec = train_tokenizer("words", 0, [" the white <unk> \n \n", "a  whale\n"])
+    assert codec.vocab_size == 7 and codec.unk_id is not None
+    ids = codec.encode_batch(["the whale \n ship"])[0].tolist()
+    assert ids == [codec.token_id("the"), codec.token_id("whale"), codec.token_id("\n"), codec.unk_id]

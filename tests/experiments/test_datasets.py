@@ -61,4 +61,4 @@ def test_files_that_one_must_have(monkeypatch, tmp_path):
     ):
         tfds_folder(name)
     with says(f"data.manual_dir='{tmp_path}' has no sst2/train.tsv, and no sst2/train.tsv.gz."):
-        datasets._text(tmp_path, "sst2/train.tsv")
+        datasets.read_text(tmp_path, "sst2/train.tsv")

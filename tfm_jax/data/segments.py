@@ -21,6 +21,7 @@ def make(
     batch_size: int = 16,
     seed: int = 0,
     feature: str | None = None,
+    manual_dir: str | None = None,
     split: str = "auto",
     valid_fraction: float | None = None,
     cache_dir: str | None = None,
@@ -35,7 +36,7 @@ def make(
       seq_len: T, tokens of each row in a batch.
       batch_size: B, the number of stretches that are read side by side.
       seed: of where the epochs are cut.
-      source, tokenizer, feature, split, valid_fraction, cache_dir, workers, tokenizer_dir: see `data.tokens`.
+      source, tokenizer, feature, manual_dir, split, valid_fraction, cache_dir, workers, tokenizer_dir: see `data.tokens`.
     """
     for key, value in (("seq_len", seq_len), ("batch_size", batch_size)):
         if value < 1:
@@ -49,6 +50,7 @@ def make(
         cache_dir=cache_dir,
         workers=workers,
         tokenizer_dir=tokenizer_dir,
+        manual_dir=manual_dir,
     )
     stream = corpus.stream("train")
     if stream.size <= batch_size * seq_len:

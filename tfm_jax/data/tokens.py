@@ -29,6 +29,7 @@ def make(
     batch_size: int = 16,
     seed: int = 0,
     feature: str | None = None,
+    manual_dir: str | None = None,
     split: str = "auto",
     valid_fraction: float | None = None,
     cache_dir: str | None = None,
@@ -39,7 +40,7 @@ def make(
 
     Args:
       source: `stdlib`, `text:GLOB`, `jsonl:GLOB`, `tfds:NAME` or `hf:DIR`; see `data.sources`.
-      tokenizer: `bytes`, `chars`, `bpe:N`, `wordpiece:N`, `unigram:N`, `file:PATH`, `sentencepiece:PATH` or `run:FOLDER`,
+      tokenizer: `bytes`, `chars`, `words`, `bpe:N`, `wordpiece:N`, `unigram:N`, `file:PATH`, `sentencepiece:PATH` or `run:FOLDER`,
         the tokenizer of a run; those with a size are trained on the train split.
       seq_len: T, tokens a row; of an encoder's input where there are two sequences.
       objective: what is predicted: the `next` token, tokens behind a `mask`, a `span` behind a sentinel (T5), the whole
@@ -54,6 +55,7 @@ def make(
       batch_size: rows of the global batch.
       seed: of the order of the rows.
       feature: which field of a record is the text, where there are several.
+      manual_dir: the folder of files that a TFDS builder wants you to have.
       split: how files become train and validation: `auto`, `names`, `hash` or `tail`; see `data.sources`.
       valid_fraction: how much `hash` and `tail` hold out; their own default if None.
       cache_dir: where prepared data goes; see `corpus.cache_root`.
@@ -73,6 +75,7 @@ def make(
         cache_dir=cache_dir,
         workers=workers,
         tokenizer_dir=tokenizer_dir,
+        manual_dir=manual_dir,
     )
     codec, stream = corpus.tokenizer, corpus.stream("train")
     made = objectives.make(

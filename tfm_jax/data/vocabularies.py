@@ -24,7 +24,17 @@ from tfm_jax.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
 
-KINDS = ("bytes", "chars", "bpe:N", "wordpiece:N", "unigram:N", "file:PATH", "sentencepiece:PATH", "run:FOLDER")
+KINDS = (
+    "bytes",
+    "chars",
+    "words",
+    "bpe:N",
+    "wordpiece:N",
+    "unigram:N",
+    "file:PATH",
+    "sentencepiece:PATH",
+    "run:FOLDER",
+)
 TRAINING_VERSION = 1
 UNIGRAM_SAMPLE = 2_000_000
 """Characters that unigram training looks at: it is 50 times slower than BPE (100 s for 11 MB on two cores)."""
@@ -81,11 +91,11 @@ def _vocabulary_size(spec: str, argument: str) -> int:
 
 
 def train_tokenizer(kind: str, size: int, texts: Iterable[str]) -> JsonTokenizer:
-    """Train a `chars`, `bpe`, `wordpiece` or `unigram` tokenizer.
+    """Train a `chars`, `words`, `bpe`, `wordpiece` or `unigram` tokenizer.
 
     The same texts give the same tokenizer, except for unigram, whose library adds floats in a random order.
     """
-    train = {"chars": _chars, "bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram}[kind]
+    train = {"chars": _chars, "words": _words, "bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram}[kind]
     tokenizer = JsonTokenizer(train(size, texts).to_str(), f"the trained {kind} tokenizer")
     if size and tokenizer.vocab_size > size:
         raise UserError(
@@ -120,6 +130,21 @@ def _chars(size: int, texts: Iterable[str]) -> Engine:
     vocab = {character: index for index, character in enumerate(characters)}
     engine = Engine(models.BPE(vocab=vocab, merges=[], unk_token=unknown))
     engine.decoder = decoders.Fuse()
+    engine.add_special_tokens([END_MARK])
+    return engine
+
+
+def _words(size: int, texts: Iterable[str]) -> Engine:
+    """What stands between spaces, and each end of a line; a word that was never seen is `<unk>`."""
+    splitter = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    seen = {"\n"}
+    for text in texts:
+        seen.update(text.split())
+    vocab = {word: index for index, word in enumerate(["<unk>", *sorted(seen - {"<unk>"})])}
+    engine = Engine(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    engine.pre_tokenizer = splitter
     engine.add_special_tokens([END_MARK])
     return engine
 

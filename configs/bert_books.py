@@ -1,0 +1,47 @@
+"""A small BERT from scratch on 26 novels of the 19th century: 15 % of the words hidden as wholes.
+
+    python -m experiments.train --config=configs/bert_books.py --config.data.manual_dir=path/to/data --workdir=runs/bert_books-0
+
+4 layers, 256 wide, 3,000 steps of 32 x 128 pieces. What it is good for: `configs/small_bert.py`. `:smoke` is a tiny one, in
+seconds; give it a source.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+RECIPES = {
+    "": {
+        "title": "a BERT of 5 M weights on 26 novels: loss of masked pieces on two others, nats",
+        "metrics": ("eval/validation/loss", "eval/validation/accuracy"),
+    }
+}
+
+
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    if arguments not in ("", "smoke"):
+        raise ValueError(f"bert_books.py takes ':smoke' or nothing, not {arguments!r}.")
+    config = ml_collections.ConfigDict(
+        {
+            "model": {"name": "bert", "variant": "mini"},
+            "data": {
+                "source": "tfds:experiments.reproduce.datasets:Books19c",
+                "feature": "text",
+                "tokenizer": "wordpiece:8000",
+                "objective": "mask",
+                "mask_unit": "word",
+                "seq_len": 128,
+                "batch_size": 32,
+            },
+            "optim": {"name": "muon", "lr": 6e-3, "schedule": "linear", "end_factor": 0.02, "warmup_steps": 50},
+            "train": {"steps": 3000, "eval_every": 1000},
+            "checkpoint": {"every": 250},
+            "evals": {"validation": {"split": "validation"}},
+        }
+    )
+    if arguments == "smoke":
+        config.model.update({"layers": 1, "width": 32, "heads": 2, "max_len": 32})
+        config.data.update({"feature": None, "tokenizer": "wordpiece:200", "seq_len": 32, "batch_size": 8})
+        config.optim.warmup_steps = 1
+        config.train.update({"steps": 20, "eval_every": 10})
+    return config

@@ -1,0 +1,33 @@
+"""The first sentence of each abstract as its summary: ROUGE on SciTLDR's test set, `results/scitldr-lead.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import cli
+from experiments.reproduce.datasets import read_text
+from experiments.reproduce.record import RESULTS, write_result
+
+EXAMPLES = "  python -m experiments.reproduce.lead --data=path/to/data"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = cli.parser(str(__doc__), EXAMPLES)
+    made.add_argument("--data", type=Path, required=True, help="folder with scitldr/test.jsonl")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder of the file")
+    flags, _ = cli.parse(made, argv)
+    from tfm_jax.evals.generation import scored
+
+    rows = [json.loads(line) for line in read_text(flags.data, "scitldr/test.jsonl").splitlines()]
+    found = scored([row["source"][0] for row in rows], [row["target"] for row in rows], ("rouge",))
+    write_result("scitldr-lead", found, config="scitldr/test.jsonl", folder=flags.results)
+    print(cli.table([(name, f"{value:.2f}") for name, value in found.items()]))
+    if flags.json:
+        cli.print_json(found)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
