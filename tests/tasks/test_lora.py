@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import adapters as adapters_command
+from experiments import evaluate
 from tests.errors import says
 from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
@@ -105,3 +107,31 @@ def test_bad_input(make_config):
     with pytest.raises(UserError) as error:
         build(with_(rank=17))
     assert str(error.value) == "train.adapter.rank=17: stack/block_0/attention/query/kernel is only 16 x 16."
+
+
+def test_adapters_alone_and_back_on_their_base(trained, tmp_path, capsys):
+    """The run with its adapters put on again evaluates like the one that trained them."""
+    assert adapters_command.main([f"--run={trained / 'run'}", f"--to={tmp_path / 'saved'}", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["arrays"] == 4 * 2 + len([p for p in saved(trained / "run") if "final_norm/" in p])
+    size = (tmp_path / "saved" / "adapter.safetensors").stat().st_size
+    assert size < 4 * record["parameters"] + 4096 and 0 < record["share"] < 0.2
+    back = [f"--from={tmp_path / 'saved'}", f"--base={trained / 'donor'}", f"--to={tmp_path / 'back'}"]
+    assert adapters_command.main(back) == 0
+    want, found = flatten(load_params(trained / "run")[0]), flatten(load_params(tmp_path / "back")[0])
+    assert want.keys() == found.keys()
+    for path, x in want.items():
+        np.testing.assert_allclose(found[path], x, atol=1e-6, err_msg=path)
+    assert evaluate.main([f"--run={tmp_path / 'back'}", "--json"]) == 0
+    result = json.loads((trained / "run" / "result.json").read_text())
+    loss = json.loads(capsys.readouterr().out.splitlines()[-1])["eval/validation/loss"]
+    assert loss == pytest.approx(result["eval/validation/loss"], rel=1e-6)
+
+    back[1] = f"--base={trained / 'run'}"
+    back[2] = f"--to={tmp_path / 'other'}"
+    with says(f"{trained / 'run'} is not what these adapters were trained on: its other parameters differ."):
+        adapters_command.main(back)
+    with says(f"{trained / 'donor'} has no adapters: it was trained without train.adapter."):
+        adapters_command.main([f"--run={trained / 'donor'}", f"--to={tmp_path / 'none'}"])
+    with says("Give --run RUN to save its adapters, or --from FOLDER and --base RUN to put them on."):
+        adapters_command.main([f"--to={tmp_path / 'none'}"])

@@ -1,0 +1,119 @@
+"""What a run with adapters has trained, by itself: a small file that goes on top of the model it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from tfm_jax import config as configs
+from tfm_jax.errors import UserError, nearest
+from tfm_jax.files import write_atomic
+from tfm_jax.paths import compile_patterns, flatten
+from tfm_jax.tasks.adapters import KEY
+from tfm_jax.train import rundir
+from tfm_jax.train.build import build_task
+from tfm_jax.train.checkpoint import Checkpointer
+from tfm_jax.train.restore import load_params, open_checkpoint
+
+ARRAYS, RECORD = "adapter.safetensors", "adapter.json"
+
+
+def save(run: Path, folder: Path, step: int | None = None) -> dict[str, Any]:
+    """Write a run's adapters, and what `train.adapter.train` names, with its config and a hash of what they stand on.
+
+    Raises:
+      UserError: the run has no adapters, or an average besides, or the folder is not new.
+    """
+    config = rundir.read_config(run)
+    section = config["train"].get("adapter")
+    if section is None:
+        raise UserError(f"{run} has no adapters: it was trained without train.adapter.")
+    if config["train"]["ema"] is not None:
+        raise UserError(
+            f"{run} evaluates with an average (train.ema), which adapters alone do not have. Export it merged."
+        )
+    if folder.exists():
+        raise UserError(f"{folder} is there already: give a new folder.")
+    checkpoints, found = open_checkpoint(run, step)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = checkpoints.shapes(found)["params"]
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    leaves = flatten(checkpoints.restore(found, {"params": abstract}, partial=True).state["params"])
+    checkpoints.close()
+    patterns = compile_patterns(section["train"], setting="train.adapter.train")
+    own = {p: x for p, x in leaves.items() if p.startswith(f"{KEY}/") or any(regex.search(p) for regex in patterns)}
+    base = {path: x for path, x in leaves.items() if path not in own}
+    folder.mkdir(parents=True)
+    save_file({path: np.asarray(x) for path, x in own.items()}, folder / ARRAYS)
+    if (run / "tokenizer").is_dir():
+        shutil.copytree(run / "tokenizer", folder / "tokenizer")
+    record = {"config": config, "step": found, "base": _digest(base)}
+    write_atomic(folder / RECORD, configs.to_json(record))
+    count = sum(x.size for x in own.values())
+    return {
+        "step": found,
+        "arrays": len(own),
+        "parameters": count,
+        "share": count / sum(x.size for x in leaves.values()),
+    }
+
+
+def put_on(folder: Path, base: Path, run: Path) -> dict[str, Any]:
+    """Make a run of a base's parameters with saved adapters merged into them.
+
+    Raises:
+      UserError: the folder holds no adapters, the base is not the one that they were trained on, or the run is not new.
+    """
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder} holds no adapters: it has no {RECORD}.")
+    if run.exists():
+        raise UserError(f"{run} is there already: give a new run directory.")
+    record = json.loads((folder / RECORD).read_text())
+    config = record["config"]
+    with safe_open(folder / ARRAYS, "numpy") as file:
+        own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    leaves = {path: x for path, x in flatten(load_params(base)[0]).items() if path not in own}
+    task = build_task(config)
+    tree: dict[str, Any] = {}
+    for path, x in {**leaves, **own}.items():
+        place = tree
+        *above, last = path.split("/")
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = jax.numpy.asarray(x)
+    kernels = {path.removeprefix(f"{KEY}/").rpartition("/")[0] for path in own if path.startswith(f"{KEY}/")}
+    if missing := sorted(kernels - leaves.keys()):
+        raise UserError(f"{base} has no {missing[0]}, which these adapters stand on.{nearest(missing[0], leaves)}")
+    if _digest(leaves) != record["base"]:
+        raise UserError(f"{base} is not what these adapters were trained on: its other parameters differ.")
+    merged = task.eval_params(tree, jax.eval_shape(task.init_extra, tree))
+    config["train"]["adapter"] = None
+    checkpoints = Checkpointer(run / "checkpoints", asynchronous=False)
+    meta = {"data": None, "adapters": str(folder.absolute()), "versions": rundir.versions()}
+    checkpoints.save(
+        record["step"], {"step": jax.numpy.asarray(record["step"], jax.numpy.int32), "params": merged}, meta
+    )
+    checkpoints.close()
+    if (folder / "tokenizer").is_dir():
+        shutil.copytree(folder / "tokenizer", run / "tokenizer")
+    write_atomic(run / "config.json", configs.to_json(config))
+    rundir.write_status(run, "finished", f"adapters of {folder} on {base}", step=record["step"])
+    return {"step": record["step"], "adapted": len(kernels), "run": str(run)}
+
+
+def _digest(leaves: dict[str, Any]) -> str:
+    """Of every parameter's path, shape and values."""
+    digest = hashlib.sha256()
+    for path in sorted(leaves):
+        x = np.asarray(leaves[path])
+        digest.update(f"{path} {x.shape} {x.dtype}".encode())
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
