@@ -2,15 +2,18 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate, results
+from experiments import evaluate, predict, results
 from experiments.reproduce import recipe
 from tests.errors import says
 from tests.test_configs import FOLDER, NAMES
 from tfm_jax import config as configs
 from tfm_jax.train import rundir
+from tfm_jax.train.build import build
+from tfm_jax.train.restore import with_donors
 
 GOOD, BAD = ["bright", "warm", "fine", "sweet"], ["dull", "cold", "flat", "sour"]
 
@@ -64,6 +67,32 @@ def test_a_student_learns_from_the_trained_run(reviews, trained):
     lines = [json.loads(line) for line in (base / "distil_sst2-smoke-0" / "metrics.jsonl").read_text().splitlines()]
     matched = [line["train/hidden_loss"] for line in lines if "train/hidden_loss" in line]
     assert code == 0 and matched[-1] < matched[0]
+
+
+def test_a_teacher_that_has_spoken_beforehand(reviews, trained, tmp_path):
+    """Its logits are those of the run, in the order of the records, and a student without it hears the same."""
+    base, _, _ = trained
+    teacher, file = base / "minilm_sst2-smoke-0", tmp_path / "told.npy"
+    assert predict.main([f"--run={teacher}", "--split=train", f"--to={file}"]) == 0
+    config = configs.resolve(
+        configs.load(f"{FOLDER}/distil_sst2.py:smoke"),
+        [("data.source", reviews), ("data.tokenizer", f"run:{teacher}"), ("task.teacher", str(teacher)),
+         ("task.hidden", "()")],
+    )  # fmt: skip
+    apart = configs.resolve(config, [("task.teacher", "None"), ("data.predictions", str(file))])
+    losses = []
+    for section in (config, apart):
+        built = build(section)
+        with jax.set_mesh(built.layout.mesh):
+            state = with_donors(built.fresh_state(), built.task.donors)
+            _, metrics = built.jitted_step()(state, built.batch(0))
+        losses.append(float(metrics["soft_loss"][0]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0] > 0
+    with says(f"data.predictions='{file}' is (600, 2), and the train split has 60 examples."):
+        build(configs.resolve(apart, [("data.source", reviews.replace("*", "valid")), ("data.split", "all")]))
+    with says("task.hidden and task.attention need the teacher itself: task.teacher=RUN."):
+        build(configs.resolve(apart, [("task.hidden", "((1, 1),)")]))
 
 
 @pytest.mark.parametrize("name", ["bert_books", "t5_books", "lm_wikitext2"])

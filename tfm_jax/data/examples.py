@@ -30,6 +30,7 @@ def make(
     pair: str | None = None,
     label: str = "label",
     kind: Kind = "class",
+    predictions: str | None = None,
     tokenizer: str = "bpe:4096",
     seq_len: int = 128,
     batch_size: int = 32,
@@ -52,6 +53,8 @@ def make(
       text: the field that is the text.
       pair: the field of a second text.
       label: the field to predict.
+      predictions: a `.npy` of what a teacher predicts for each example of the train split, in its order, (N, C) float, as
+        `python -m experiments.predict` writes it; a training batch then has it as `teacher`.
       kind: `class`, whose names or numbers are those of the train split, or a `number`.
       tokenizer: as for `data.tokens`.
       seq_len: longest row, marks included; of longer examples the longer text is cut at its end.
@@ -99,14 +102,17 @@ def make(
         for name, found in labels.items()
     }
 
+    told = None if predictions is None else _told(predictions, len(makers["train"]))
+
     def evals(name: str, rows: int | None) -> Dataset:
         corpora[0].stream(name)
         return Pass(makers[name], rows or batch_size)
 
     facts = [corpora[0].fingerprint, *(c.fingerprint for c in corpora[1:]), label, kind, classes, seq_len]
+    facts += [] if told is None else [hashlib.sha256(np.ascontiguousarray(told).tobytes()).hexdigest()]
     sizes = {"classes": len(classes) if kind == "class" else 1}
     return Data(
-        train=Training(makers["train"], batch_size, seed),
+        train=Training(makers["train"], batch_size, seed, told),
         evals=evals,
         vocab_size=codec.vocab_size,
         tokenizer=codec,
@@ -114,6 +120,17 @@ def make(
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         sizes=sizes | ({"types": 2} if pair is not None and frame.types else {}),
     )
+
+
+def _told(path: str, examples: int) -> np.ndarray:
+    """A teacher's predictions for the train split, (N, C) float32."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"data.predictions={path!r}: there is no such file. python -m experiments.predict writes it.")
+    found: np.ndarray = np.load(file, allow_pickle=False)
+    if found.ndim != 2 or len(found) != examples:
+        raise UserError(f"data.predictions={path!r} is {found.shape}, and the train split has {examples} examples.")
+    return found.astype(np.float32)
 
 
 def _labels(corpus: Corpus, split: str, field: str, root: Path) -> list[Any]:
@@ -228,12 +245,14 @@ class Training:
     examples: _Examples
     batch_size: int
     seed: int
+    told: np.ndarray | None = None
     num_batches: None = None
 
     def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
         index = pooled(step, self.batch_size, len(self.examples), self.seed, self.examples.lengths)
         width = width_for(int(self.examples.lengths(index).max()), self.examples.seq_len)
-        return self.examples.batch(index[rows], width, np.ones(len(index[rows]), np.float32))
+        batch = self.examples.batch(index[rows], width, np.ones(len(index[rows]), np.float32))
+        return batch if self.told is None else {**batch, "teacher": self.told[index[rows]]}
 
 
 class Pass:

@@ -27,8 +27,8 @@ BRIDGE = "bridge"
 
 def make(
     *,
-    teacher: str,
-    teacher_model: nn.Module,
+    teacher: str | None = None,
+    teacher_model: nn.Module | None,
     model: nn.Module,
     build: Callable[[Mapping[str, Any]], Task],
     task: Annotated[Mapping[str, Any], Inside("task")],
@@ -46,7 +46,7 @@ def make(
     `extra`, are split over the mesh like any others and never change. Evaluation is the task's own.
 
     Args:
-      teacher: its run directory.
+      teacher: its run directory; None for a teacher that has spoken beforehand, in each batch's `teacher` (`data.predictions`).
       teacher_model: its model (not a config key).
       model: the student (not a config key).
       build: from a section to a task (not a config key).
@@ -69,12 +69,16 @@ def make(
         if weight < 0:
             raise UserError(f"task.{name}={weight}: must be at least 0.")
     states, heads = _pairs("hidden", hidden, 0), _pairs("attention", attention, 1)
-    widths = [_width(m) for m in (model, teacher_model)] if states else [0, 0]
+    widths = [_width(m) for m in (model, teacher_model)] if states and teacher_model is not None else [0, 0]
     bridges = {"embeddings": any(s == 0 for s, _ in states), "states": any(s > 0 for s, _ in states)}
     inner = build(task)
+    if teacher_model is None and (states or heads):
+        raise UserError("task.hidden and task.attention need the teacher itself: task.teacher=RUN.")
 
     def blank(params: Params) -> Params:
         # Filled in from `teacher` when a run begins; see `Task.donors`.
+        if teacher_model is None:
+            return {}
         shapes = jax.eval_shape(lambda: teacher_model.init(jax.random.key(0), **teacher_model.example()))["params"]
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -106,9 +110,13 @@ def make(
             return out
 
         hard = inner.loss(listened, plain(params), extra["inner"], batch, rng, train)
-        told = jax.lax.stop_gradient(
-            bind(teacher_model, {})(extra[KEY], **batch["inputs"], train=False, capture=listening)
-        )
+        if teacher_model is not None:
+            told = bind(teacher_model, {})(extra[KEY], **batch["inputs"], train=False, capture=listening)
+            told = jax.lax.stop_gradient(told)
+        elif "teacher" in batch:
+            told = {"logits": batch["teacher"]}
+        else:
+            raise UserError("task.teacher is not set, and the data has no data.predictions of a teacher.")
         if said["logits"].shape != told["logits"].shape:
             raise UserError(
                 f"task.teacher={teacher!r}: its logits are {told['logits'].shape}, the student's {said['logits'].shape}."
@@ -138,7 +146,7 @@ def make(
         wider,
         loss=loss,
         init_params=init_params,
-        donors={**wider.donors, KEY: teacher},
+        donors={**wider.donors, **({} if teacher is None else {KEY: teacher})},
         eval_params=lambda params, extra: wider.eval_params(plain(params), extra),
     )
 

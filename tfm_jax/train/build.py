@@ -173,7 +173,9 @@ def build_task(config: configs.Config) -> Task:
             section,
             model=lambda _: build_model(config["model"]),
             batch_size=lambda _: config["data"]["batch_size"],
-            teacher_model=lambda section: build_model(read_config(Path(section["teacher"]))["model"]),
+            teacher_model=lambda section: (
+                section["teacher"] and build_model(read_config(Path(section["teacher"]))["model"])
+            ),
             build=lambda _: build,
         )
         return made
