@@ -101,10 +101,11 @@ def test_bias_is_added_to_the_logits():
 
 
 def test_initialisation_is_glorots():
-    model = Model(BlockSpec(width=64, heads=4, norm_position="post", init=SPEC.init), 99)
+    spec = BlockSpec(width=64, heads=4, norm_position="post", init=SPEC.init)
+    model = Model(spec, 99, encoder_layers=1, decoder_layers=1)
     params = jax.jit(lambda key: model.init(key, IDS, IDS)["params"])(jax.random.key(1))
     for side in ("encoder", "decoder"):
-        block = params[side]["block_5"]
+        block = params[side]["block_0"]
         np.testing.assert_allclose(np.std(block["attention"]["query"]["kernel"]), (2 / 128) ** 0.5, rtol=0.05)
         np.testing.assert_allclose(np.std(block["mlp"]["down"]["kernel"]), (2 / 320) ** 0.5, rtol=0.05)
 
