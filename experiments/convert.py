@@ -98,7 +98,9 @@ def bring_in(
         data["decoder_start"] = start
     if data.get("name") == "images":
         data |= images.read_settings(folder) | images.read_classes(theirs.configs[""])
-    elif "name" not in data:
+    elif "source" not in data:
+        names = images.read_classes(theirs.configs.get("", {})) if data.get("name") in ("examples", "tags") else {}
+        data |= {"names": names["classes"]} if names else {}
         data = {"source": MISSING, "seq_len": min(section.get("max_len") or 512, 512), **data}
     config = configs.resolve(
         {

@@ -182,3 +182,14 @@ def test_bad_input_is_named(folder, bert, tmp_path):
         opened(tmp_path, bert, label="class")
     with says(f"{tmp_path}/train.jsonl, line 2: the field 'mood' is a list, not a label."):
         opened(tmp_path, bert, label="mood")
+
+
+def test_classes_in_a_given_order(folder):
+    """As a model that came with names of its own has them."""
+    common = {"source": f"jsonl:{folder}/*.jsonl", "label": "mood", "tokenizer": "bytes", "seq_len": 64}
+    order = ["none", "good", "bad"]
+    own, given = make(**common), make(**common, names=order)
+    a, b = (data.evals("validation", 40).batch_at(0)["targets"] for data in (own, given))
+    assert [sorted(order)[i] for i in a] == [order[i] for i in b] and own.fingerprint != given.fingerprint
+    with says("data.names=('x',): a number has no classes. Leave it out."):
+        make(**{**common, "label": "score", "kind": "number"}, names=["x"])

@@ -65,7 +65,7 @@ class Case:
       fields: of that config, tiny.
       inputs: drawn from a random generator, by their names.
       ours: their inputs as ours.
-      outputs: `{their output: ours}`, compared wherever `attention_mask` (or `decoder_attention_mask`) is 1.
+      outputs: `{their output: ours}`, `name:i` for the last axis' i-th, compared wherever `attention_mask` (or `decoder_attention_mask`) is 1.
       loss: for families whose gradients are compared: their loss; ours is `kind`.
       kind: `next` or `own` token, or the `decoder`'s.
       prepare: changes the reference model before its weights are drawn.

@@ -57,7 +57,9 @@ def check_outputs(name, theirs, layer_loop="loop"):
     out = jax.jit(lambda params: model.apply({"params": params}, **inputs))(params)
     shown = theirs.get("input/decoder_attention_mask", theirs.get("input/attention_mask"))
     for their_name, our_name in case.outputs.items():
-        compare(out[our_name], theirs[f"output/{their_name}"], None if shown is None else shown.astype(bool))
+        key, _, column = our_name.partition(":")
+        ours = out[key][..., int(column)] if column else out[key]
+        compare(ours, theirs[f"output/{their_name}"], None if shown is None else shown.astype(bool))
 
 
 def check_gradients(name, theirs):

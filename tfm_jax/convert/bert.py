@@ -113,10 +113,14 @@ def _bert(prefix: str, outputs: tuple[str, ...]) -> Any:
             rows += linear("cls.predictions.transform.dense", "token_head/transform")
             rows += norm("cls.predictions.transform.LayerNorm", "token_head/norm")
             rows += same("cls.predictions.bias", "token_head/bias")
-        if "pooled" in outputs or "pair" in outputs:
+        if {"pooled", "pair", "classes"} & {*outputs}:
             rows += linear(f"{prefix}pooler.dense", "pooler/dense")
         if "pair" in outputs:
             rows += linear("cls.seq_relationship", "pair_head/dense")
+        if {"classes", "tags"} & {*outputs}:
+            rows += linear("classifier", "class_head/dense")
+        if "span" in outputs:
+            rows += linear("qa_outputs", "span_head/dense")
         return rows
 
     return table
@@ -203,6 +207,8 @@ def _distilbert(m: Section) -> list[Row]:
 
 
 MASKED = {"objective": "mask"}
+_DATA = {"classes": {"name": "examples"}, "tags": {"name": "tags"}, "span": {"name": "questions"}}
+_TASKS = {"classes": {"name": "classification"}, "span": {"name": "span_extraction"}}
 POSITION_IDS = r"embeddings\.(position_ids|token_type_ids)$"
 
 
@@ -210,12 +216,26 @@ def _bert_conversion(architecture: str, prefix: str, outputs: tuple[str, ...]) -
     # The output layer's weight is the token table, its bias the one above.
     ties = {"cls.predictions.decoder.weight": f"{prefix}embeddings.word_embeddings.weight"}
     ties["cls.predictions.decoder.bias"] = "cls.predictions.bias"
+    counted = bool({"classes", "tags"} & {*outputs})
+
+    def read(c: Fields) -> dict[str, Any]:
+        section = read_encoder(c) | {"outputs": outputs}
+        if not counted:
+            return section
+        c.ignore("problem_type", "classifier_dropout")
+        labels, count = c.take("id2label"), c.take("num_labels")
+        return section | {"classes": len(labels) if labels is not None else count or 2}
+
+    def write(m: Section) -> dict[str, Any]:
+        # Several heads by name are no class of theirs.
+        return write_encoder(m) | ({"num_labels": m["classes"]} if counted and isinstance(m["classes"], int) else {})
+
     return Conversion(
         architecture,
         "bert",
         "bert",
-        lambda c: read_encoder(c) | {"outputs": outputs},
-        write_encoder,
+        read,
+        write,
         _bert(prefix, outputs),
         ties=lambda m: ties if "tokens" in outputs else {},
         prefix=prefix,
@@ -224,9 +244,10 @@ def _bert_conversion(architecture: str, prefix: str, outputs: tuple[str, ...]) -
             POSITION_IDS,
             *(() if "tokens" in outputs else (r"^cls\.predictions\.",)),
             *(() if "pair" in outputs else (r"^cls\.seq_relationship\.",)),
-            *(() if {"pooled", "pair"} & {*outputs} else (r"^bert\.pooler\.",)),
+            *(() if {"pooled", "pair", "classes"} & {*outputs} else (r"^bert\.pooler\.",)),
         ),
-        data=MASKED,
+        data=_DATA.get(outputs[0], MASKED),
+        task=_TASKS.get(outputs[0], {}),
     )
 
 
@@ -234,6 +255,9 @@ CONVERSIONS = (
     _bert_conversion("BertForPreTraining", "bert.", ("tokens", "pair")),
     _bert_conversion("BertForMaskedLM", "bert.", ("tokens",)),
     _bert_conversion("BertModel", "", ("pooled",)),
+    _bert_conversion("BertForSequenceClassification", "bert.", ("classes",)),
+    _bert_conversion("BertForTokenClassification", "bert.", ("tags",)),
+    _bert_conversion("BertForQuestionAnswering", "bert.", ("span",)),
     Conversion(
         "RobertaForMaskedLM",
         "roberta",

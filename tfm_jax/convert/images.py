@@ -72,7 +72,7 @@ def read_classes(config: dict[str, Any]) -> dict[str, Any]:
 
 def write_classes(data: dict[str, Any]) -> dict[str, Any]:
     """The fields of a `config.json` for the classes that a run's section `data` names."""
-    numbers = {name: i for i, name in enumerate(data.get("classes") or [])}
+    numbers = {name: i for i, name in enumerate(data.get("classes") or data.get("names") or [])}
     return {"id2label": {str(i): name for name, i in numbers.items()}, "label2id": numbers} if numbers else {}
 
 

@@ -30,6 +30,7 @@ def make(
     pair: str | None = None,
     label: str = "label",
     kind: Kind = "class",
+    names: Sequence[Any] | None = None,
     predictions: str | None = None,
     tokenizer: str = "bpe:4096",
     seq_len: int = 128,
@@ -53,6 +54,7 @@ def make(
       text: the field that is the text.
       pair: the field of a second text.
       label: the field to predict.
+      names: the classes in their order; those of the train split, sorted, if None.
       predictions: a `.npy` of what a teacher predicts for each example of the train split, in its order, (N, C) float, as
         `python -m experiments.predict` writes it; a training batch then has it as `teacher`.
       kind: `class`, whose names or numbers are those of the train split, or a `number`.
@@ -90,7 +92,10 @@ def make(
         raise UserError(f"data.seq_len={seq_len}: the marks alone take {marks}, and each text at least one more.")
     root = cache_root(cache_dir)
     labels = {name: _labels(corpora[0], name, label, root) for name in corpora[0].streams}
-    classes = _classes(labels["train"], source, label) if kind == "class" else []
+    if names is not None and kind != "class":
+        raise UserError(f"data.names={tuple(names)}: a number has no classes. Leave it out.")
+    known = None if names is None else list(names)
+    classes = [] if kind != "class" else known or _classes(labels["train"], source, label)
     makers = {
         name: _Examples(
             tuple(Texts.of(corpus.streams[name], codec.end_id) for corpus in corpora),

@@ -29,6 +29,15 @@ CASES: dict[str, Case] = {
     "bert_model": Case(
         "BertModel", "BertConfig", _BERT, pairs, outputs={"last_hidden_state": "states", "pooler_output": "pooled"}
     ),
+    "bert_classes": Case("BertForSequenceClassification", "BertConfig", _BERT | dict(num_labels=3), pairs),
+    "bert_tags": Case("BertForTokenClassification", "BertConfig", _BERT | dict(num_labels=4), pairs),
+    "bert_span": Case(
+        "BertForQuestionAnswering",
+        "BertConfig",
+        _BERT,
+        pairs,
+        outputs={"start_logits": "span_logits:0", "end_logits": "span_logits:1"},
+    ),
     "roberta": Case(
         "RobertaForMaskedLM", "RobertaConfig", _BERT | dict(type_vocab_size=1, pad_token_id=1), padded_left
     ),
