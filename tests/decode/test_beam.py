@@ -55,7 +55,7 @@ def whole(name, layer_loop):
     return run
 
 
-def slow(name, source, prompt, beams, penalty, new=NEW, layer_loop="loop"):
+def slow(name, source, prompt, beams, penalty, new=NEW, layer_loop="loop", stop="likely"):
     """The same search with lists of hypotheses: [(score, tokens)], best first."""
     logp, live, finished = whole(name, layer_loop), [(0.0, ())], []
     for step in range(1, new + 1):
@@ -67,7 +67,8 @@ def slow(name, source, prompt, beams, penalty, new=NEW, layer_loop="loop"):
         finished += [(score / step**penalty, tokens[:-1]) for score, tokens in grown[:beams] if tokens[-1] == END]
         finished = sorted(finished, key=lambda pair: -pair[0])[:beams]
         live = [pair for pair in grown[: 2 * beams] if pair[1][-1] != END][:beams]
-        bound = live[0][0] / (new if penalty > 0 else step + 1) ** penalty
+        length = step + 1 if penalty <= 0 else new if stop == "sure" else step
+        bound = live[0][0] / length**penalty
         if step < new and len(finished) == beams and bound <= finished[-1][0]:
             return finished
     finished += [(score / new**penalty, tokens) for score, tokens in live]
@@ -80,14 +81,15 @@ def prompts_of(name):
 
 @pytest.mark.parametrize("beams", [1, 2, 5])
 @pytest.mark.parametrize("penalty", [0.0, 1.0, -0.5])
-@pytest.mark.parametrize("name", ["gpt", "encdec", "t5"])
-def test_it_is_the_slow_search(name, beams, penalty):
+@pytest.mark.parametrize(("name", "stop"), [("gpt", "sure"), ("encdec", "likely"), ("t5", "sure")])
+def test_it_is_the_slow_search(name, stop, beams, penalty):
     sources = None if name == "gpt" else SOURCES
     got = beam_search(
-        *made(name), prompts_of(name), sources=sources, beams=beams, max_new=NEW, length_penalty=penalty, end_id=END
-    )
+        *made(name), prompts_of(name), sources=sources, beams=beams, max_new=NEW, length_penalty=penalty, stop=stop,
+        end_id=END,
+    )  # fmt: skip
     for i, rows in enumerate(got):
-        want = slow(name, SOURCES[i] if sources else (), prompts_of(name)[i], beams, penalty)
+        want = slow(name, SOURCES[i] if sources else (), prompts_of(name)[i], beams, penalty, stop=stop)
         assert [tuple(row.tokens) for row in rows] == [tokens for _, tokens in want]
         np.testing.assert_allclose([row.score for row in rows], [score for score, _ in want], atol=1e-4)
 

@@ -64,9 +64,10 @@ def test_prompts_of_several_lengths(layer_loop):
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize(("stop", "theirs_stop"), [("sure", "never"), ("likely", False)])
 @pytest.mark.parametrize("name", ["gpt2", *NAMES])
-def test_beam_search_is_the_references(name):
-    """Its search with `early_stopping="never"`, which is the exact rule, and none of its special tokens forced or barred."""
+def test_beam_search_is_the_references(name, stop, theirs_stop):
+    """With none of its special tokens forced or barred."""
     torch = pytest.importorskip("torch")
     from tfm_jax.decode.beam import beam_search
 
@@ -76,7 +77,7 @@ def test_beam_search_is_the_references(name):
     _, _, model, params = converted(theirs)
     ids = theirs["input/input_ids"][:1, :7]
     start, end, new = 3, 7, 8
-    rules = {"num_beams": 4, "early_stopping": "never", "length_penalty": 0.7, "max_new_tokens": new, "do_sample": False,
+    rules = {"num_beams": 4, "early_stopping": theirs_stop, "length_penalty": 0.7, "max_new_tokens": new, "do_sample": False,
              "eos_token_id": end, "pad_token_id": 0, "num_return_sequences": 4, "use_cache": False}  # fmt: skip
     reference.generation_config = type(reference.generation_config)(**rules, decoder_start_token_id=start)
     told = {"decoder_input_ids": torch.tensor([[start]])} if name != "gpt2" else {}
@@ -86,7 +87,7 @@ def test_beam_search_is_the_references(name):
         )  # fmt: skip
     rows, sources = ([ids[0].tolist()], None) if name == "gpt2" else ([[start]], [ids[0].tolist()])
     (got,) = beam_search(
-        model, params, rows, sources=sources, beams=4, max_new=new, length_penalty=0.7, end_id=end
+        model, params, rows, sources=sources, beams=4, max_new=new, length_penalty=0.7, stop=stop, end_id=end
     )  # fmt: skip
     skipped = len(rows[0])
     texts = [[t for t in row[skipped:].tolist() if t not in (0, end)] for row in want.sequences]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,8 @@ import numpy as np
 
 from tfm_jax.decode.inputs import Inputs, ends_of, forward_of, is_end, prepare, read_prompt
 from tfm_jax.errors import UserError
+
+Stop = Literal["likely", "sure"]
 
 
 class Hypothesis(NamedTuple):
@@ -35,6 +37,7 @@ class _Search(NamedTuple):
     live_scores: jax.Array  # (B, K)
     finished: jax.Array  # (B, K, N) int32, -1 behind the end
     finished_scores: jax.Array  # (B, K), -inf where there is none yet
+    over: jax.Array  # (B,) bool, rows whose search has ended
 
 
 def beam_search(
@@ -46,18 +49,21 @@ def beam_search(
     beams: int = 5,
     max_new: int,
     length_penalty: float = 1.0,
+    stop: Stop = "likely",
     end_id: int | Sequence[int],
     allowed: int | None = None,
 ) -> list[list[Hypothesis]]:
     """The likeliest continuations of each prompt, best first, at most `beams` of them.
 
     Of all continuations of the live beams by a token, the likeliest `beams` that do not end live on; those that end, and
-    are among the likeliest `beams`, are finished. A row's search is over when no live beam can become better than its
-    worst finished one; at `max_new` tokens the live beams count as finished.
+    are among the likeliest `beams`, are finished. A row's search is over when no live beam would be better than its worst
+    finished one; at `max_new` tokens the live beams count as finished.
 
     Args:
       model, prompts, sources, max_new, allowed: as in `sample.generate`.
       length_penalty: exponent of the length that a log-probability is divided by; above 0 favours longer texts.
+      stop: whether a live beam is judged as it is now (`likely`, the default of `transformers`), or by the best that it can
+        come to (`sure`, its `never`), which with a penalty above 0 mostly goes on to `max_new`.
 
     Raises:
       UserError: fewer than one beam, or see `inputs.prepare`.
@@ -69,7 +75,7 @@ def beam_search(
     if (1 + len(ends)) * beams > vocab:
         raise UserError(f"beams={beams}: too many for the {vocab} tokens there are, of which {len(ends)} end a text.")
     inputs = prepare(model, prompts, sources, max_new)
-    found, scores = _search(model, params, inputs, beams, max_new, length_penalty, ends, allowed)
+    found, scores = _search(model, params, inputs, beams, max_new, length_penalty, stop, ends, allowed)
     out = []
     for rows, row_scores in zip(np.asarray(found), np.asarray(scores), strict=True):
         kept = [(row, score) for row, score in zip(rows, row_scores, strict=True) if score > -np.inf]
@@ -77,7 +83,7 @@ def beam_search(
     return out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6, 7, 8))
 def _search(
     model: nn.Module,
     params: Any,
@@ -85,6 +91,7 @@ def _search(
     beams: int,
     max_new: int,
     penalty: float,
+    stop: Stop,
     end_ids: tuple[int, ...],
     allowed: int | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -103,7 +110,7 @@ def _search(
         grown = jnp.take_along_axis(s.live, parent[:, :, None], axis=1)
         ends = is_end(token, end_ids)
         # As many continuations of a beam end as there are end marks, so that K of those looked at live on.
-        ended = jnp.where(ends[:, :beams], values[:, :beams] / _norm(s.step + 1, penalty), -jnp.inf)
+        ended = jnp.where(ends[:, :beams] & ~s.over[:, None], values[:, :beams] / _norm(s.step + 1, penalty), -jnp.inf)
         finished = _best(
             jnp.concatenate([s.finished, grown[:, :beams]], 1), jnp.concatenate([s.finished_scores, ended], 1), beams
         )
@@ -111,7 +118,12 @@ def _search(
         token, parent = (jnp.take_along_axis(x, kept, axis=1) for x in (token, parent))
         live = jnp.take_along_axis(grown, kept[:, :, None], axis=1).at[:, :, s.step].set(token)
         rows = (jnp.arange(batch)[:, None] * beams + parent).reshape(-1)
-        return _Search(s.step + 1, s.logits, _reordered(s.caches, rows), live, live_scores, *finished)
+        step = s.step + 1
+        # Without a penalty above 0 the shortest that a live beam can end with is the best.
+        length = step + 1 if penalty <= 0 else step if stop == "likely" else jnp.int32(max_new)
+        done = live_scores[:, 0] / _norm(length, penalty) <= finished[1][:, -1]
+        over = s.over | (done & (step < max_new))
+        return _Search(step, s.logits, _reordered(s.caches, rows), live, live_scores, *finished, over)
 
     def body(s: _Search) -> _Search:
         tokens = jax.lax.dynamic_index_in_dim(s.live, s.step - 1, axis=2, keepdims=False).reshape(-1, 1)
@@ -120,16 +132,15 @@ def _search(
         return advance(s._replace(logits=logits.reshape(s.logits.shape), caches=caches))
 
     def going(s: _Search) -> jax.Array:
-        # The best that a live beam can come to: no further loss, and the length that favours it most.
-        bound = s.live_scores[:, 0] / _norm(max_new if penalty > 0 else s.step + 1, penalty)
-        return (s.step < max_new) & jnp.any(bound > s.finished_scores[:, -1])
+        return (s.step < max_new) & ~jnp.all(s.over)
 
     start = nothing.at[:, 0].set(0.0)
     logits = jnp.broadcast_to(last[:, None], (batch, beams, last.shape[-1]))
     caches = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim - 4), caches)
-    first = advance(_Search(jnp.int32(0), logits, caches, blank, start, blank, nothing))
+    none = jnp.zeros(batch, bool)
+    first = advance(_Search(jnp.int32(0), logits, caches, blank, start, blank, nothing, none))
     s = jax.lax.while_loop(going, body, first)
-    cut = jnp.where(s.step == max_new, s.live_scores / _norm(max_new, penalty), -jnp.inf)
+    cut = jnp.where(s.over[:, None], -jnp.inf, s.live_scores / _norm(max_new, penalty))
     return _best(jnp.concatenate([s.finished, s.live], 1), jnp.concatenate([s.finished_scores, cut], 1), beams)
 
 
