@@ -45,6 +45,16 @@ def test_one_process_at_a_time(tmp_path):
         pass
 
 
+def test_a_run_that_began_before_a_key_was_added_goes_on(tmp_path, make_config):
+    older = make_config()
+    del older["optim"]["layer_decay"], older["checkpoint"]["layers"], older["evals"]["validation"]["data"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    rundir.check_config(tmp_path, make_config())
+    with pytest.raises(UserError, match=r"optim\.layer_decay: 1\.0 -> 0\.9"):
+        rundir.check_config(tmp_path, make_config({"optim.layer_decay": 0.9}))
+
+
 def test_another_config_is_refused(tmp_path, make_config):
     rundir.check_config(tmp_path, make_config())  # an empty folder is anybody's
     (tmp_path / "config.json").write_text(json.dumps(make_config()))

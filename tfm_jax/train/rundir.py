@@ -53,6 +53,9 @@ def check_config(run: Path, config: configs.Config) -> None:
     if not path.is_file():
         return
     own, model = json.loads(path.read_text()), config["model"]
+    # Keys that have been added since the run began have their defaults in it.
+    with contextlib.suppress(UserError):
+        own = configs.resolve(own)
     # The data fills these in later; the run has them already.
     known = {key: own["model"].get(key) for key in configs.FILLED_IN if key in model and model[key] is None}
     config = {**config, "model": {**model, **known}}
