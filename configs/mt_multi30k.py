@@ -1,4 +1,4 @@
-"""English to German on Multi30k's captions, with the Transformer of 2017 and one BPE for both languages.
+"""English to German on Multi30k's captions, with the Transformer of 2017, its norms moved to the front, and one BPE for both languages.
 
     python -m experiments.train --config=configs/mt_multi30k.py --config.data.manual_dir=path/to/data --workdir=runs/mt_multi30k
 
@@ -35,6 +35,8 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "mlp_width": 256,
                 "max_len": 256,
                 "dropout": 0.3,
+                # After 400 steps of AdamW the validation loss is 4.16 with it and 5.49 without; of Muon 3.25.
+                "norm_position": "pre",
                 "init_std": 128**-0.5,
             },
             "task": {"name": "token_prediction", "label_smoothing": 0.1},
@@ -48,14 +50,14 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "batch_size": 128,
             },
             "optim": {
-                "lr": 3e-3,
+                "name": "muon",
+                "lr": 1e-2,
                 "schedule": "cosine",
                 "end_factor": 0.02,
-                "warmup_steps": 1000,
+                "warmup_steps": 100,
                 "weight_decay": 0.01,
-                "options": {"b2": 0.98},
             },
-            "train": {"steps": 8500, "eval_every": 1700, "ema": 0.998},
+            "train": {"steps": 6000, "eval_every": 2000, "ema": 0.998},
             "checkpoint": {"every": 250},
             "evals": {
                 "validation": {"split": "validation"},
@@ -78,9 +80,8 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     if arguments == "smoke":
         config.model.update({"encoder_layers": 1, "decoder_layers": 1, "width": 32, "heads": 2, "dropout": 0.0})
         config.data.update({"text": "source", "target": "target", "tokenizer": "wordpiece:40", "batch_size": 32})
-        config.optim.update({"name": "muon", "lr": 2e-2, "warmup_steps": 10})
-        del config.optim.options["b2"]
-        config.train.update({"steps": 80, "eval_every": 20, "ema": 0.9})
+        config.optim.update({"lr": 2e-2, "warmup_steps": 10})
+        config.train.update({"steps": 120, "eval_every": 20, "ema": 0.9})
         del config.evals.flickr2017
         del config.evals.coco2017
         config.evals.test.update({"split": "validation", "beams": 2, "max_new": 10})
