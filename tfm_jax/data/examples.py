@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -14,8 +15,8 @@ import numpy as np
 
 from tfm_jax.data.corpus import Corpus, cache_root, open_corpora
 from tfm_jax.data.locks import locked
-from tfm_jax.data.rows import Part, Places, Texts, joined, pooled, width_for
-from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records, Rows
+from tfm_jax.data.rows import Part, Pass, Texts, Training, joined, width_for
+from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 
@@ -117,7 +118,7 @@ def make(
     facts += [] if told is None else [hashlib.sha256(np.ascontiguousarray(told).tobytes()).hexdigest()]
     sizes = {"classes": len(classes) if kind == "class" else 1}
     return Data(
-        train=Training(makers["train"], batch_size, seed, told),
+        train=Training(dataclasses.replace(makers["train"], told=told), batch_size, seed),
         evals=evals,
         vocab_size=codec.vocab_size,
         tokenizer=codec,
@@ -198,6 +199,8 @@ class _Examples:
     frame: Frame
     seq_len: int
     pad: int
+    told: np.ndarray | None = None
+    """What a teacher predicts, (N, C)."""
 
     def __post_init__(self) -> None:
         for text in self.texts:
@@ -229,7 +232,8 @@ class _Examples:
         total: np.ndarray = np.sum(self.sizes(index), axis=0) + sum(map(len, self.marks))
         return total
 
-    def batch(self, index: np.ndarray, width: int, weights: np.ndarray) -> Batch:
+    def batch(self, index: np.ndarray, whole: np.ndarray, inside: np.ndarray) -> Batch:
+        width = width_for(int(self.lengths(whole).max()), self.seq_len)
         first, *later = self.marks
         parts: list[Part] = [first]
         for text, size, marks in zip(self.texts, self.sizes(index), later, strict=True):
@@ -240,40 +244,5 @@ class _Examples:
         inputs = {"tokens": tokens, "valid": valid}
         if len(self.texts) > 1 and self.frame.types:
             inputs["token_types"] = (valid & (place >= at[3])).astype(np.int32)
-        return {"inputs": inputs, "targets": self.targets[index], "weights": weights}
-
-
-@dataclass(frozen=True)
-class Training:
-    """Endless examples; see `rows.pooled`."""
-
-    examples: _Examples
-    batch_size: int
-    seed: int
-    told: np.ndarray | None = None
-    num_batches: None = None
-
-    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        index = pooled(step, self.batch_size, len(self.examples), self.seed, self.examples.lengths)
-        width = width_for(int(self.examples.lengths(index).max()), self.examples.seq_len)
-        batch = self.examples.batch(index[rows], width, np.ones(len(index[rows]), np.float32))
-        return batch if self.told is None else {**batch, "teacher": self.told[index[rows]]}
-
-
-class Pass:
-    """One pass, the shortest examples first."""
-
-    def __init__(self, examples: _Examples, batch_size: int) -> None:
-        lengths = examples.lengths(np.arange(len(examples)))
-        self.examples, self.batch_size = examples, batch_size
-        self.places = Places(np.argsort(lengths, kind="stable"), batch_size)
-
-    @property
-    def num_batches(self) -> int:
-        return self.places.num_batches
-
-    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        everything, _ = self.places.at(step)
-        width = width_for(int(self.examples.lengths(everything).max()), self.examples.seq_len)
-        index, inside = self.places.at(step, rows)
-        return self.examples.batch(index, width, inside.astype(np.float32))
+        batch = {"inputs": inputs, "targets": self.targets[index], "weights": inside.astype(np.float32)}
+        return batch if self.told is None else {**batch, "teacher": self.told[index]}

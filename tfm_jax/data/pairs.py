@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from tfm_jax.data import rows
 from tfm_jax.data.corpus import open_corpora
-from tfm_jax.data.rows import Part, Places, Texts, joined, pooled, width_for
-from tfm_jax.data.types import Batch, Data, Frame, Records, Rows
+from tfm_jax.data.rows import Part, Texts, joined, width_for
+from tfm_jax.data.types import Batch, Data, Frame, Records
 from tfm_jax.errors import UserError
 
 
@@ -91,13 +92,13 @@ def make(
         for name in corpora[0].streams
     }
 
-    def evals(name: str, rows: int | None) -> Pass:
+    def evals(name: str, size: int | None) -> Pass:
         corpora[0].stream(name)
-        return Pass(made[name], rows or batch_size)
+        return Pass(made[name], size or batch_size)
 
     prints = [*(corpus.fingerprint for corpus in corpora), seq_len, start]
     return Data(
-        train=Training(made["train"], batch_size, seed),
+        train=rows.Training(made["train"], batch_size, seed),
         evals=evals,
         vocab_size=codec.vocab_size,
         tokenizer=codec,
@@ -136,27 +137,27 @@ class _Pairs:
         left = self.seq_len - len(self.opening) - 1
         return np.minimum(self.source.sizes(index), room), np.minimum(self.target.sizes(index), left)
 
-    def lengths(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def both(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sizes = self.sizes(index)
         marks = len(self.frame.before) + len(self.frame.after)
         return sizes[0] + marks, sizes[1] + len(self.opening) + 1
 
-    def total(self, index: np.ndarray) -> np.ndarray:
-        first, second = self.lengths(index)
+    def lengths(self, index: np.ndarray) -> np.ndarray:
+        first, second = self.both(index)
         found: np.ndarray = first + second
         return found
 
     def widths(self, index: np.ndarray) -> tuple[int, int]:
-        first, second = (int(x.max()) for x in self.lengths(index))
+        first, second = (int(x.max()) for x in self.both(index))
         return width_for(first, self.seq_len), width_for(second, self.seq_len)
 
-    def batch(self, index: np.ndarray, widths: tuple[int, int], inside: np.ndarray) -> Batch:
-        sizes, frame, rows = self.sizes(index), self.frame, len(index)
+    def batch(self, index: np.ndarray, whole: np.ndarray, inside: np.ndarray) -> Batch:
+        sizes, frame, count, widths = self.sizes(index), self.frame, len(index), self.widths(whole)
         read: list[Part] = [frame.before, self.source.stretch(index, sizes[0]), frame.after]
-        tokens, at = joined(read, rows, widths[0], self.end_id)
+        tokens, at = joined(read, count, widths[0], self.end_id)
         written: list[Part] = [self.opening, self.target.stretch(index, sizes[1]), [self.end_id]]
-        targets, end = joined(written, rows, widths[1], self.end_id)
-        start = np.full((rows, 1), self.start_id, np.int32)
+        targets, end = joined(written, count, widths[1], self.end_id)
+        start = np.full((count, 1), self.start_id, np.int32)
         inputs = {
             "tokens": tokens,
             "valid": np.arange(widths[0])[None] < at[-1],
@@ -179,36 +180,12 @@ class _Pairs:
         return out
 
 
-@dataclass(frozen=True)
-class Training:
-    """Endless pairs; see `rows.pooled`."""
-
-    pairs: _Pairs
-    batch_size: int
-    seed: int
-    num_batches: None = None
-
-    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        index = pooled(step, self.batch_size, len(self.pairs), self.seed, self.pairs.total)
-        chosen = index[rows]
-        return self.pairs.batch(chosen, self.pairs.widths(index), np.ones(len(chosen), bool))
-
-
-class Pass:
-    """One pass, the shortest pairs first."""
+class Pass(rows.Pass):
+    """One pass, and what an answer is compared with."""
 
     def __init__(self, pairs: _Pairs, batch_size: int) -> None:
-        self.pairs, self.batch_size = pairs, batch_size
-        self.places = Places(np.argsort(pairs.total(np.arange(len(pairs))), kind="stable"), batch_size)
-
-    @property
-    def num_batches(self) -> int:
-        return self.places.num_batches
-
-    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        everything, _ = self.places.at(step)
-        index, inside = self.places.at(step, rows)
-        return self.pairs.batch(index, self.pairs.widths(everything), inside)
+        super().__init__(pairs, batch_size)
+        self.pairs = pairs
 
     def references(self, step: int) -> list[list[str]]:
         """The texts that a batch's rows are compared with, without the rows behind the last example."""

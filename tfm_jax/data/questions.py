@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tfm_jax.data import rows
 from tfm_jax.data.corpus import Corpus, cache_root, offsets, open_corpora
-from tfm_jax.data.rows import Part, Places, Texts, joined, pooled, width_for
-from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records, Rows
+from tfm_jax.data.rows import Part, Texts, joined, width_for
+from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records
 from tfm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -100,13 +101,13 @@ def make(
         for name in corpora[0].streams
     }
 
-    def evals(name: str, rows: int | None) -> Dataset:
+    def evals(name: str, size: int | None) -> Dataset:
         corpora[0].stream(name)
-        return Pass(made[name], rows or batch_size)
+        return Pass(made[name], size or batch_size)
 
     facts = [corpora[0].fingerprint, corpora[1].fingerprint, answers, seq_len, overlap, longest_question]
     return Data(
-        train=Training(made["train"], batch_size, seed),
+        train=rows.Training(made["train"], batch_size, seed),
         evals=evals,
         vocab_size=codec.vocab_size,
         tokenizer=codec,
@@ -213,7 +214,8 @@ class _Windows:
         total: np.ndarray = self.asked(index) + np.diff(self.window[index], axis=1)[:, 0] + marks
         return total
 
-    def batch(self, index: np.ndarray, width: int, weights: np.ndarray) -> Batch:
+    def batch(self, index: np.ndarray, whole: np.ndarray, inside: np.ndarray) -> Batch:
+        width = width_for(int(self.lengths(whole).max()), self.seq_len)
         frame, owner, window = self.frame, self.owner[index], self.window[index]
         shown = self.context.stretch(owner, window[:, 1] - window[:, 0])
         parts: list[Part] = [
@@ -229,40 +231,15 @@ class _Windows:
         inputs = {"tokens": tokens, "valid": valid}
         if frame.types:
             inputs["token_types"] = (valid & (place >= at[3])).astype(np.int32)
-        return {"inputs": inputs, "targets": self.targets[index], "weights": weights}
+        return {"inputs": inputs, "targets": self.targets[index], "weights": inside.astype(np.float32)}
 
 
-@dataclass(frozen=True)
-class Training:
-    """Endless windows; see `rows.pooled`."""
-
-    windows: _Windows
-    batch_size: int
-    seed: int
-    num_batches: None = None
-
-    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        index = pooled(step, self.batch_size, len(self.windows), self.seed, self.windows.lengths)
-        width = width_for(int(self.windows.lengths(index).max()), self.windows.seq_len)
-        return self.windows.batch(index[rows], width, np.ones(len(index[rows]), np.float32))
-
-
-class Pass:
-    """One pass, the shortest windows first."""
+class Pass(rows.Pass):
+    """One pass, and what an answer is made of."""
 
     def __init__(self, windows: _Windows, batch_size: int) -> None:
-        self.windows, self.batch_size = windows, batch_size
-        self.places = Places(np.argsort(windows.lengths(np.arange(len(windows))), kind="stable"), batch_size)
-
-    @property
-    def num_batches(self) -> int:
-        return self.places.num_batches
-
-    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        everything, _ = self.places.at(step)
-        width = width_for(int(self.windows.lengths(everything).max()), self.windows.seq_len)
-        index, inside = self.places.at(step, rows)
-        return self.windows.batch(index, width, inside.astype(np.float32))
+        super().__init__(windows, batch_size)
+        self.windows = windows
 
     @property
     def references(self) -> list[list[str]]:

@@ -6,13 +6,14 @@ B batch, T length, N examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from tfm_jax.data.build import TokenStream
 from tfm_jax.data.index import epoch_records, hash_ints, permute
-from tfm_jax.data.types import Rows
+from tfm_jax.data.types import Batch, Rows
 
 SHORTEST = 16
 POOL = 16
@@ -106,3 +107,45 @@ class Places(NamedTuple):
         place = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
         inside = place < len(self.order)
         return self.order[np.where(inside, place, 0)], inside
+
+
+class Examples(Protocol):
+    """A split whose examples are of all lengths."""
+
+    def __len__(self) -> int: ...
+
+    def lengths(self, index: np.ndarray) -> np.ndarray:
+        """What examples are sorted by, (B,)."""
+
+    def batch(self, index: np.ndarray, whole: np.ndarray, inside: np.ndarray) -> Batch:
+        """Rows for some examples, as wide as the `whole` global batch of them needs; without weight where not `inside`."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Endless examples; see `pooled`."""
+
+    examples: Examples
+    batch_size: int
+    seed: int
+    num_batches: None = None
+
+    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
+        whole = pooled(step, self.batch_size, len(self.examples), self.seed, self.examples.lengths)
+        return self.examples.batch(whole[rows], whole, np.ones(len(whole[rows]), bool))
+
+
+class Pass:
+    """One pass, the shortest examples first."""
+
+    def __init__(self, examples: Examples, batch_size: int) -> None:
+        self.batch_size, self._examples = batch_size, examples
+        self.places = Places(np.argsort(examples.lengths(np.arange(len(examples))), kind="stable"), batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        return self.places.num_batches
+
+    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
+        index, inside = self.places.at(step, rows)
+        return self._examples.batch(index, self.places.at(step)[0], inside)

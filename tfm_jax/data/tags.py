@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from tfm_jax.data import rows
 from tfm_jax.data.corpus import Corpus, cache_root, offsets, open_corpora
 from tfm_jax.data.files import text_of
-from tfm_jax.data.rows import Part, Places, Texts, joined, pooled, width_for
-from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records, Rows
+from tfm_jax.data.rows import Part, Texts, joined, width_for
+from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records
 from tfm_jax.errors import UserError, nearest
 
 
@@ -91,13 +92,13 @@ def make(
         for name, sentences in found.items()
     }
 
-    def evals(name: str, rows: int | None) -> Dataset:
+    def evals(name: str, size: int | None) -> Dataset:
         corpus.stream(name)
-        return Pass(made[name], rows or batch_size)
+        return Pass(made[name], size or batch_size)
 
     facts = [corpus.fingerprint, tags, known, seq_len]
     return Data(
-        train=Training(made["train"], batch_size, seed),
+        train=rows.Training(made["train"], batch_size, seed),
         evals=evals,
         vocab_size=codec.vocab_size,
         tokenizer=codec,
@@ -213,7 +214,8 @@ class _Tagged:
         shown = np.flatnonzero((first >= 0) & (first < int(self.sizes(np.array([sentence]))[0])))
         return shown, first[shown] + len(self.frame.before)
 
-    def batch(self, index: np.ndarray, width: int, inside: np.ndarray) -> Batch:
+    def batch(self, index: np.ndarray, whole: np.ndarray, inside: np.ndarray) -> Batch:
+        width = width_for(int(self.lengths(whole).max()), self.seq_len)
         parts: list[Part] = [self.frame.before, self.texts.stretch(index, self.sizes(index)), self.frame.after]
         tokens, at = joined(parts, len(index), width, self.pad)
         targets, weights = np.zeros((len(index), width), np.int32), np.zeros((len(index), width), np.float32)
@@ -225,37 +227,12 @@ class _Tagged:
         return {"inputs": inputs, "targets": targets, "weights": weights}
 
 
-@dataclass(frozen=True)
-class Training:
-    """Endless sentences; see `rows.pooled`."""
-
-    tagged: _Tagged
-    batch_size: int
-    seed: int
-    num_batches: None = None
-
-    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        index = pooled(step, self.batch_size, len(self.tagged), self.seed, self.tagged.lengths)
-        width = width_for(int(self.tagged.lengths(index).max()), self.tagged.seq_len)
-        return self.tagged.batch(index[rows], width, np.ones(len(index[rows]), bool))
-
-
-class Pass:
-    """One pass, the shortest sentences first."""
+class Pass(rows.Pass):
+    """One pass, and the words whose tags are predicted."""
 
     def __init__(self, tagged: _Tagged, batch_size: int) -> None:
-        self.tagged, self.batch_size, self.names = tagged, batch_size, tagged.names
-        self.places = Places(np.argsort(tagged.lengths(np.arange(len(tagged))), kind="stable"), batch_size)
-
-    @property
-    def num_batches(self) -> int:
-        return self.places.num_batches
-
-    def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        everything, _ = self.places.at(step)
-        width = width_for(int(self.tagged.lengths(everything).max()), self.tagged.seq_len)
-        index, inside = self.places.at(step, rows)
-        return self.tagged.batch(index, width, inside)
+        super().__init__(tagged, batch_size)
+        self.tagged, self.names = tagged, tagged.names
 
     def tagged_words(self, step: int) -> list[tuple[list[str], np.ndarray, np.ndarray]]:
         """For each row of a batch, without those behind the last: the tags of all words, and of those that have a place in the
