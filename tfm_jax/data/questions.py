@@ -7,12 +7,13 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tfm_jax.data import rows
 from tfm_jax.data.corpus import Corpus, cache_root, offsets, open_corpora
+from tfm_jax.data.files import text_of
 from tfm_jax.data.rows import Part, Texts, joined, width_for
 from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records
 from tfm_jax.errors import UserError
@@ -129,11 +130,11 @@ def _records(corpus: Corpus, split: str, context: str, answers: str) -> list[Rec
     out = []
     for piece in corpus.pieces[split]:
         assert isinstance(piece, Records)
-        for (_, text), (where, found) in zip(piece.values(context), piece.values(answers), strict=True):
-            text = _text(text)
+        for (_, value), (where, found) in zip(piece.values(context), piece.values(answers), strict=True):
+            text = text_of(value, where, context)
             if not isinstance(found, Mapping) or not {"text", "answer_start"} <= set(found):
                 raise UserError(f"{where}: the field {answers!r} is not a dict with 'text' and 'answer_start'.")
-            texts, starts = [_text(x) for x in found["text"]], [int(i) for i in found["answer_start"]]
+            texts, starts = [text_of(x, where, answers) for x in found["text"]], [int(i) for i in found["answer_start"]]
             if not texts or len(texts) != len(starts):
                 raise UserError(f"{where}: the field {answers!r} has {len(texts)} texts and {len(starts)} starts.")
             for answer, start in zip(texts, starts, strict=True):
@@ -143,10 +144,6 @@ def _records(corpus: Corpus, split: str, context: str, answers: str) -> list[Rec
                     raise UserError(f"{where}: the answer {answer!r} is not in its context at {start}.{hint}")
             out.append(Record(text, texts, starts))
     return out
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 @dataclass(frozen=True, eq=False)
