@@ -75,6 +75,7 @@ class Loaded:
         # An encoder-decoder answers a prompt, other models continue it.
         self.answers = "decoder_tokens" in inspect.signature(type(self.model).__call__).parameters
         self.data = config["data"]
+        self.prefix = self.data.get("objective") == "prefix_lm"
         self.params, self.step = load_params(path, step, average=average)
         self.origin = _settings(path)
         ends = (self.origin or {}).get("eos_token_id")
@@ -123,6 +124,7 @@ class Loaded:
             self.params,
             [ids],
             sources=sources,
+            prefix=self.prefix,
             beams=beams,
             max_new=max_new,
             length_penalty=length_penalty,
@@ -151,6 +153,7 @@ class Loaded:
             self.params,
             [ids],
             sources=sources,
+            prefix=self.prefix,
             max_new=max_new,
             sampling=sampling,
             end_id=self.end_id,

@@ -124,6 +124,22 @@ def test_the_small_bert_of_the_recipe(reviews, trained):
     assert code == 0
 
 
+def test_embeddings_find_their_partners(tmp_path):
+    """Sentences and themselves without a few words, by nothing but their company in the batch."""
+    draw = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(40)]
+    for name, count in (("train", 400), ("valid", 48)):
+        rows = []
+        for _ in range(count):
+            text = draw.choice(words, 8, replace=False)
+            rows.append({"text": " ".join(text), "pair": " ".join(draw.permutation(text)[:6])})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = recipe.main([f"--config={FOLDER}/embed_stsb.py:smoke", "--metric", "eval/validation/accuracy", "--at-least=0.8",
+                        f"--workdir={tmp_path}", f"--config.data.source=jsonl:{tmp_path}/*.jsonl", f"--results={tmp_path}",
+                        "--config.log.tensorboard=False"])  # fmt: skip
+    assert code == 0
+
+
 def test_the_table_is_drawn_from_the_files(trained, tmp_path):
     base, _, _ = trained
     readme = tmp_path / "README.md"

@@ -56,14 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def embed(run: Path, texts: Sequence[str]) -> np.ndarray:
     """Unit vectors (N, D): the mean of the last states over a text's tokens, marks included (Reimers and Gurevych 2019)."""
     import jax
-    import jax.numpy as jnp
 
     from tfm_jax.data.tokenizers import load_tokenizer
     from tfm_jax.sections import build_model
     from tfm_jax.train import rundir
     from tfm_jax.train.restore import load_params
 
-    model = build_model(rundir.read_config(run)["model"])
+    model = build_model({**rundir.read_config(run)["model"], "outputs": ("embedding",)})
     params, _ = load_params(run)
     tokenizer = load_tokenizer(run / "tokenizer")
     first, last = tokenizer.token_id("[CLS]"), tokenizer.token_id("[SEP]")
@@ -72,11 +71,9 @@ def embed(run: Path, texts: Sequence[str]) -> np.ndarray:
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
 
     @jax.jit
-    def states(tokens: jax.Array, valid: jax.Array) -> jax.Array:
-        x = model.apply({"params": params}, tokens, valid=valid)["states"]
-        kept = valid[:, :, None].astype(x.dtype)
-        mean = jnp.sum(x * jnp.broadcast_to(kept, x.shape), axis=1)
-        return mean / jnp.linalg.norm(mean, axis=1, keepdims=True)
+    def vectors(tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        found: jax.Array = model.apply({"params": params}, tokens, valid=valid)["embedding"]
+        return found
 
     out: np.ndarray | None = None
     for start in range(0, len(order), BATCH):
@@ -86,7 +83,7 @@ def embed(run: Path, texts: Sequence[str]) -> np.ndarray:
         valid[:, 0] = True
         for place, i in enumerate(rows):
             tokens[place, : len(ids[i])], valid[place, : len(ids[i])] = ids[i], True
-        found = np.asarray(states(tokens, valid))
+        found = np.asarray(vectors(tokens, valid))
         out = np.zeros((len(ids), found.shape[1]), np.float32) if out is None else out
         out[rows] = found[: len(rows)]
     assert out is not None

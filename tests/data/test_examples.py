@@ -193,3 +193,34 @@ def test_classes_in_a_given_order(folder):
     assert [sorted(order)[i] for i in a] == [order[i] for i in b] and own.fingerprint != given.fingerprint
     with says("data.names=('x',): a number has no classes. Leave it out."):
         make(**{**common, "label": "score", "kind": "number"}, names=["x"])
+
+
+def test_pairs_that_stay_apart(folder, bert):
+    """Each text is what it would be alone, in rows of one length, whatever is predicted."""
+    common = dict(source=f"jsonl:{folder}/*.jsonl", tokenizer=f"file:{bert}", batch_size=8, cache_dir=str(folder))
+    both = make(**common, pair="other", pair_as="apart", label="score", kind="number", seq_len=48)
+    alone = [make(**common, text=text, label="score", kind="number", seq_len=48) for text in ("text", "other")]
+    assert both.sizes == {"classes": 1}
+    for step in range(5):
+        batch = both.train.batch_at(step)
+        widths = {x.shape for name in ("inputs", "other") for x in batch[name].values()}
+        assert len(widths) == 1
+        (shape,) = widths
+        assert batch["other"].keys() == batch["inputs"].keys() == {"tokens", "valid"}
+        for name, data in zip(("inputs", "other"), alone, strict=True):
+            rows = data.evals("train", 1)
+            for row, target in enumerate(batch["targets"]):
+                (place,) = (i for i in range(rows.num_batches) if rows.batch_at(i)["targets"][0] == target)
+                want = rows.batch_at(place)["inputs"]
+                count = int(want["valid"].sum())
+                assert batch[name]["valid"][row].sum() == count <= shape[1]
+                np.testing.assert_array_equal(batch[name]["tokens"][row, :count], want["tokens"][0, :count])
+    part = both.train.batch_at(3, slice(2, 5))
+    np.testing.assert_array_equal(part["other"]["tokens"], both.train.batch_at(3)["other"]["tokens"][2:5])
+    unlabelled = make(**common, pair="other", pair_as="apart", label=None, seq_len=48)
+    assert unlabelled.sizes == {} and unlabelled.fingerprint != both.fingerprint
+    np.testing.assert_array_equal(unlabelled.train.batch_at(0)["targets"], np.zeros(8))
+    with says("data.pair_as='apart': there is no second text. Set data.pair=FIELD."):
+        make(**common, pair_as="apart")
+    with says("data.label=None: nothing is predicted then. Give a field, or data.pair_as='apart'."):
+        make(**common, pair="other", label=None)

@@ -31,7 +31,7 @@ def leaves(batch):
     return {**batch["inputs"], "targets": batch["targets"], "weights": batch["weights"]}
 
 
-@pytest.mark.parametrize("name", ["next", "mask", "span", "denoise", "continue", "prefix"])
+@pytest.mark.parametrize("name", ["next", "mask", "span", "denoise", "continue", "prefix", "prefix_lm"])
 def test_rows_are_functions_of_their_seeds(name):
     objective = made(name)
     tokens, known, seeds = rows(objective)
@@ -41,7 +41,8 @@ def test_rows_are_functions_of_their_seeds(name):
     for key, x in whole.items():
         np.testing.assert_array_equal(part[key], x[some], err_msg=key)
     other = leaves(objective.batch(tokens, known, seeds + np.uint64(B)))
-    assert name in ("next", "continue") or np.any(other["tokens"] != whole["tokens"])
+    changed = "weights" if name == "prefix_lm" else "tokens"
+    assert name in ("next", "continue") or np.any(other[changed] != whole[changed])
     ids = max(x.max() for key, x in whole.items() if x.dtype == np.int32)
     assert ids < TOKENIZER.vocab_size + objective.added
 
@@ -137,6 +138,7 @@ def test_a_row_that_is_cut_off_weighs_nothing(name):
         (dict(name="mask", span_length=2.0), "data.span_length=2.0: the objective 'mask' has none. Leave it out."),
         (dict(name="mask", mask_rate=1.0), "data.mask_rate=1.0: a share of the tokens in (0, 1)."),
         (dict(name="span", span_length=0.5), "data.span_length=0.5: must be at least 1."),
+        (dict(name="prefix_lm", seq_len=1), "data.seq_len=1: the objective 'prefix_lm' needs at least 2."),
         (dict(name="span", seq_len=2), "data.seq_len=2: the objective 'span' needs at least 3."),
     ],
 )
@@ -230,6 +232,23 @@ def test_a_prefix_and_the_rest_are_the_window():
     # Uniform from 1 to 63.
     assert cuts.min() >= 1 and cuts.max() <= 63
     assert abs(cuts.mean() - 32) < 4 * np.sqrt(63**2 / 12 / B)
+
+
+def test_a_prefix_is_not_predicted_and_what_follows_is():
+    objective = made("prefix_lm")
+    tokens, known, seeds = rows(objective)
+    known[3, 40:] = False
+    batch = objective.batch(tokens, known, seeds)
+    next_ = made("next").batch(tokens, known, seeds)
+    np.testing.assert_array_equal(batch["inputs"]["tokens"], next_["inputs"]["tokens"])
+    np.testing.assert_array_equal(batch["targets"], next_["targets"])
+    prefix = batch["inputs"]["prefix"]
+    for row in range(B):
+        for place in range(64):
+            want = place + 1 >= prefix[row] and known[row, place + 1]
+            assert batch["weights"][row, place] == want
+    assert prefix.min() == 1 and prefix.max() == 63 and prefix.dtype == np.int32
+    np.testing.assert_array_equal(prefix, made("prefix").batch(tokens, known, seeds)["inputs"]["valid"].sum(1))
 
 
 @pytest.mark.parametrize("question", ["order", "follow"])

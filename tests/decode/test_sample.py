@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tfm_jax.decode import sample
+from tfm_jax.decode.beam import beam_search
 from tfm_jax.decode.sample import Sampling, filter_logits, generate
 from tfm_jax.errors import UserError
 from tfm_jax.models.gpt import Model
@@ -219,3 +220,20 @@ def test_errors(prompts, arguments, message):
     with pytest.raises(UserError) as error:
         generate(*model_and_params("learned"), prompts, **(dict(max_new=2) | arguments))
     assert str(error.value) == message
+
+
+def test_a_prompt_that_sees_both_ways_is_the_slow_one():
+    """A prefix language model: the prompt's tokens see each other, what is made sees what stands before it."""
+    model, params = model_and_params("rotary")
+    logits = jax.jit(lambda tokens, prefix: model.apply({"params": params}, tokens, prefix=prefix)["logits"])
+    want = []
+    for prompt in PROMPTS:
+        tokens, size = np.zeros((1, 24), np.int32), len(prompt)
+        tokens[0, :size] = prompt
+        for place in range(size, size + NEW):
+            tokens[0, place] = np.argmax(logits(tokens, jnp.array([size]))[0, place - 1])
+        want.append(tokens[0, size : size + NEW].tolist())
+    made = generate(model, params, PROMPTS, prefix=True, max_new=NEW, sampling=GREEDY)
+    assert made == want and made != greedy("rotary")
+    (best,) = beam_search(model, params, PROMPTS[:1], prefix=True, beams=1, max_new=NEW, end_id=V - 1)
+    assert best[0].tokens == [t for t in want[0] if t != V - 1][: len(best[0].tokens)] and best[0].tokens

@@ -156,3 +156,22 @@ def test_left_out_fields_are_as_their_class_has_them():
     section = huggingface.read_section(huggingface.find(config), config, where="config.json")
     sizes = ("width", "heads", "mlp_width", "embedding_width", "layers", "vocab_size", "max_len", "types")
     assert [section[key] for key in sizes] == [256, 4, 1024, 128, 12, 30522, 512, 2]
+
+
+def test_a_discriminator_with_other_heads():
+    """The trunk's parameters are those of pretraining, and a head stands on its states."""
+    model = Discriminator(BLOCK, **SIZES, outputs=("classes",), classes=3)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **model.example()))["params"]
+    plain = jax.eval_shape(lambda: PARTS["discriminator"].init(jax.random.key(0), **model.example()))["params"]
+    assert flatten(plain).keys() < flatten(shapes).keys()
+    assert {path.split("/")[0] for path in flatten(shapes).keys() - flatten(plain).keys()} == {"pooler", "class_head"}
+    made = jax.jit(lambda: model.init(jax.random.key(0), TOKENS)["params"])()
+    out = jax.jit(lambda: model.apply({"params": made}, TOKENS))()
+    made = jax.tree.map(np.asarray, made)
+    first = np.tanh(
+        np.asarray(out["states"])[:, 0] @ made["pooler"]["dense"]["kernel"] + made["pooler"]["dense"]["bias"]
+    )
+    want = first @ made["class_head"]["dense"]["kernel"] + made["class_head"]["dense"]["bias"]
+    np.testing.assert_allclose(out["logits"], want, atol=1e-5)
+    with pytest.raises(UserError, match=r"model.outputs: a discriminator predicts no tokens; the generator does\."):
+        Discriminator(BLOCK, **SIZES, outputs=("tokens",))

@@ -196,3 +196,17 @@ def test_caches_need_positions():
     with pytest.raises(ValueError) as error:
         model.apply({"params": params_of(model)}, TOKENS, caches=model.init_caches(2, T))
     assert str(error.value) == "Decoding with caches needs the tokens' positions."
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_prefix_sees_all_of_itself_and_nothing_later(name):
+    model = TINY[name]
+    prefix = jnp.array([5, 1])
+    want = applied(model)(TOKENS, prefix=prefix)["logits"]
+    # A token of the prefix changes all of the row, one behind it only what follows.
+    for place, first in ((4, 0), (7, 7)):
+        got = applied(model)(TOKENS.at[0, place].add(1) % V, prefix=prefix)["logits"]
+        changed = np.max(np.abs(got[0] - want[0]), axis=-1) > 1e-6
+        np.testing.assert_array_equal(changed, np.arange(T) >= first)
+    # A prefix of one token is no prefix.
+    np.testing.assert_allclose(want[1], applied(model)(TOKENS)["logits"][1], atol=1e-5)

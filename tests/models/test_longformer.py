@@ -167,3 +167,21 @@ def test_any_inputs_make_all_parameters():
     """Data without global tokens trains a model that can be given some later, and exported."""
     made = jax.eval_shape(lambda: TINY.init(jax.random.key(0), TOKENS))["params"]
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params())
+
+
+def test_heads_read_a_global_first_token():
+    """As if it were marked; and so the class depends on tokens far beyond its window."""
+    model = dataclasses.replace(TINY, outputs=("classes", "embedding"), classes=3)
+    made = jax.jit(lambda: model.init(jax.random.key(1), **model.example())["params"])()
+    made = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), made)
+    apply = jax.jit(lambda tokens, **inputs: model.apply({"params": made}, tokens, **inputs))
+    out = apply(TOKENS)
+    marked = apply(TOKENS, global_tokens=jnp.broadcast_to(jnp.arange(T) == 0, TOKENS.shape))
+    np.testing.assert_array_equal(out["logits"], marked["logits"])
+    assert out["logits"].shape == (2, 3) and "token_head" not in made
+    np.testing.assert_allclose(np.linalg.norm(out["embedding"], axis=-1), 1.0, rtol=1e-5)
+    far = apply(TOKENS.at[0, T - 1].add(1) % V)["logits"]
+    assert np.max(np.abs(far[0] - out["logits"][0])) > 1e-6
+    unmarked = apply(TOKENS, global_tokens=jnp.zeros(TOKENS.shape, bool))["logits"]
+    far = apply(TOKENS.at[0, T - 1].add(1) % V, global_tokens=jnp.zeros(TOKENS.shape, bool))["logits"]
+    np.testing.assert_array_equal(far[0], unmarked[0])

@@ -19,6 +19,11 @@ CASES = [
         (False, True), (None, 1, 3), (None, POSITIONS), (None, VALID), (None, SEGMENTS)
     )
 ]
+# A beginning that is seen from everywhere.
+PREFIX = [
+    dict(causal=True, window=window, prefix=jnp.array([4, 1]), query_positions=positions, key_valid=valid)
+    for window, positions, valid in itertools.product((None, 3), (None, POSITIONS), (None, VALID))
+]
 # More keys than queries, which stand behind the first few.
 BEHIND = [
     dict(causal=causal, window=window, offset=offset, key_valid=valid)
@@ -30,7 +35,7 @@ def slow(mask: Mask, size: int = S) -> np.ndarray:
     allowed = np.ones((B, T, size), bool)
     for b, t, s in itertools.product(range(B), range(T), range(size)):
         at = mask.offset + t if mask.query_positions is None else int(mask.query_positions[b, t])
-        if mask.causal and s > at:
+        if mask.causal and s > at and (mask.prefix is None or s >= mask.prefix[b]):
             allowed[b, t, s] = False
         if mask.window is not None and abs(s - at) >= mask.window:
             allowed[b, t, s] = False
@@ -42,7 +47,7 @@ def slow(mask: Mask, size: int = S) -> np.ndarray:
 
 
 def test_every_combination_against_loops():
-    for case in CASES:
+    for case in CASES + PREFIX:
         mask = Mask(**case)
         block = mask.block(slice(0, T), slice(0, S))
         got = np.ones((B, T, S), bool) if block is None else np.broadcast_to(block, (B, T, S))
@@ -65,7 +70,7 @@ def test_queries_behind_a_memory():
     ("queries", "keys"), [(slice(2, 5), slice(0, 5)), (slice(3, 7), slice(2, 7)), (slice(6, 7), slice(0, 7))]
 )
 def test_a_block_is_a_part_of_the_whole(queries, keys):
-    for case in CASES:
+    for case in CASES + PREFIX:
         mask = Mask(**case)
         if (part := mask.block(queries, keys)) is not None:
             part = np.broadcast_to(part, (B, queries.stop - queries.start, keys.stop - keys.start))
@@ -88,4 +93,5 @@ def test_batch_dimension_is_one_unless_rows_differ():
 def test_the_future_is_skipped_only_when_positions_are_indices():
     assert Mask(causal=True).skips_future
     assert not Mask().skips_future
+    assert not Mask(causal=True, prefix=jnp.array([4, 1])).skips_future
     assert not Mask(causal=True, query_positions=POSITIONS).skips_future

@@ -1,8 +1,11 @@
 """Low-rank adapters: the sum is that of the paper, only they are trained, and everything else sees plain parameters."""
 
+import dataclasses
 import json
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -135,3 +138,16 @@ def test_adapters_alone_and_back_on_their_base(trained, tmp_path, capsys):
         adapters_command.main([f"--run={trained / 'donor'}", f"--to={tmp_path / 'none'}"])
     with says("Give --run RUN to save its adapters, or --from FOLDER and --base RUN to put them on."):
         adapters_command.main([f"--to={tmp_path / 'none'}"])
+
+
+def test_what_a_task_adds_is_trained_without_being_named():
+    """The matrix between a student's states and a wider teacher's."""
+    kernel = {"attention": {"query": {"kernel": jnp.ones((4, 4))}}}
+    task = dataclasses.replace(
+        token_prediction.make(), init_params=lambda params, key: {**params, "bridge": {"kernel": jnp.ones((2, 3))}},
+        own=("^bridge/",),
+    )  # fmt: skip
+    wrapped = wrap(task, rank=2, pattern="query/kernel$")
+    paths = flatten(wrapped.init_params(kernel, jax.random.key(0)))
+    frozen = {path for path in paths if any(re.search(pattern, path) for pattern in wrapped.frozen)}
+    assert frozen == {"attention/query/kernel"} and "bridge/kernel" in paths

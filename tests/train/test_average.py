@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate
+from experiments import convert, evaluate, generate
 from tests.errors import says
 from tfm_jax.paths import flatten
 from tfm_jax.train.restore import load_params
@@ -45,3 +45,15 @@ def test_too_many(run):
         load_params(run, average=9)
     with says("--average=0: must be at least 1."):
         load_params(run, average=0)
+
+
+def test_generate_and_convert_take_it(run, tmp_path):
+    mean = flatten(load_params(run, average=3)[0])
+    for path, x in flatten(generate.Loaded(run, average=3).params).items():
+        np.testing.assert_array_equal(x, mean[path], err_msg=path)
+    assert convert.main([f"--from={run}", f"--to=hf:{tmp_path}/out", "--average=3"]) == 0
+    assert convert.main([f"--from=hf:{tmp_path}/out", f"--to={tmp_path}/back"]) == 0
+    back = flatten(load_params(tmp_path / "back")[0])
+    assert back.keys() == mean.keys()
+    for path, x in mean.items():
+        np.testing.assert_array_equal(back[path], x, err_msg=path)

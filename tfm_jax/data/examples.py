@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -29,7 +28,8 @@ def make(
     source: str,
     text: str = "text",
     pair: str | None = None,
-    label: str = "label",
+    pair_as: Literal["joined", "apart"] = "joined",
+    label: str | None = "label",
     kind: Kind = "class",
     names: Sequence[Any] | None = None,
     predictions: str | None = None,
@@ -49,12 +49,14 @@ def make(
     A batch has the inputs `tokens` (B, T) int32 and `valid` (B, T) bool, for pairs whose tokenizer tells them apart also
     `token_types` (B, T) int32, and the targets (B,), int32 classes or float32 numbers. T is `seq_len`, or 3/4, 1/2, 3/8
     of it and so on, as the batch's longest row allows, but not below 16: one compiled program for each of the few lengths.
+    Texts that stay apart are `inputs` and `other`, of one length, each as above.
 
     Args:
       source: `jsonl:GLOB`, `tfds:NAME` or `hf:DIR`; see `data.sources`.
       text: the field that is the text.
       pair: the field of a second text.
-      label: the field to predict.
+      pair_as: whether the two are `joined` in one row, or stay `apart`, for a task that compares them.
+      label: the field to predict; None for texts that only belong together, whose targets are 0.
       names: the classes in their order; those of the train split, sorted, if None.
       predictions: a `.npy` of what a teacher predicts for each example of the train split, in its order, (N, C) float, as
         `python -m experiments.predict` writes it; a training batch then has it as `teacher`.
@@ -88,43 +90,56 @@ def make(
     )
     codec = corpora[0].tokenizer
     frame = codec.frame()
-    marks = len(frame.before) + len(frame.after) + (0 if pair is None else len(frame.between))
-    if seq_len < marks + len(corpora):
+    apart = pair_as == "apart"
+    if apart and pair is None:
+        raise UserError("data.pair_as='apart': there is no second text. Set data.pair=FIELD.")
+    if label is None and not apart:
+        raise UserError("data.label=None: nothing is predicted then. Give a field, or data.pair_as='apart'.")
+    marks = len(frame.before) + len(frame.after) + (0 if pair is None or apart else len(frame.between))
+    needed = 1 if apart else len(corpora)
+    if seq_len < marks + needed:
         raise UserError(f"data.seq_len={seq_len}: the marks alone take {marks}, and each text at least one more.")
     root = cache_root(cache_dir)
-    labels = {name: _labels(corpora[0], name, label, root) for name in corpora[0].streams}
+    labels = {
+        name: [0] * (len(Texts.of(stream, codec.end_id).edges) - 1)
+        if label is None
+        else _labels(corpora[0], name, label, root)
+        for name, stream in corpora[0].streams.items()
+    }
     if names is not None and kind != "class":
         raise UserError(f"data.names={tuple(names)}: a number has no classes. Leave it out.")
     known = None if names is None else list(names)
-    classes = [] if kind != "class" else known or _classes(labels["train"], source, label)
-    makers = {
-        name: _Examples(
-            tuple(Texts.of(corpus.streams[name], codec.end_id) for corpus in corpora),
-            _targets(found, kind, classes, f"data.source={source!r}, {name}", label),
-            frame,
-            seq_len,
-            codec.end_id,
-        )
-        for name, found in labels.items()
-    }
+    classes = [] if kind != "class" else known or _classes(labels["train"], source, str(label))
+    told = None if predictions is None else _told(predictions, len(labels["train"]))
 
-    told = None if predictions is None else _told(predictions, len(makers["train"]))
+    def made(name: str) -> _Examples | _Apart:
+        targets = _targets(labels[name], kind, classes, f"data.source={source!r}, {name}", str(label))
+        teacher = told if name == "train" else None
+
+        def of(*corpora: Corpus) -> _Examples:
+            texts = tuple(Texts.of(corpus.streams[name], codec.end_id) for corpus in corpora)
+            return _Examples(texts, targets, frame, seq_len, codec.end_id, teacher)
+
+        return _Apart(*(of(corpus) for corpus in corpora)) if apart else of(*corpora)
+
+    makers = {name: made(name) for name in labels}
 
     def evals(name: str, rows: int | None) -> Dataset:
         corpora[0].stream(name)
         return Pass(makers[name], rows or batch_size)
 
     facts = [corpora[0].fingerprint, *(c.fingerprint for c in corpora[1:]), label, kind, classes, seq_len]
+    facts += ["apart"] if apart else []
     facts += [] if told is None else [hashlib.sha256(np.ascontiguousarray(told).tobytes()).hexdigest()]
-    sizes = {"classes": len(classes) if kind == "class" else 1}
+    sizes = {"classes": len(classes) if kind == "class" else 1} if label is not None else {}
     return Data(
-        train=Training(dataclasses.replace(makers["train"], told=told), batch_size, seed),
+        train=Training(makers["train"], batch_size, seed),
         evals=evals,
         vocab_size=codec.vocab_size,
         tokenizer=codec,
-        facts={name: {"examples": len(found.targets)} for name, found in makers.items()},
+        facts={name: {"examples": len(found)} for name, found in makers.items()},
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
-        sizes=sizes | ({"types": 2} if pair is not None and frame.types else {}),
+        sizes=sizes | ({"types": 2} if pair is not None and not apart and frame.types else {}),
     )
 
 
@@ -199,7 +214,7 @@ class _Examples:
     frame: Frame
     seq_len: int
     pad: int
-    told: np.ndarray | None = None
+    told: np.ndarray | None
     """What a teacher predicts, (N, C)."""
 
     def __post_init__(self) -> None:
@@ -233,7 +248,15 @@ class _Examples:
         return total
 
     def batch(self, index: np.ndarray, whole: np.ndarray, inside: np.ndarray) -> Batch:
-        width = width_for(int(self.lengths(whole).max()), self.seq_len)
+        return self.rows(index, inside, width_for(int(self.lengths(whole).max()), self.seq_len))
+
+    def rows(self, index: np.ndarray, inside: np.ndarray, width: int) -> Batch:
+        inputs = self.inputs(index, width)
+        batch = {"inputs": inputs, "targets": self.targets[index], "weights": inside.astype(np.float32)}
+        return batch if self.told is None else {**batch, "teacher": self.told[index]}
+
+    def inputs(self, index: np.ndarray, width: int) -> dict[str, np.ndarray]:
+        """What a model is given of some examples."""
         first, *later = self.marks
         parts: list[Part] = [first]
         for text, size, marks in zip(self.texts, self.sizes(index), later, strict=True):
@@ -244,5 +267,23 @@ class _Examples:
         inputs = {"tokens": tokens, "valid": valid}
         if len(self.texts) > 1 and self.frame.types:
             inputs["token_types"] = (valid & (place >= at[3])).astype(np.int32)
-        batch = {"inputs": inputs, "targets": self.targets[index], "weights": inside.astype(np.float32)}
-        return batch if self.told is None else {**batch, "teacher": self.told[index]}
+        return inputs
+
+
+@dataclass(frozen=True, eq=False)
+class _Apart:
+    """Pairs of texts, each in a row of its own."""
+
+    first: _Examples
+    second: _Examples
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def lengths(self, index: np.ndarray) -> np.ndarray:
+        return np.maximum(self.first.lengths(index), self.second.lengths(index))
+
+    def batch(self, index: np.ndarray, whole: np.ndarray, inside: np.ndarray) -> Batch:
+        # One length for both: a program for each pair of lengths would be many.
+        width = width_for(int(self.lengths(whole).max()), self.first.seq_len)
+        return self.first.rows(index, inside, width) | {"other": self.second.inputs(index, width)}

@@ -66,6 +66,36 @@ class Next:
 
 
 @dataclass(frozen=True)
+class PrefixNext:
+    """Each token from all of a row's beginning, up to a drawn place, and those before it (Raffel et al. 2020, section 3.2.1).
+
+    `prefix` (B,) int32 says how long the beginning is, 1 to `seq_len` - 1, which is not predicted.
+    """
+
+    seq_len: int
+    added: int = 0
+    elsewhere: int = 0
+
+    @property
+    def window(self) -> int:
+        return self.seq_len
+
+    def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
+        cut = cuts(seeds, self.seq_len)
+        later = np.arange(1, self.seq_len + 1)[None] >= cut
+        return {
+            "inputs": {"tokens": np.ascontiguousarray(tokens[:, :-1]), "prefix": cut[:, 0].astype(np.int32)},
+            "targets": np.ascontiguousarray(tokens[:, 1:]),
+            "weights": (known[:, 1:] & later).astype(np.float32),
+        }
+
+
+def cuts(seeds: np.ndarray, seq_len: int) -> np.ndarray:
+    """(B, 1) int64, places uniform from 1 to `seq_len` - 1."""
+    return 1 + (uniform(seeds, 1, 1) * (seq_len - 1)).astype(np.int64)
+
+
+@dataclass(frozen=True)
 class Mask:
     """Some tokens hidden, each to be told from all others (Devlin et al. 2019, section 3.1 and appendix A.1).
 
@@ -296,7 +326,7 @@ class Prefix:
 
     def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
         tokens, whole = tokens[:, :-1], np.all(known[:, :-1], axis=1)
-        cut = 1 + (uniform(seeds, 1, 1) * (self.seq_len - 1)).astype(np.int64)
+        cut = cuts(seeds, self.seq_len)
         place = np.arange(self.seq_len)[None]
         valid, asked = place < cut, place < self.seq_len - cut
         later = np.take_along_axis(tokens, np.minimum(place + cut, self.seq_len - 1), axis=1)

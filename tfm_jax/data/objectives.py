@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from tfm_jax.data.noise import Continue, Denoise, Mask, Next, Objective, Prefix, Span, span_sizes
-from tfm_jax.data.segment_pairs import SegmentPairs
+from tfm_jax.data.noise import Continue, Denoise, Mask, Next, Objective, Prefix, PrefixNext, Span, span_sizes
+from tfm_jax.data.segment_pairs import Question, SegmentPairs
 from tfm_jax.data.types import Tokenizer
 from tfm_jax.errors import UserError
 
-Name = Literal["next", "mask", "span", "denoise", "continue", "prefix", "order", "follow"]
+Name = Literal["next", "mask", "span", "denoise", "continue", "prefix", "prefix_lm", "order", "follow"]
 Unit = Literal["token", "word"]
 MASKS = ("[MASK]", "<mask>")
 
@@ -41,7 +41,9 @@ def make(
         raise UserError(f"data.shuffle_sentences={shuffle_sentences}: a share of the rows in [0, 1].")
     if shuffle_sentences and name != "denoise":
         raise UserError(f"data.shuffle_sentences={shuffle_sentences}: only the objective 'denoise' does. Leave it out.")
-    if decoder_start is not None and name in ("next", *_MASKED):
+    if name in ("prefix", "prefix_lm") and seq_len < 2:
+        raise UserError(f"data.seq_len={seq_len}: the objective {name!r} needs at least 2.")
+    if decoder_start is not None and name in ("next", "prefix_lm", *_MASKED):
         raise UserError(f"data.decoder_start={decoder_start}: the objective {name!r} has no decoder. Leave it out.")
     start = tokenizer.end_id if decoder_start is None else decoder_start
     if mask_rate is not None and not 0 < mask_rate < 1:
@@ -51,17 +53,18 @@ def make(
     first = tokenizer.vocab_size
     if name == "next":
         return Next(seq_len)
+    if name == "prefix_lm":
+        return PrefixNext(seq_len)
     if name == "continue":
         return Continue(seq_len, start)
     if name == "prefix":
         return Prefix(seq_len, tokenizer.end_id, start)
     mask = next((found for mark in MASKS if (found := tokenizer.token_id(mark)) is not None), None)
-    if name == "mask" or name == "order" or name == "follow":  # as `_MASKED`; the type checker wants them one by one
+    if name in _MASKED:
         starts = word_starts(tokenizer.pieces()) if mask_unit == "word" else ()
         made = Mask(seq_len, tokenizer.end_id, first if mask is None else mask, first, mask_rate or 0.15, starts)
-        if name == "mask":
-            return made
-        return SegmentPairs.of(made, tokenizer.frame(), name)
+        question = next((question for question in _QUESTIONS if question == name), None)
+        return made if question is None else SegmentPairs.of(made, tokenizer.frame(), question)
     if name == "denoise":
         mask = first if mask is None else mask
         stops = sentence_stops(tokenizer.pieces()) if shuffle_sentences else ()
@@ -89,8 +92,9 @@ def make(
 
 
 # Objectives that hide nothing of what they show, and those of masked tokens.
-_WHOLE = ("next", "continue", "prefix")
-_MASKED = ("mask", "order", "follow")
+_WHOLE = ("next", "continue", "prefix", "prefix_lm")
+_QUESTIONS: tuple[Question, ...] = ("order", "follow")
+_MASKED = ("mask", *_QUESTIONS)
 
 
 def word_starts(pieces: Sequence[str]) -> tuple[bool, ...]:

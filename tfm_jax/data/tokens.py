@@ -45,7 +45,7 @@ def make(
       seq_len: T, tokens a row; of an encoder's input where there are two sequences.
       objective: what is predicted: the `next` token, tokens behind a `mask`, a `span` behind a sentinel (T5), the whole
         text from one with holes (`denoise`, BART), how a text goes on after its first half (`continue`) or any place
-        (`prefix`), or masked tokens of two segments and whether they stand in their `order` (ALBERT) or `follow` each other
+        (`prefix`; `prefix_lm` for models without an encoder), or masked tokens of two segments and whether they stand in their `order` (ALBERT) or `follow` each other
         (BERT), for `task.name=masked_pairs`; see `data.objectives`.
       mask_rate: share of the tokens that are hidden; 0.15, and 0.3 for `denoise`, if None.
       decoder_start: the id that a decoder begins with; the end mark if None.

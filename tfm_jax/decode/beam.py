@@ -46,6 +46,7 @@ def beam_search(
     prompts: list[list[int]],
     *,
     sources: list[list[int]] | None = None,
+    prefix: bool = False,
     beams: int = 5,
     max_new: int,
     length_penalty: float = 1.0,
@@ -60,7 +61,7 @@ def beam_search(
     finished one; at `max_new` tokens the live beams count as finished.
 
     Args:
-      model, prompts, sources, max_new, allowed: as in `sample.generate`.
+      model, prompts, sources, prefix, max_new, allowed: as in `sample.generate`.
       length_penalty: exponent of the length that a log-probability is divided by; above 0 favours longer texts.
       stop: whether a live beam is judged as it is now (`likely`, the default of `transformers`), or by the best that it can
         come to (`sure`, its `never`), which with a penalty above 0 mostly goes on to `max_new`.
@@ -74,7 +75,7 @@ def beam_search(
     ends = ends_of(end_id)
     if (1 + len(ends)) * beams > vocab:
         raise UserError(f"beams={beams}: too many for the {vocab} tokens there are, of which {len(ends)} end a text.")
-    inputs = prepare(model, prompts, sources, max_new)
+    inputs = prepare(model, prompts, sources, max_new, prefix)
     found, scores = _search(model, params, inputs, beams, max_new, length_penalty, stop, ends, allowed)
     out = []
     for rows, row_scores in zip(np.asarray(found), np.asarray(scores), strict=True):

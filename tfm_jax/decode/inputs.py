@@ -20,12 +20,14 @@ Forward = Callable[[jax.Array, jax.Array, Any, bool], tuple[jax.Array, Any]]
 
 
 class Inputs(NamedTuple):
-    """tokens (B, P) int32 and lengths (B,); for encoder-decoders also the source (B, S) int32 and valid (B, S) bool."""
+    """tokens (B, P) int32 and lengths (B,); for encoder-decoders also the source (B, S) int32 and valid (B, S) bool; for
+    prefix language models the lengths once more, of what is seen both ways."""
 
     tokens: Any
     lengths: Any
     source: Any
     valid: Any
+    prefix: Any
 
 
 def ends_of(end_id: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -41,7 +43,11 @@ def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
 
 
 def prepare(
-    model: nn.Module, prompts: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None, max_new: int
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sources: Sequence[Sequence[int]] | None,
+    max_new: int,
+    prefix: bool = False,
 ) -> Inputs:
     """Prompts (a decoder's first tokens, where there are sources) padded at their ends.
 
@@ -68,9 +74,9 @@ def prepare(
         raise UserError(f"A source of {max(map(len, sources))} tokens is longer than model.max_len={limit}.")
     tokens, lengths = _padded(prompts, limit if limit is None else limit - max_new)
     if sources is None:
-        return Inputs(tokens, lengths, None, None)
+        return Inputs(tokens, lengths, None, None, lengths if prefix else None)
     source, sizes = _padded(sources, limit)
-    return Inputs(tokens, lengths, source, np.arange(source.shape[1])[None] < sizes[:, None])
+    return Inputs(tokens, lengths, source, np.arange(source.shape[1])[None] < sizes[:, None], None)
 
 
 def _padded(rows: Sequence[Sequence[int]], limit: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -88,6 +94,7 @@ def forward_of(model: nn.Module, params: Any, inputs: Inputs, allowed: int | Non
     def forward(tokens: jax.Array, positions: jax.Array, caches: Any, first: bool) -> tuple[jax.Array, Any]:
         own = {"positions": positions, "caches": caches, "train": False}
         if inputs.source is None:
+            own |= {"prefix": inputs.prefix} if first and inputs.prefix is not None else {}
             out = model.apply({"params": params}, tokens, **own)
         else:
             out = model.apply({"params": params}, inputs.source if first else None, tokens, valid=inputs.valid, **own)

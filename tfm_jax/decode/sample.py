@@ -67,6 +67,7 @@ def generate(
     prompts: list[list[int]],
     *,
     sources: list[list[int]] | None = None,
+    prefix: bool = False,
     max_new: int,
     sampling: Sampling = Sampling(),
     end_id: int | Sequence[int] | None = None,
@@ -81,6 +82,7 @@ def generate(
         `nn.encdec.EncoderDecoder` does.
       prompts: token ids, at least one each; they may differ in length. A decoder's first ones where there are sources.
       sources: what an encoder reads, one for each prompt.
+      prefix: a prompt's tokens see each other both ways, as they have in training with `data.objective=prefix_lm`.
       allowed: ids at or above this are never drawn (a vocabulary padded beyond its tokenizer's).
       on_token: called with the (B,) ids of each step as they come, on the host, while the loop runs; -1 for rows
         that have ended.
@@ -89,7 +91,7 @@ def generate(
       UserError: see `inputs.prepare`.
     """
     sampling.check()
-    inputs = prepare(model, prompts, sources, max_new)
+    inputs = prepare(model, prompts, sources, max_new, prefix)
     ends, stream = ends_of(end_id), _Stream(on_token)
     out = _generate(model, params, inputs, jax.random.key(seed), max_new, sampling, ends, allowed, stream)
     # All rows are read at once; the loop leaves -1 after each row's end.

@@ -49,7 +49,8 @@ class Model(nn.Module):
       types: number of segments; 0 for none.
       layers: applications of the block.
       outputs: `tokens` predicts the token at each position, `pooled` is a tanh layer over the first position; over it,
-        `pair` says whether two segments stand in their own order (section 3.1) and `classes` is a class of the whole, or a number.
+        `pair` says whether two segments stand in their own order (section 3.1) and `classes` is a class of the whole, or a number;
+        the others as in `models.bert`.
       classes: how many, 1 for a number; the data's own if None.
       layer_loop, remat: see `nn.stack.Stack`; both loops have the same parameters.
     """
@@ -102,7 +103,7 @@ class Model(nn.Module):
         mask = Mask(key_valid=valid, query_segments=segment_ids, key_segments=segment_ids)
         stack = Stack(spec, self.layers, self.layer_loop, self.remat, sharing="all", name="stack")
         x, _ = stack(x, Context(mask), train=train)
-        return {"states": x} | heads.predictions(self, x, table, train=train)
+        return {"states": x} | heads.predictions(self, x, table, valid, train=train)
 
     def example(self, batch: int = 1) -> dict[str, Any]:
         """The smallest inputs that make every parameter."""

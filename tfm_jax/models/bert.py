@@ -52,7 +52,8 @@ class Model(nn.Module):
       types: number of segments; 0 for none (DistilBERT).
       offset: first row of the position table that is used; 2 in RoBERTa.
       outputs: `tokens` predicts the token at each position, `pooled` is a tanh layer over the first position; over it,
-        `pair` says whether two segments follow each other and `classes` is a class of the whole, or a number.
+        `pair` says whether two segments follow each other and `classes` is a class of the whole, or a number; `tags` is a class
+        of each position, `span` where an answer begins and ends, `embedding` the text as a unit vector.
       classes: how many, 1 for a number, or such by name for a mixture of tasks; the data's own if None.
       layers, layer_loop, remat: see `nn.stack.Stack`.
     """
@@ -105,7 +106,7 @@ class Model(nn.Module):
         x, table = embed(tokens, token_types, positions, train=train)
         mask = Mask(key_valid=valid, query_segments=segment_ids, key_segments=segment_ids)
         x, _ = Stack(spec, self.layers, self.layer_loop, self.remat, name="stack")(x, Context(mask), train=train)
-        return {"states": x} | heads.predictions(self, x, table, train=train)
+        return {"states": x} | heads.predictions(self, x, table, valid, train=train)
 
     def example(self, batch: int = 1) -> dict[str, Any]:
         """The smallest inputs that make every parameter."""

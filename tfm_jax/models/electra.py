@@ -7,6 +7,7 @@ B batch, T length, D width, E width of the tables, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -156,7 +157,22 @@ class Generator(_Electra):
 
 
 class Discriminator(_Electra):
-    """Says of each token whether it was replaced; the model that is kept after pretraining."""
+    """Says of each token whether it was replaced; the model that is kept after pretraining, to be given other heads.
+
+    Attributes:
+      outputs: other than `tokens`; see `nn.heads.predictions`.
+      classes: how many, 1 for a number; the data's own if None.
+    """
+
+    outputs: Sequence[heads.Output] = ()
+    classes: heads.Classes = None
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "classes")
+        heads.check_outputs(self.outputs)
+        if "tokens" in self.outputs:
+            raise UserError("model.outputs: a discriminator predicts no tokens; the generator does.")
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -169,11 +185,14 @@ class Discriminator(_Electra):
         *,
         train: bool = False,
     ) -> dict[str, Any]:
-        """`states` (B, T, D) and `replaced_logits` (B, T) float32; the arguments are those of `models.bert`."""
-        x, _ = self.embedding()(tokens, token_types, positions, train=train)
+        """`states` (B, T, D), `replaced_logits` (B, T) float32 and what `nn.heads.predictions` makes for `outputs`.
+
+        The arguments are those of `models.bert`.
+        """
+        x, table = self.embedding()(tokens, token_types, positions, train=train)
         part = ReplacementDetector(self.block, self.layers, self.layer_loop, self.remat, name="discriminator")
         out: dict[str, Any] = part(x, _mask(valid, segment_ids), train=train)
-        return out
+        return out | heads.predictions(self, out["states"], table, valid, train=train)
 
     def example(self, batch: int = 1) -> dict[str, Any]:
         """The smallest inputs that make every parameter."""

@@ -62,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # Of `data.objectives`, those that make sense of it.
-OBJECTIVES = ("next",)
+OBJECTIVES = ("next", "prefix_lm")
 RULES: tuple[Rule, ...] = (
     (r"(token_embedding|unembedding)/embedding$", ("tensor", "fsdp")),
     (r"position_embedding/embedding$", (None, "fsdp")),
@@ -115,6 +115,7 @@ class Model(nn.Module):
         positions: jax.Array | None = None,
         caches: Caches | None = None,
         valid: jax.Array | None = None,
+        prefix: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> dict[str, Any]:
@@ -126,6 +127,7 @@ class Model(nn.Module):
           positions: (B, T) int32; 0..T-1 if None. Needed with caches: where these tokens stand.
           caches: from `init_caches`, for decoding.
           valid: (B, T) bool, False for padding, which nothing attends to.
+          prefix: (B,) int32, how many tokens from the first on see each other both ways; none if None.
           train: dropout on; needs an rng named `dropout` if a rate is above 0.
 
         Returns:
@@ -137,11 +139,11 @@ class Model(nn.Module):
             raise UserError("model.vocab_size is not set, and no data set has filled it in.")
         if length > self.max_len:
             raise UserError(f"A sequence of {length} tokens is longer than model.max_len={self.max_len}.")
-        mask = Mask(causal=True, query_segments=segment_ids, key_segments=segment_ids, key_valid=valid)
+        mask = Mask(causal=True, query_segments=segment_ids, key_segments=segment_ids, key_valid=valid, prefix=prefix)
         if caches is not None:
             if positions is None:
                 raise ValueError("Decoding with caches needs the tokens' positions.")
-            mask = Mask(causal=True, query_positions=positions)
+            mask = Mask(causal=True, query_positions=positions, prefix=prefix)
         if positions is None:
             positions = jnp.arange(length, dtype=jnp.int32)[None]
         table = Embedding(self.vocab_size, spec.width, spec.compute_dtype, spec.init_std, name="token_embedding")

@@ -5,6 +5,7 @@ B batch, T length, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,6 @@ from tfm_jax.errors import UserError
 from tfm_jax.nn import block, embeddings, heads, longformer
 from tfm_jax.nn.attention import Context
 from tfm_jax.nn.embeddings import TextEmbedding
-from tfm_jax.nn.heads import TokenHead
 from tfm_jax.nn.longformer import LongformerAttention, find_globals
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.spec import BlockSpec, check_sizes
@@ -37,7 +37,7 @@ RULES: tuple[Rule, ...] = (*embeddings.RULES, *heads.RULES, *longformer.RULES, *
 
 
 class Model(nn.Module):
-    """Predicts the token at each position from those around it and from the global tokens.
+    """States of every position from those around it and from the global tokens, and what `outputs` asks for.
 
     Attributes:
       block: sizes and choices of the blocks; its fields are written flat in a config.
@@ -47,6 +47,8 @@ class Model(nn.Module):
       offset: first row of the position table that is used.
       window: tokens that a token sees around it, half on each side, besides itself; even.
       max_global: most global tokens in a row; memory and time grow with it.
+      outputs: see `nn.heads.predictions`; what stands on the first position wants it global (section 5).
+      classes: how many, 1 for a number; the data's own if None.
       layers, layer_loop, remat: see `nn.stack.Stack`.
     """
 
@@ -58,11 +60,14 @@ class Model(nn.Module):
     window: int = 512
     max_global: int = 64
     layers: int = 12
+    outputs: Sequence[heads.Output] = ("tokens",)
+    classes: heads.Classes = None
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        check_sizes(self, "vocab_size", "max_len", "max_global", "layers")
+        check_sizes(self, "vocab_size", "max_len", "max_global", "layers", "classes")
+        heads.check_outputs(self.outputs)
         if self.window < 2 or self.window % 2:
             raise UserError(f"model.window={self.window}: must be even, at least 2; half of it is on each side.")
         if self.block.groups != self.block.heads or self.block.qk_norm != "none":
@@ -92,8 +97,9 @@ class Model(nn.Module):
 
         Args:
           tokens: (B, T) int32.
-          global_tokens: (B, T) bool, tokens that see all others and are seen by all; none if None. Everything about a
-            row with more than `max_global` of them is NaN.
+          global_tokens: (B, T) bool, tokens that see all others and are seen by all. If None the first one where `outputs`
+            have `pooled`, `pair` or `classes`, which read it, else none. Everything about a row with more than `max_global` of
+            them is NaN.
           token_types: (B, T) int32, the segment of each token; 0 if None.
           valid: (B, T) bool, False for padding.
           positions: (B, T) int32; 0..T-1 if None, or with an `offset` how many valid tokens stand before.
@@ -101,7 +107,7 @@ class Model(nn.Module):
           train: dropout on; needs an rng named `dropout` if a rate is above 0.
 
         Returns:
-          `states` (B, T, D), `hidden` (B, T, D + 1), `unembedding` (V, D + 1), `logits` (B, T, V) float32.
+          `states` (B, T, D), and what `nn.heads.predictions` makes for `outputs`.
         """
         spec = self.block
         if self.offset and positions is None and valid is not None:
@@ -110,6 +116,8 @@ class Model(nn.Module):
         embed = TextEmbedding(spec, self.vocab_size, self.max_len, self.types, self.offset, name="embeddings")
         x, table = embed(tokens, token_types, positions, train=train)
         spots = None
+        if global_tokens is None and {"pooled", "pair", "classes"} & {*self.outputs}:
+            global_tokens = jnp.broadcast_to(jnp.arange(tokens.shape[1]) == 0, tokens.shape)
         if self.is_initializing() and global_tokens is None:
             # The same parameters whether or not a data set marks global tokens.
             global_tokens = jnp.zeros(tokens.shape, bool)
@@ -122,7 +130,7 @@ class Model(nn.Module):
         mask = Mask(window=self.window // 2 + 1, key_valid=valid, query_segments=segment_ids, key_segments=segment_ids)
         stack = Stack(spec, self.layers, self.layer_loop, self.remat, attention=LongformerAttention, name="stack")
         x, _ = stack(x, Context(mask, spots), train=train)
-        return {"states": x} | TokenHead(spec, name="token_head")(x, table)
+        return {"states": x} | heads.predictions(self, x, table, valid, train=train)
 
     def example(self, batch: int = 1) -> dict[str, Any]:
         """The smallest inputs that make every parameter."""

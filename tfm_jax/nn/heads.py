@@ -22,7 +22,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 # What an encoder may say of its states.
-Output = Literal["tokens", "pooled", "pair", "classes", "tags", "span"]
+Output = Literal["tokens", "pooled", "pair", "classes", "tags", "span", "embedding"]
 # Of these one at most: each would be the logits.
 _LOGITS = ("tokens", "classes", "tags")
 
@@ -45,14 +45,16 @@ def classes_of(model: Any) -> int:
     return classes
 
 
-def predictions(model: Any, x: jax.Array, table: jax.Array, *, train: bool) -> dict[str, Any]:
-    """What an encoder's `outputs` ask for, from its states (B, T, D) and token table (V, E); from its compact method.
+def predictions(model: Any, x: jax.Array, table: jax.Array, valid: jax.Array | None, *, train: bool) -> dict[str, Any]:
+    """What an encoder's `outputs` ask for, from its states (B, T, D), token table (V, E) and where its tokens are (B, T).
+
+    From the model's compact method.
 
     Returns:
       for `tokens` `hidden`, `unembedding` and `logits` (B, T, V) float32; for `pooled`, `pair` and `classes` `pooled`
       (B, D); for `pair` `pair_logits` (B, 2), for `classes` `logits` (B, C), or such by name where there are several heads,
       from what dropout leaves of `pooled`; for `tags` `logits` (B, T, C), from what it leaves of the states; for `span`
-      `span_logits` (B, T, 2) of each position beginning and ending a stretch.
+      `span_logits` (B, T, 2) of each position beginning and ending a stretch; for `embedding` `embedding` (B, D).
     """
     spec: BlockSpec = model.block
     asked, out = {*model.outputs}, dict[str, Any]()
@@ -64,6 +66,8 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, *, train: bool) -> d
         out["pair_logits"] = Classifier(spec, 2, name="pair_head")(out["pooled"])
     if "span" in asked:
         out["span_logits"] = Classifier(spec, 2, name="span_head")(x)
+    if "embedding" in asked:
+        out["embedding"] = sentence_embedding(x, valid)
     if "tags" in asked:
         kept = nn.Dropout(spec.dropout, deterministic=not train)(x) if spec.dropout else x
         out["logits"] = Classifier(spec, classes_of(model), name="class_head")(kept)
@@ -75,6 +79,13 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, *, train: bool) -> d
         else:
             out["logits"] = Classifier(spec, classes_of(model), name="class_head")(pooled)
     return out
+
+
+def sentence_embedding(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """The mean of a text's states (B, T, D), marks included, as a unit vector (B, D) float32 (Reimers and Gurevych 2019)."""
+    kept = jnp.ones(x.shape[:2], jnp.float32) if valid is None else valid.astype(jnp.float32)
+    total = jnp.einsum("btd,bt->bd", x.astype(jnp.float32), kept)
+    return total * jax.lax.rsqrt(jnp.maximum(jnp.sum(total**2, axis=-1, keepdims=True), 1e-24))
 
 
 def unembed(hidden: jax.Array, unembedding: jax.Array) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["query_positions", "key_valid", "query_segments", "key_segments", "bias"],
+    data_fields=["query_positions", "prefix", "key_valid", "query_segments", "key_segments", "bias"],
     meta_fields=["causal", "window", "offset"],
 )
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Mask:
       offset: where the first query stands among the keys: behind a memory of that many.
       query_positions: (B, T) int32, where each query stands among the keys; offset..offset+T-1 if None. Set when
         decoding with a cache whose slots 0..S-1 are the positions.
+      prefix: (B,) int32, with `causal`: so many keys from the first on are seen from all positions (a prefix language model).
       key_valid: (B, S) bool, False for padding.
       query_segments, key_segments: (B, T) and (B, S) int32; a query sees only keys of its own segment (packed
         documents).
@@ -38,6 +39,7 @@ class Mask:
     window: int | None = None
     offset: int = 0
     query_positions: jax.Array | None = None
+    prefix: jax.Array | None = None
     key_valid: jax.Array | None = None
     query_segments: jax.Array | None = None
     key_segments: jax.Array | None = None
@@ -54,7 +56,10 @@ class Mask:
             )[:, :, None]
             k_pos = jnp.arange(keys.start, keys.stop)[None, None]
             if self.causal:
-                parts.append(q_pos >= k_pos)
+                past = q_pos >= k_pos
+                if self.prefix is not None:
+                    past = jnp.logical_or(*_equal_shapes(past, k_pos < self.prefix[:, None, None]))
+                parts.append(past)
             if self.window is not None:
                 parts.append(jnp.abs(q_pos - k_pos) < self.window)
         if self.key_valid is not None:
@@ -71,7 +76,7 @@ class Mask:
     @property
     def skips_future(self) -> bool:
         """Whether keys after a query's index can be left out of the computation altogether."""
-        return self.causal and self.query_positions is None
+        return self.causal and self.query_positions is None and self.prefix is None
 
 
 def _equal_shapes(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

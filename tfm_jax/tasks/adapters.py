@@ -46,7 +46,8 @@ def adapted(
     if rank < 1:
         raise UserError(f"train.adapter.rank={rank}: must be at least 1.")
     (chosen,) = compile_patterns([pattern], setting="train.adapter.pattern")
-    trained = compile_patterns(list(train), setting="train.adapter.train")
+    named = compile_patterns(list(train), setting="train.adapter.train")
+    trained = [*named, *(re.compile(pattern) for pattern in task.own)]
 
     def init_params(params: Params, key: jax.Array) -> Params:
         leaves = flatten(params)
@@ -58,7 +59,7 @@ def adapted(
                 raise UserError(f"train.adapter.pattern={pattern!r} matches {path}, which is no kernel.")
             if rank > min(x.shape[-2:]):
                 raise UserError(f"train.adapter.rank={rank}: {path} is only {x.shape[-2]} x {x.shape[-1]}.")
-        for regex in trained:
+        for regex in named:
             if not any(regex.search(path) for path in leaves):
                 raise UserError(
                     f"train.adapter.train: {regex.pattern!r} matches no parameter. There are: {_some(leaves)}."

@@ -95,7 +95,7 @@ def _as_made(params: Params, key: jax.Array) -> Params:
     return params
 
 
-def _own(params: Params, extra: Extra) -> Params:
+def _as_trained(params: Params, extra: Extra) -> Params:
     return params
 
 
@@ -111,6 +111,7 @@ class Task:
       loss: see `LossFn`.
       init_params: from the model's initial parameters and a key, what is trained: with adapters, or a part of them.
       frozen: regexes on the paths of what is not trained.
+      own: regexes on the paths of parameters that are the task's and not the model's, which no wrapper freezes.
       init_extra: from the initial parameters, what the task carries besides them: teachers, averages, memory, queues.
       donors: `{path in extra: run directory}`, what is read from other runs when this one begins: a teacher.
       update_extra: called once after each update with the new parameters and the loss's `aux`, to which the step adds the
@@ -127,11 +128,12 @@ class Task:
     loss: LossFn
     init_params: Callable[[Params, jax.Array], Params] = _as_made
     frozen: Sequence[str] = ()
+    own: Sequence[str] = ()
     init_extra: Callable[[Params], Extra] = _nothing
     donors: Mapping[str, str] = field(default_factory=dict)
     update_extra: Callable[[Params, Extra, Mapping[str, Any]], Extra] = _keep
     project: Callable[[Params, Extra], Params] = _as_updated
-    eval_params: Callable[[Params, Extra], Params] = _own
+    eval_params: Callable[[Params, Extra], Params] = _as_trained
     splittable: bool = True
     carry: Carry | None = None
     predict_fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

@@ -146,6 +146,7 @@ def make(
         wider,
         loss=loss,
         init_params=init_params,
+        own=(*wider.own, f"^{BRIDGE}/"),
         donors={**wider.donors, **({} if teacher is None else {KEY: teacher})},
         eval_params=lambda params, extra: wider.eval_params(plain(params), extra),
     )
