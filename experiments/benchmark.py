@@ -4,6 +4,8 @@
               extra `parity`.
 `families`    forward and backward of every family beside its reference class; needs `parity`.
 `generate`    greedy decoding of a random GPT-2 of 124 M parameters beside `transformers`, and its import; `parity`.
+`beam`        beam search with a small BART, 5 beams, beside `transformers`; `parity`.
+`student`     an encoder of MiniLM's width and 3 layers beside one of 6: what distillation to half the layers buys.
 `overhead`    the whole loop (logging, prefetch, checkpoints due) beside the bare compiled step, and the data wait.
 `checkpoint`  how long a save of 124 M parameters with Adam's moments blocks the loop, asynchronous beside synchronous.
 `startup`     seconds from start to the first step, with the compile cache cold and warm, the data being built.
@@ -47,7 +49,7 @@ STEPS_A_TURN = 5
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     parts: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "step": _steps, "families": _families, "generate": _generate, "overhead": _overhead, "checkpoint": _checkpoint, "startup": _startup,
+        "step": _steps, "families": _families, "generate": _generate, "beam": _beam, "student": _student, "overhead": _overhead, "checkpoint": _checkpoint, "startup": _startup,
     }  # fmt: skip
     made.add_argument("--only", nargs="+", default=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
     made.add_argument("--families", action="store_const", dest="only", const=["families"], help="only that part")
@@ -168,6 +170,31 @@ def _generate(flags: Any) -> dict[str, Any]:
             out[f"generate/batch_{batch}"] = {"tfm_jax": mine, "pytorch": other, "speed_ratio": mine / other}
             print(f"greedy, batch {batch}: {mine:.0f} tokens/s, PyTorch {other:.0f}: ratio {mine / other:.2f}")
     return out
+
+
+def _beam(flags: Any) -> dict[str, Any]:
+    """Sentences a second."""
+    from experiments.reproduce.inference import BEAMS, LAYERS, NEW, ROWS, WIDTH
+
+    _need_torch()
+    sides = [Worker(f"experiments.reproduce.inference:{side}_beams") for side in ("our", "their")]
+    first, second = in_turns(sides[0], sides[1], flags.rounds or 4, 2)
+    mine, other = (ROWS / statistics.median(x) for x in (first, second))
+    print(
+        f"beam search, {LAYERS}+{LAYERS} layers of {WIDTH}, {ROWS} rows, {BEAMS} beams, {NEW} tokens:"
+        f" {mine:.0f} sentences/s, PyTorch {other:.0f}: ratio {mine / other:.2f}"
+    )
+    return {"beam": {"tfm_jax": mine, "pytorch": other, "speed_ratio": mine / other}}
+
+
+def _student(flags: Any) -> dict[str, Any]:
+    """32 rows of 32 tokens, forward."""
+    sides = [Worker("experiments.reproduce.inference:encoder", layers) for layers in (3, 6)]
+    first, second = in_turns(sides[0], sides[1], flags.rounds or 4, STEPS_A_TURN)
+    ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
+    fast, slow = (1e3 * statistics.median(x) for x in (first, second))
+    print(f"a student of 3 layers: {fast:.1f} ms, its teacher of 6: {slow:.1f} ms: {ratio:.2f} times as fast")
+    return {"student": {"student_ms": fast, "teacher_ms": slow, "speed_ratio": ratio}}
 
 
 # ---- the loop's overhead -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tfm_jax.decode.inputs import Inputs, ends_of, forward_of, is_end, prepare, read_prompt
+from tfm_jax.decode.inputs import Inputs, ends_of, forward_of, is_end, largest, prepare, read_prompt
 from tfm_jax.errors import UserError
 
 Stop = Literal["likely", "sure"]
@@ -106,7 +106,7 @@ def _search(
     def advance(s: _Search) -> _Search:
         """One more token for every live beam; the logits of the new ones are not made yet."""
         logp = jax.nn.log_softmax(s.logits, axis=-1) + s.live_scores[:, :, None]
-        values, places = jax.lax.top_k(logp.reshape(batch, -1), (1 + len(end_ids)) * beams)
+        values, places = largest(logp.reshape(batch, -1), (1 + len(end_ids)) * beams)
         parent, token = places // logp.shape[-1], (places % logp.shape[-1]).astype(jnp.int32)
         grown = jnp.take_along_axis(s.live, parent[:, :, None], axis=1)
         ends = is_end(token, end_ids)

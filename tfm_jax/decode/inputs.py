@@ -42,6 +42,12 @@ def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
     return found
 
 
+def largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k`; without the barrier XLA on CPU joins it with slices of its results, and sorts the whole instead."""
+    values, places = jax.lax.optimization_barrier(jax.lax.top_k(x, count))
+    return values, places
+
+
 def prepare(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
-from tfm_jax.decode.inputs import Inputs, ends_of, forward_of, is_end, prepare, read_prompt
+from tfm_jax.decode.inputs import Inputs, ends_of, forward_of, is_end, largest, prepare, read_prompt
 from tfm_jax.errors import UserError
 
 
@@ -45,7 +45,7 @@ def filter_logits(logits_BV: jax.Array, how: Sampling) -> jax.Array:
     """Logits over temperature, with what may not be drawn at -inf."""
     logits = logits_BV / how.temperature
     if 0 < how.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, how.top_k)[0][:, -1:]
+        least = largest(logits, how.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if how.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
