@@ -197,11 +197,11 @@ def test_mistakes_on_the_command_line(raw_config, key, text, message):
         ({"data.batch_size": 0}, "data.batch_size=0: must be at least 1."),
         (
             {"data.batch_size": 12},
-            "data.batch_size=12 does not divide over the mesh: data=8 x fsdp=1 = 8 ways. Nearest that do: 8, 16.",
+            "data.batch_size=12 does not divide over the mesh: data=8 x fsdp=1 x expert=1 = 8 ways. Nearest that do: 8, 16.",
         ),
         (
             {"train.accum": 2},
-            "data.batch_size=8 / train.accum=2 = 4 rows does not divide over the mesh: data=8 x fsdp=1 = 8 ways."
+            "data.batch_size=8 / train.accum=2 = 4 rows does not divide over the mesh: data=8 x fsdp=1 x expert=1 = 8 ways."
             " Nearest that do: 16.",
         ),
         ({"model.vocab_size": 9}, "model.vocab_size=9 is too small: the data has 257. Set at least 257, or leave it"

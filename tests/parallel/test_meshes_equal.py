@@ -1,12 +1,13 @@
 """The mesh is a matter of speed: losses, gradients and checkpoints are the same on every one.
 
-Against one device, on 8 simulated ones: GPT-2-like and Llama-like, unrolled and scanned.
+Against one device, on 8 simulated ones: GPT-2-like, Llama-like and mixtures of experts, unrolled and scanned.
 """
 
 import jax
 import numpy as np
 import pytest
 
+from tests.errors import says
 from tfm_jax.parallel import mesh
 from tfm_jax.paths import flatten
 from tfm_jax.tasks.base import bind
@@ -30,10 +31,10 @@ COMMON = SIZES | {"model.init_std": 0.1, "optim.warmup_steps": 0, "train.steps":
 
 @pytest.fixture(scope="module")
 def build_on(make_config):
-    """`build_on((data, fsdp, tensor), changes)`: the experiment on as many devices as the sizes ask for."""
+    """`build_on((data, fsdp, tensor, expert), changes)`: the experiment on as many devices as the sizes ask for."""
 
     def make(sizes, changes):
-        axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+        axes = dict(zip(("data", "fsdp", "tensor", "expert"), sizes, strict=False))
         config = make_config(COMMON | changes | {f"mesh.{k}": v for k, v in axes.items()})
         whole = mesh.make
         with pytest.MonkeyPatch.context() as patch:
@@ -85,6 +86,42 @@ def test_loss_and_gradients(build_on, on_one_device, sizes, family, loop):
     for path, want in grads.items():
         scale = max(np.max(np.abs(want)), 1e-3 * norm)
         np.testing.assert_allclose(got_grads[path] / scale, want / scale, rtol=0, atol=1e-5, err_msg=path)
+
+
+MIXTURE = FAMILIES["llama"] | {"model.experts": 4, "model.mlp_width": 16, "model.router_z": 0.01}
+MIXTURES = {
+    # Few slots, so that some tokens are dropped.
+    "slots": (MIXTURE | {"model.expert_capacity": 0.75}, [(1, 1, 2, 4), (2, 2, 1, 2), (1, 2, 2, 2), (4, 1, 2, 1)]),
+    "everywhere": (MIXTURE, [(8, 1, 1, 1), (1, 4, 2, 1), (1, 1, 8, 1)]),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures_of_experts(build_on, kind, loop):
+    changes, meshes = MIXTURES[kind]
+    one = build_on((1, 1, 1, 1), changes | LOOPS[loop])
+    params = jax.device_get(jax.jit(one.init)().params)
+    value, grads = loss_and_grads(one, params)
+    norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in grads.values()))
+    assert all(np.any(g != 0) for path, g in grads.items() if "experts" in path or "router" in path)
+    for sizes in meshes:
+        built = build_on(sizes, changes | LOOPS[loop])
+        rows = built.layout.table(built.abstract_state().params)
+        assert all(row.note == "" for row in rows if row.path.endswith("kernel"))
+        got_value, got = loss_and_grads(built, params)
+        assert got_value == pytest.approx(value, rel=1e-5), sizes
+        for path, want in grads.items():
+            scale = max(np.max(np.abs(want)), 1e-3 * norm)
+            np.testing.assert_allclose(got[path] / scale, want / scale, rtol=0, atol=1e-5, err_msg=f"{sizes} {path}")
+
+
+def test_experts_that_do_not_fit_the_mesh(build_on):
+    with says("mesh.expert=8 needs experts that it divides and that have slots; model.experts=4,"
+              " model.expert_capacity=1.0. Without slots (None) every device holds every expert."):  # fmt: skip
+        build_on((1, 1, 1, 8), MIXTURE | {"model.expert_capacity": 1.0})
+    with says("mesh.expert=2: model.name='gpt' has no experts here. Use mesh.fsdp."):
+        build_on((4, 1, 1, 2), FAMILIES["llama"])
 
 
 def steps(built, state, first, count):

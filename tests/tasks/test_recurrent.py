@@ -11,6 +11,7 @@ from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.evals import loss
 from tfm_jax.evals.base import Context
+from tfm_jax.parallel.sharding import BATCH_AXES
 from tfm_jax.paths import flatten
 from tfm_jax.tasks import recurrent
 from tfm_jax.tasks.base import LossOut
@@ -76,7 +77,7 @@ def test_the_memory_is_what_the_model_returned(config):
             state, metrics = step(state, built.batch(i))
             totals.append([float(x) for x in metrics["loss"]])
         split = {path: x.sharding.spec[0] for path, x in flatten(state.extra).items()}
-    assert split == {"memory/states": ("data", "fsdp"), "memory/valid": ("data", "fsdp")}
+    assert split == {"memory/states": BATCH_AXES, "memory/valid": BATCH_AXES}
 
     class Three:
         num_batches, batch_at = 3, built.data.train.batch_at

@@ -1,4 +1,4 @@
-"""GPT-2, Llama and Qwen3 in `transformers`, and `models.gpt` here."""
+"""GPT-2, Llama, Qwen3 and Mixtral in `transformers`, and `models.gpt` here."""
 
 from __future__ import annotations
 
@@ -104,8 +104,36 @@ def _read_qwen3(c: Fields) -> dict[str, Any]:
     return section | {"qk_norm": "head"}
 
 
+def _read_mixtral(c: Fields) -> dict[str, Any]:
+    c.need("sliding_window", None)
+    c.need("router_jitter_noise", 0.0)
+    c.ignore("output_router_logits")
+    section = _read_rotary(c, vocab=32000, mlp=14336, kv_heads=8, head_dim=None, max_len=131072, eps=1e-5, theta=1e6)
+    return section | {
+        "experts": c.take("num_local_experts", 8),
+        "experts_per_token": c.take("num_experts_per_tok", 2),
+        "router_balance": c.take("router_aux_loss_coef", 0.001),
+    }
+
+
+def _write_mixtral(m: Section) -> dict[str, Any]:
+    return _write_rotary(m) | {
+        "num_local_experts": m["experts"],
+        "num_experts_per_tok": m["experts_per_token"],
+        "router_aux_loss_coef": m["router_balance"],
+    }
+
+
 def _read_rotary(
-    c: Fields, *, vocab: int, mlp: int, kv_heads: int | None, head_dim: int | None, max_len: int
+    c: Fields,
+    *,
+    vocab: int,
+    mlp: int,
+    kv_heads: int | None,
+    head_dim: int | None,
+    max_len: int,
+    eps: float = 1e-6,
+    theta: float = 10_000.0,
 ) -> dict[str, Any]:
     width, heads = c.take("hidden_size", 4096), c.take("num_attention_heads", 32)
     length = c.take("max_position_embeddings", max_len)
@@ -119,7 +147,7 @@ def _read_rotary(
         "head_dim": c.take("head_dim", head_dim) or width // heads,
         "mlp_width": c.take("intermediate_size", mlp),
         "activation": c.choose("hidden_act", "silu", ACTIVATIONS),
-        "norm_eps": c.take("rms_norm_eps", 1e-6),
+        "norm_eps": c.take("rms_norm_eps", eps),
         "init_std": c.take("initializer_range", 0.02),
         "attention_dropout": c.take("attention_dropout", 0.0),
         "output": c.choose("tie_word_embeddings", False, {True: "tied", False: "free"}),
@@ -127,7 +155,7 @@ def _read_rotary(
         "mlp": "gated",
         "bias": "none",
         "position": "rotary",
-        **_read_rope(c, length),
+        **_read_rope(c, length, theta),
     }
 
 
@@ -144,11 +172,11 @@ _ROPE: dict[str, dict[str, str]] = {
 }
 
 
-def _read_rope(c: Fields, max_len: int) -> dict[str, Any]:
+def _read_rope(c: Fields, max_len: int, default: float) -> dict[str, Any]:
     """Older files have `rope_theta` and `rope_scaling`, newer ones both in `rope_parameters`; with both the older counts."""
     older, newer = c.take("rope_scaling"), c.take("rope_parameters")
     given = dict(older or newer or {})
-    theta = c.take("rope_theta", 10_000.0)
+    theta = c.take("rope_theta", default)
     out = {"rope_theta": given.pop("rope_theta", None) or theta}
     older_kind = given.pop("type", "default")
     kind = given.pop("rope_type", older_kind)
@@ -201,8 +229,15 @@ def _rotary(m: Section) -> list[Row]:
     if m["qk_norm"] == "head":
         layer += norm(f"{theirs}self_attn.q_norm", f"{ours}attention/query_norm", bias=False)
         layer += norm(f"{theirs}self_attn.k_norm", f"{ours}attention/key_norm", bias=False)
-    for name in ("gate", "up", "down"):
-        layer += linear(f"{theirs}mlp.{name}_proj", f"{ours}mlp/{name}", bias=False)
+    if m["experts"]:
+        layer += linear(f"{theirs}block_sparse_moe.gate", f"{ours}mlp/router", bias=False)
+        for number in range(m["experts"]):
+            for their_name, name in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+                there = f"{theirs}block_sparse_moe.experts.{number}.{their_name}"
+                layer += linear(there, f"{ours}mlp/experts/expert_{number}/{name}", bias=False)
+    else:
+        for name in ("gate", "up", "down"):
+            layer += linear(f"{theirs}mlp.{name}_proj", f"{ours}mlp/{name}", bias=False)
     return [
         *embedding("model.embed_tokens", "token_embedding"),
         *each_layer(layer, m["layers"]),
@@ -229,15 +264,16 @@ CONVERSIONS = (
             model_type,
             "gpt",
             read,
-            _write_rotary,
+            write,
             _rotary,
             ties=lambda m: {"lm_head.weight": "model.embed_tokens.weight"} if m["output"] == "tied" else {},
             prefix="model.",
             skip=(r"rotary_emb\.inv_freq$",),
         )
-        for architecture, model_type, read in (
-            ("LlamaForCausalLM", "llama", _read_llama),
-            ("Qwen3ForCausalLM", "qwen3", _read_qwen3),
+        for architecture, model_type, read, write in (
+            ("LlamaForCausalLM", "llama", _read_llama, _write_rotary),
+            ("Qwen3ForCausalLM", "qwen3", _read_qwen3, _write_rotary),
+            ("MixtralForCausalLM", "mixtral", _read_mixtral, _write_mixtral),
         )
     ),
 )

@@ -6,7 +6,7 @@ A table is read in both directions. Tensor names are templates in which `{i}` is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 Section = Mapping[str, Any]  # a resolved config's `model`
 _BLOCK = re.compile(r"(^|/)block_(\d+)/")
+_EXPERT = re.compile(r"expert_(\d+)/")
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,17 @@ def each_layer(rows: Sequence[Row], layers: int) -> list[Row]:
     ]
 
 
-def stacked_path(path: str) -> tuple[str, int | None]:
-    """A parameter's path in a scanned stack, and its place along the layer axis; itself and None outside of one."""
-    found = _BLOCK.search(path)
-    return (path, None) if found is None else (_BLOCK.sub(r"\1blocks/", path), int(found[2]))
+def located(path: str, leaves: Container[str]) -> tuple[str, tuple[int, ...]]:
+    """Where a table's parameter is among those of a model: the path of its array, and its place in that.
+
+    Experts of a mixture lie one behind the other, as `expert_{e}` in a table; the layers of a scanned stack do too.
+    """
+    place: tuple[int, ...] = ()
+    if found := _EXPERT.search(path):
+        path, place = path.replace(found[0], ""), (int(found[1]),)
+    if path not in leaves and (found := _BLOCK.search(path)):
+        path, place = _BLOCK.sub(r"\1blocks/", path), (int(found[2]), *place)
+    return path, place
 
 
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

@@ -10,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from tfm_jax.convert.table import Conversion, Row, Section, stacked_path
+from tfm_jax.convert.table import Conversion, Row, Section, located
 from tfm_jax.convert.tensors import Tensors
 from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten, map_with_path
@@ -40,9 +40,11 @@ def read_params(
     twice = [f"  {name}: is there as {' and '.join(found)}" for name, found in every.items() if len(found) > 1]
     _check(conversion, section, rows, abstract, theirs, names, where, twice)
     found = {path: (row, i) for row in rows for i, path in enumerate(row.ours)}
-    layers: dict[str, list[str]] = {}
+    leaves = flatten(abstract)
+    pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for path in found:
-        layers.setdefault(stacked_path(path)[0], []).append(path)
+        where_to, place = located(path, leaves)
+        pieces.setdefault(where_to, []).append((path, place))
 
     def one(path: str) -> np.ndarray:
         row, i = found[path]
@@ -53,8 +55,8 @@ def read_params(
             value = np.ascontiguousarray(one(path), dtype=like.dtype)
         else:
             value = np.empty(like.shape, like.dtype)
-            for layer in layers[path]:
-                value[stacked_path(layer)[1]] = one(layer)
+            for piece, place in pieces[path]:
+                value[place] = one(piece)
         placed: jax.Array = jax.device_put(value, getattr(like, "sharding", None))
         return placed
 
@@ -99,10 +101,8 @@ def write_tensors_of(
     rows = {row.theirs: row for row in conversion.table(section)}
 
     def ours(path: str) -> np.ndarray:
-        if path in leaves:
-            return np.asarray(leaves[path])
-        stacked, index = stacked_path(path)
-        return np.asarray(leaves[stacked][index])
+        whole, place = located(path, leaves)
+        return np.asarray(leaves[whole][place])
 
     def make(name: str) -> np.ndarray:
         row = rows[name]
@@ -117,9 +117,8 @@ def write_tensors_of(
 
 
 def _shape(leaves: Mapping[str, Any], path: str) -> tuple[int, ...]:
-    if path in leaves:
-        return tuple(leaves[path].shape)
-    return tuple(leaves[stacked_path(path)[0]].shape[1:])
+    whole, place = located(path, leaves)
+    return tuple(leaves[whole].shape[len(place) :])
 
 
 def names_in_file(conversion: Conversion, theirs: Iterable[str], wanted: Set[str]) -> dict[str, list[str]]:
@@ -166,7 +165,7 @@ def _check(
     for row in rows:
         shapes = []
         for path in row.ours:
-            covered.add(path if path in leaves else stacked_path(path)[0])
+            covered.add(located(path, leaves)[0])
             shapes.append(_shape(leaves, path))
         if row.theirs in have:
             expected = row.write([np.broadcast_to(np.float32(0), shape) for shape in shapes]).shape

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from tfm_jax.errors import UserError
 from tfm_jax.nn import block, embeddings, heads
 from tfm_jax.nn.attention import Context
-from tfm_jax.nn.block import ACTIVATIONS
 from tfm_jax.nn.embeddings import TextEmbedding
 from tfm_jax.nn.heads import TokenHead
-from tfm_jax.nn.linear import Dense
+from tfm_jax.nn.linear import ACTIVATIONS, Dense
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Remat, Stack

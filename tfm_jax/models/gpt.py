@@ -59,6 +59,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         max_len=8192,
         rope_theta=500_000.0,
     ),
+    "moe-mini": _LLAMA
+    | dict(layers=4, width=256, heads=4, kv_heads=2, mlp_width=384, max_len=256, output="tied", experts=8),
+    "mixtral-8x7b": _LLAMA
+    | dict(
+        vocab_size=32000,
+        layers=32,
+        width=4096,
+        heads=32,
+        kv_heads=8,
+        mlp_width=14336,
+        max_len=32768,
+        rope_theta=1_000_000.0,
+        experts=8,
+    ),
 }
 
 # Of `data.objectives`, those that make sense of it.
@@ -190,5 +204,7 @@ class Model(nn.Module):
         assert self.vocab_size is not None
         projections = spec.width * spec.key_size * (2 * spec.heads + 2 * spec.groups)
         mlp = spec.width * spec.hidden * (3 if spec.mlp == "gated" else 2)
+        if spec.experts:
+            mlp = mlp * spec.experts_per_token + spec.width * spec.experts
         weights = self.layers * (projections + mlp) + self.vocab_size * spec.width
         return 6.0 * weights + 12.0 * self.layers * spec.heads * spec.key_size * length

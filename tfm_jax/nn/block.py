@@ -8,18 +8,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from tfm_jax.nn import moe
 from tfm_jax.nn.attention import Attention, Cache, Context, CrossAttention, dense
 from tfm_jax.nn.capture import say
-from tfm_jax.nn.linear import Norm
+from tfm_jax.nn.linear import ACTIVATIONS, Norm
+from tfm_jax.nn.moe import MoE
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import Rule, constrain
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-}
 
 # Column-parallel into a sublayer, row-parallel out of it (Shoeybi et al. 2019), so each needs one reduction.
 RULES: tuple[Rule, ...] = (
@@ -30,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     (r"mlp/(up|gate)/bias$", ("tensor",)),
     (r"mlp/down/kernel$", ("tensor", "fsdp")),
     (r"(norm|out|down)/(scale|bias)$", (None,)),
+    *moe.RULES,
 )
 
 
@@ -64,7 +60,7 @@ class LayerCache(NamedTuple):
 
 class Block(nn.Module):
     """Attention, attention to an encoder's states where there are any, MLP; each `pre`: x + f(norm(x)) or `post`:
-    norm(x + f(x)).
+    norm(x + f(x)). The MLP is a mixture of experts where the spec has any.
 
     Attributes:
       layers: of the stack, for the initialisation.
@@ -96,7 +92,7 @@ class Block(nn.Module):
         if context.source is not None or cross is not None:
             look = CrossAttention(spec, self.layers, self.train, name="cross_attention")
             x, cross = around(x, lambda y: look(y, context, cross), "cross_attention_norm")
-        mlp = MLP(spec, self.layers, self.train, name="mlp")
+        mlp = (MoE if spec.experts else MLP)(spec, self.layers, self.train, name="mlp")
         x, _ = around(x, lambda y: (mlp(y), None), "mlp_norm")
         say(self, "states", x)
         return x, None if cache is None else LayerCache(own, cross)

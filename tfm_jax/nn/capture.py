@@ -6,8 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from tfm_jax.paths import flatten
 
 SAID = "intermediates"
+# Numbers that a module adds to the training loss, or to its metrics.
+AUXILIARY = "auxiliary"
 
 
 def say(module: Any, name: str, value: jax.Array | Callable[[], jax.Array]) -> None:
@@ -15,3 +20,18 @@ def say(module: Any, name: str, value: jax.Array | Callable[[], jax.Array]) -> N
     if module.is_mutable_collection(SAID):
         found = value() if callable(value) else value
         module.sow(SAID, name, found, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def auxiliary(module: Any, **numbers: jax.Array) -> None:
+    """Say numbers () float32, of which `loss` is to be added to the training loss, where the collection `auxiliary` is mutable."""
+    if module.is_mutable_collection(AUXILIARY) and not module.is_initializing():
+        for name, value in numbers.items():
+            module.sow(AUXILIARY, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def collected(said: Any) -> dict[str, jax.Array]:
+    """The numbers of all modules by name, each the mean over those that said it; scanned layers count one by one."""
+    found: dict[str, list[jax.Array]] = {}
+    for path, x in flatten(said).items():
+        found.setdefault(path.rpartition("/")[2], []).append(x.reshape(-1))
+    return {name: jnp.mean(jnp.concatenate(values)) for name, values in found.items()}

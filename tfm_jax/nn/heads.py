@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
-from tfm_jax.nn.block import ACTIVATIONS
-from tfm_jax.nn.linear import Dense, Norm, matmul
+from tfm_jax.nn.linear import ACTIVATIONS, Dense, Norm, matmul
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import Rule, constrain
 

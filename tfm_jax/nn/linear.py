@@ -13,6 +13,12 @@ from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import constrain
 
 Init = Callable[..., jax.Array]
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
 
 
 def matmul(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:

@@ -40,6 +40,12 @@ class BlockSpec:
       head_dim: size of one head; `width / heads` if None.
       mlp_width: hidden size of the MLP; `4 * width` if None.
       mlp: `plain` is act(x W1) W2; `gated` is (act(x Wg) * (x W1)) W2 (Shazeer 2020, "GLU variants").
+      experts: of a mixture that stands for the MLP, see `nn.moe.MoE`; 0 for none.
+      experts_per_token: how many of them a token goes through.
+      expert_capacity: an expert's slots over a row's fair share of tokens, beyond which tokens are dropped; None drops none, and
+        has every device hold every expert.
+      router_balance, router_z: weights in the training loss of how unevenly the experts are used (1 is evenly), and of the
+        router's log(Z)^2; the mean over layers.
       activation: `gelu` is exact, `gelu_tanh` its tanh approximation (GPT-2), `silu` makes `gated` SwiGLU.
       norm: `layer` (Ba et al. 2016) or `rms` (Zhang and Sennrich 2019).
       norm_position: `pre` normalises a sublayer's input, `post` the sum after it (Vaswani et al. 2017).
@@ -64,6 +70,11 @@ class BlockSpec:
     head_dim: int | None = None
     mlp_width: int | None = None
     mlp: Literal["plain", "gated"] = "plain"
+    experts: int = 0
+    experts_per_token: int = 2
+    expert_capacity: float | None = None
+    router_balance: float = 0.01
+    router_z: float = 0.0
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5
@@ -91,9 +102,24 @@ class BlockSpec:
                 f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}."
                 f" Nearest that do: {_nearest_divisors(self.heads, self.groups)}."
             )
+        self._check_experts()
         for name in ("dropout", "mlp_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: a probability in [0, 1).")
+
+    def _check_experts(self) -> None:
+        if self.experts < 0:
+            raise UserError(f"model.experts={self.experts}: must be at least 0.")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise UserError(
+                f"model.experts_per_token={self.experts_per_token}: must be from 1 to model.experts={self.experts}."
+            )
+        if self.expert_capacity is not None and self.expert_capacity <= 0:
+            raise UserError(f"model.expert_capacity={self.expert_capacity}: must be above 0, or None.")
+        if self.experts and (self.bias == "all" or self.mlp_dropout):
+            raise UserError(
+                "model.experts: experts have no biases and no dropout inside: model.bias='none', model.mlp_dropout=0."
+            )
 
     @property
     def groups(self) -> int:

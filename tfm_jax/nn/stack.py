@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from tfm_jax.nn.attention import Attention, Cache, Context
 from tfm_jax.nn.block import Block, LayerCache
-from tfm_jax.nn.capture import SAID, say
+from tfm_jax.nn.capture import AUXILIARY, SAID, say
 from tfm_jax.nn.linear import Norm
 from tfm_jax.nn.spec import BlockSpec
 
@@ -68,7 +68,7 @@ class Stack(nn.Module):
         if self.layer_loop == "scan":
             scanned = nn.scan(
                 block,
-                variable_axes={SAID: 0} if shared else {"params": 0, SAID: 0},
+                variable_axes={SAID: 0, AUXILIARY: 0} | ({} if shared else {"params": 0}),
                 variable_broadcast="params" if shared else False,
                 split_rngs={"params": not shared, "dropout": True},
                 in_axes=(0, nn.broadcast),

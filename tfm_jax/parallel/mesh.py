@@ -18,6 +18,7 @@ def make(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
+    expert: int = 1,
     rules: Sequence[Any] = (),
     devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
@@ -27,6 +28,7 @@ def make(
       data: copies of the model, each on its own part of the batch.
       fsdp: ways in which the batch *and* the parameters are split; parameters are gathered when used.
       tensor: ways in which heads, MLP width and vocabulary are split within one copy.
+      expert: ways in which a mixture's experts are split; outside of them, ways in which the batch is.
       rules: `(regex, axes of the last dimensions)` tried before the model family's own.
       devices: all of them by default.
 
@@ -34,7 +36,7 @@ def make(
       UserError: the sizes do not multiply to the number of devices.
     """
     found = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             raise UserError(f"mesh.{axis}={size}: an axis has a size of at least 1, or -1 for what is left.")

@@ -23,9 +23,17 @@ from tfm_jax.paths import compile_patterns, flatten, map_with_path
 Axis = str | tuple[str, ...] | None
 Rule = tuple[str, tuple[Axis, ...]]
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 # Activation dimensions by their meaning; a name that is not here is not split.
-ACTIVATION_AXES: dict[str, Axis] = {"batch": BATCH_AXES, "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+ACTIVATION_AXES: dict[str, Axis] = {
+    "batch": BATCH_AXES,
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    # Where tokens are with their experts, `expert` has split those, and the rest splits the rows.
+    "expert": "expert",
+    "group": ("data", "fsdp"),
+}
 # Below this many elements (256 KiB in float32) gathering an array costs more latency than holding it costs memory.
 FALLBACK_MIN_SIZE = 2**16
 
@@ -85,7 +93,7 @@ class Layout:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def batch(self) -> NamedSharding:
-        """Rows over `data` and `fsdp`, the other dimensions whole."""
+        """Rows over `BATCH_AXES`, the other dimensions whole."""
         return NamedSharding(self.mesh, P(BATCH_AXES))
 
     def place(self, tree: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 
-from tfm_jax.nn.capture import SAID
+from tfm_jax.nn.capture import AUXILIARY, SAID, collected
 
 Params = Any
 Extra = Any
@@ -21,7 +21,8 @@ class Apply(Protocol):
     """A model as a function: `apply(params, **inputs, train=..., rngs=...) -> dict of named arrays`.
 
     A model with mutable collections (batch statistics) also returns them, under the name `mutables`. With `capture` there is
-    also `captured`, what its blocks say of themselves: see `nn.stack.Stack`.
+    also `captured`, what its blocks say of themselves: see `nn.stack.Stack`; of a model that adds to the training loss
+    `auxiliary`, see `with_auxiliary`.
     """
 
     def __call__(
@@ -34,12 +35,14 @@ def bind(model: nn.Module, mutables: Any) -> Apply:
 
     def apply(params: Any, /, *, train: bool, rngs: Any = None, capture: bool = False, **inputs: Any) -> dict[str, Any]:
         variables = {"params": params, **mutables}
-        changing = [*(mutables if train else ()), *([SAID] if capture else [])]
+        changing = [*((*mutables, AUXILIARY) if train else ()), *([SAID] if capture else [])]
         if not changing:
             result: dict[str, Any] = model.apply(variables, **inputs, train=train, rngs=rngs)
             return result
         out, changed = model.apply(variables, **inputs, train=train, rngs=rngs, mutable=changing)
         said = {"captured": changed.pop(SAID, {})} if capture else {}
+        if numbers := changed.pop(AUXILIARY, {}):
+            said["auxiliary"] = collected(numbers)
         return {**out, **said, **({"mutables": changed} if mutables and train else {})}
 
     return apply
@@ -138,6 +141,30 @@ class Task:
     carry: Carry | None = None
     predict_fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     unit: str = "token"
+
+
+def with_auxiliary(task: Task) -> Task:
+    """The task, with what its model adds to the loss of each example or token in training (a router's losses).
+
+    What a model says beside `loss` becomes a metric.
+    """
+
+    def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
+        said: list[Mapping[str, jax.Array]] = []
+
+        def listened(params: Params, /, **inputs: Any) -> dict[str, Any]:
+            out = apply(params, **inputs)
+            said.append(out.pop("auxiliary", {}))
+            return out
+
+        made = task.loss(listened, params, extra, batch, rng, train)
+        # A task may run its model twice on a batch.
+        found = {name: sum(each[name] for each in said) / len(said) for name in (said[0] if said else {})}
+        total = made.total + found.pop("loss", 0.0) * made.weight
+        metrics = {name: (value * made.weight, made.weight) for name, value in found.items()}
+        return made._replace(total=total, metrics={**made.metrics, **metrics})
+
+    return dataclasses.replace(task, loss=loss)
 
 
 def extended(

@@ -26,7 +26,7 @@ from tfm_jax.parallel import mesh
 from tfm_jax.parallel.multihost import global_batch
 from tfm_jax.parallel.sharding import Layout
 from tfm_jax.sections import build_model, family, fill, make_named, section_fields
-from tfm_jax.tasks.base import Task
+from tfm_jax.tasks.base import Task, with_auxiliary
 from tfm_jax.tasks.ema import with_ema
 from tfm_jax.train import optim, schedules, settings
 from tfm_jax.train.rundir import read_config
@@ -181,6 +181,8 @@ def build_task(config: configs.Config) -> Task:
         return made
 
     task = build(config["task"])
+    if config["model"].get("experts"):
+        task = with_auxiliary(task)
     if train.adapter is not None:
         task = make_named("adapter", train.adapter, task=lambda _: task, steps=lambda _: train.steps)
     return task if train.ema is None else with_ema(task, train.ema)
@@ -205,6 +207,15 @@ def check(config: configs.Config, layout: Layout) -> None:
     block = getattr(build_model(config["model"]), "block", None)
     if isinstance(block, BlockSpec):
         choose(block, jax.default_backend())
+    if (ways := layout.mesh.shape["expert"]) > 1:
+        if not isinstance(block, BlockSpec) or not block.experts:
+            name = config["model"]["name"]
+            raise UserError(f"mesh.expert={ways}: model.name={name!r} has no experts here. Use mesh.fsdp.")
+        if block.experts % ways or block.expert_capacity is None:
+            raise UserError(
+                f"mesh.expert={ways} needs experts that it divides and that have slots; model.experts={block.experts},"
+                f" model.expert_capacity={block.expert_capacity}. Without slots (None) every device holds every expert."
+            )
 
 
 def check_batch(config: configs.Config, layout: Layout) -> None:
@@ -223,7 +234,7 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
         micro = f" / train.accum={train.accum} = {batch // train.accum} rows" if train.accum > 1 else ""
         raise UserError(
             f"data.batch_size={batch}{micro} does not divide over the mesh: data={sizes['data']} x"
-            f" fsdp={sizes['fsdp']} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
+            f" fsdp={sizes['fsdp']} x expert={sizes['expert']} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
         )
 
 

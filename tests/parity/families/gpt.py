@@ -1,4 +1,4 @@
-"""GPT-2, Llama, Qwen3."""
+"""GPT-2, Llama, Qwen3, Mixtral."""
 
 from ..case import VOCAB, Case, next_token_loss
 
@@ -36,6 +36,13 @@ CASES: dict[str, Case] = {
                 original_max_position_embeddings=8,
             ),
         ),
+    ),
+    "mixtral": Case(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        _ROTARY | dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=8),
+        loss=next_token_loss,
+        kind="next",
     ),
     "qwen3": Case("Qwen3ForCausalLM", "Qwen3Config", _ROTARY | dict(head_dim=16, tie_word_embeddings=False)),
 }  # fmt: skip
