@@ -28,16 +28,16 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         {
             "model": {
                 "name": "encdec",
-                "encoder_layers": 4,
-                "decoder_layers": 4,
-                "width": 128,
+                "encoder_layers": 3,
+                "decoder_layers": 3,
+                "width": 256,
                 "heads": 4,
-                "mlp_width": 256,
+                "mlp_width": 512,
                 "max_len": 256,
                 "dropout": 0.3,
-                # After 400 steps of AdamW the validation loss is 4.16 with it and 5.49 without; of Muon 3.25.
+                # Of 4+4 layers of 128, after 400 steps of AdamW the validation loss is 4.16 with it and 5.49 without; of Muon 3.25.
                 "norm_position": "pre",
-                "init_std": 128**-0.5,
+                "init_std": 256**-0.5,
             },
             "task": {"name": "token_prediction", "label_smoothing": 0.1},
             "data": {
@@ -51,13 +51,13 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             },
             "optim": {
                 "name": "muon",
-                "lr": 1e-2,
+                "lr": 8e-3,
                 "schedule": "cosine",
                 "end_factor": 0.02,
                 "warmup_steps": 100,
                 "weight_decay": 0.01,
             },
-            "train": {"steps": 6000, "eval_every": 2000, "ema": 0.998},
+            "train": {"steps": 5000, "eval_every": 2500, "ema": 0.998},
             "checkpoint": {"every": 250},
             "evals": {
                 "validation": {"split": "validation"},
