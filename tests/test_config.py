@@ -28,7 +28,7 @@ def test_defaults_are_those_of_the_signatures(make_config):
     assert config["model"]["mlp_width"] is None and config["model"]["norm_eps"] == BlockSpec().norm_eps
     assert "block" not in config["model"]
     assert config["task"] == {"name": "token_prediction", "vocab_chunk": 0, "label_smoothing": 0.0, "z_loss": 0.0}
-    assert config["mesh"] == {"data": -1, "fsdp": 1, "tensor": 1, "rules": []}
+    assert config["mesh"] == {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "rules": []}
     assert config["train"] == {
         "steps": 8, "seed": 0, "accum": 1, "ema": None, "adapter": None, "eval_every": 0, "stop_metric": None,
         "stop_patience": 3, "stop_goal": "lower", "max_bad_steps": 10,
@@ -323,7 +323,7 @@ def test_a_new_evaluator_on_the_command_line_starts_with_its_name(make_config):
 
 
 @pytest.mark.parametrize(
-    ("name", "objective", "fitting"), [("gpt", "mask", "next"), ("bert", "next", "mask, follow, order")]
+    ("name", "objective", "fitting"), [("gpt", "mask", "next, prefix_lm"), ("bert", "next", "mask, follow, order")]
 )
 def test_an_objective_that_makes_no_sense_of_a_model(make_config, name, objective, fitting):
     config = make_config({"data.objective": f"'{objective}'"})
@@ -333,3 +333,14 @@ def test_an_objective_that_makes_no_sense_of_a_model(make_config, name, objectiv
         f"data.objective={objective!r} does not fit model.name={name!r}; what does: {fitting}."
     )):  # fmt: skip
         build(config)
+
+
+def test_a_run_older_than_a_field_has_its_default():
+    section = configs.resolve({"model": {"name": "bert", "vocab_size": 9, "classes": 2}, "data": {"source": "stdlib"}})[
+        "model"
+    ]
+    older = {key: value for key, value in section.items() if key not in ("experts", "norm_eps", "classes")}
+    got, want = build_model(older), build_model(section)
+    # The family's own, and not the block's.
+    assert got.block == want.block and got.block.norm_eps == 1e-12
+    assert (got.classes, want.classes) == (None, 2)

@@ -11,6 +11,7 @@ from experiments.reproduce import recipe
 from tests.errors import says
 from tests.test_configs import FOLDER, NAMES
 from tfm_jax import config as configs
+from tfm_jax.data.tokenizers import load_tokenizer
 from tfm_jax.train import rundir
 from tfm_jax.train.build import build
 from tfm_jax.train.restore import with_donors
@@ -113,6 +114,31 @@ def test_summaries_of_the_recipe(tmp_path):
                         f"--config.data.source=jsonl:{tmp_path}/*.jsonl", f"--results={tmp_path}",
                         "--config.log.tensorboard=False"])  # fmt: skip
     assert code == 0 and json.loads((tmp_path / "scitldr-smoke.json").read_text())["figures"]["mean"] >= 0
+
+
+@pytest.mark.parametrize("first", ["bert_books", "t5_books"])
+def test_pretraining_and_what_it_is_for(corpus, tmp_path, first):
+    """With the ids that pretraining has added; and it goes on when the donor is gone."""
+    common = [f"--workdir={tmp_path}", f"--results={tmp_path}", "--config.log.tensorboard=False"]
+    assert recipe.main([f"--config={FOLDER}/{first}.py:smoke", "--metric=eval/validation/loss", *common,
+                        f"--config.data.source=text:{corpus}/*.txt", "--config.train.steps=2"]) == 0  # fmt: skip
+    bert, donor = first == "bert_books", tmp_path / f"{first}-smoke-0"
+    row = {"text": "the whale sees 3", "label": "a"} if bert else {"source": "the whale sees", "target": "a whale"}
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 40)
+    second, metric = ("small_bert", "accuracy") if bert else ("scitldr", "rouge1")
+    command = [f"--config={FOLDER}/{second}.py:smoke", f"--metric=eval/test/{metric}", *common, "--config.train.steps=2",
+               "--config.optim.warmup_steps=1", f"--config.data.tokenizer=run:{donor}", "--config.train.eval_every=0",
+               f"--config.data.source=jsonl:{tmp_path}/*.jsonl", f"--config.checkpoint.init_from={donor}",
+               *(["--config.model.max_len=32", "--config.data.seq_len=32"] if bert else ["--config.data.references=target"])]  # fmt: skip
+    assert recipe.main(command) == 0
+    sizes = [rundir.read_config(tmp_path / f"{n}-smoke-0")["model"]["vocab_size"] for n in (first, second)]
+    assert sizes[0] == sizes[1] > load_tokenizer(donor / "tokenizer").vocab_size
+    if not bert:
+        # A field that is missing is missed before training.
+        with pytest.raises(SystemExit, match="2"):
+            recipe.main([*command, "--seeds=1", "--config.data.references=summaries"])
+        assert not (tmp_path / "scitldr-smoke-1" / "metrics.jsonl").is_file()
 
 
 def test_the_small_bert_of_the_recipe(reviews, trained):

@@ -38,8 +38,8 @@ FREE_KEYS = (
     "data.workers",
     "train.eval_every",
 )
-# Fields of a model that the data set fills in where a config leaves them None.
-FILLED_IN = ("vocab_size", "classes")
+# Keys that a run fills in where its config leaves them None: from its data, the model that it begins with, or its teacher.
+FILLED_IN = ("vocab_size", "classes", "names", "teacher_model")
 # What may differ between the processes of one run.
 LOCAL_KEYS = ("data.cache_dir", "data.workers")
 

@@ -20,7 +20,7 @@ REQUIRED = inspect.Parameter.empty
 NAMED = {"task": ("tfm_jax.tasks", "make"), "data": ("tfm_jax.data", "make"), "adapter": ("tfm_jax.tasks", "wrap")}
 # Arguments of theirs that are not keys of a config.
 HIDDEN = {
-    "task": ("model", "batch_size", "teacher_model", "build"),
+    "task": ("model", "batch_size", "taught_by", "build"),
     "data": ("tokenizer_dir",),
     "adapter": ("task", "steps"),
 }
@@ -161,13 +161,18 @@ def family(name: str, attribute: str, default: Any) -> Any:
 
 
 def build_model(section: Mapping[str, Any]) -> Any:
-    """The linen module that a resolved `model` section describes."""
+    """The linen module that a resolved `model` section describes.
+
+    Fields that a run older than they are does not name have their defaults.
+    """
     values = {k: v for k, v in section.items() if k not in ("name", "variant")}
     cls = model_class(section["name"])
     inlined = _block_class(cls)
     if inlined is not None:
         names = {f.name for f in dataclasses.fields(inlined)}
-        values["block"] = inlined(**{k: values.pop(k) for k in names})
+        own = _dataclass_fields(cls)["block"].default
+        defaults = {name: getattr(own, name) for name in names} if isinstance(own, inlined) else {}
+        values["block"] = inlined(**defaults | {k: values.pop(k) for k in names if k in values})
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

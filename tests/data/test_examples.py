@@ -1,6 +1,7 @@
 """Labelled texts: rows against a slow version and against the tokenizer library's own truncation; order; bad input."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -173,8 +174,8 @@ def test_bad_input_is_named(folder, bert, tmp_path):
     write(tmp_path / "train.jsonl", rows[:9])
     write(tmp_path / "valid.jsonl", [rows[0], {**rows[1], "mood": "god"}])
     with says(
-        f"data.source='jsonl:{tmp_path}/*.jsonl', validation 1: 'god' in the field 'mood' is no class of the train"
-        " split. Did you mean 'good'?"
+        f"data.source='jsonl:{tmp_path}/*.jsonl', validation 1: 'god' in the field 'mood' is none of the classes, which"
+        " are the train split's or data.names. Did you mean 'good'?"
     ):
         opened(tmp_path, bert, label="mood")
     write(tmp_path / "train.jsonl", [{**rows[0], "class": -1}, {**rows[1], "mood": ["x"]}])
@@ -224,3 +225,26 @@ def test_pairs_that_stay_apart(folder, bert):
         make(**common, pair_as="apart")
     with says("data.label=None: nothing is predicted then. Give a field, or data.pair_as='apart'."):
         make(**common, pair="other", label=None)
+
+
+def test_a_run_keeps_the_names_of_its_classes(folder, bert, tmp_path):
+    """So that other data, with fewer of them, has the same numbers for them."""
+    common = dict(tokenizer=f"file:{bert}", seq_len=48, batch_size=8, cache_dir=str(folder))
+    own = make(source=f"jsonl:{folder}/*.jsonl", label="mood", **common)
+    assert own.filled_in == {"names": ["bad", "good", "none"]}
+    write(tmp_path / "train.jsonl", [{"text": "the sea", "mood": "none"}, {"text": "a ship", "mood": "good"}] * 8)
+    write(tmp_path / "valid.jsonl", [{"text": "the sea", "mood": "none"}])
+    other = make(source=f"jsonl:{tmp_path}/*.jsonl", label="mood", **common, **own.filled_in)
+    assert other.evals("validation", 1).batch_at(0)["targets"].tolist() == [2] and other.sizes == own.sizes
+    numbered = make(source=f"jsonl:{folder}/*.jsonl", label="class", names=["a", "b", "c", "d"], **common)
+    assert {int(x) for x in numbered.train.batch_at(0)["targets"]} <= {0, 1, 2, 3}
+    write(tmp_path / "valid.jsonl", [{"text": "the sea", "mood": "nine"}])
+    with says(
+        f"data.source='jsonl:{tmp_path}/*.jsonl', validation 0: 'nine' in the field 'mood' is none of the classes, which"
+        " are the train split's or data.names. Did you mean 'none'?"
+    ):
+        make(source=f"jsonl:{tmp_path}/*.jsonl", label="mood", **common)
+    write(tmp_path / "valid.jsonl", [{"text": "the sea", "mood": math.nan}])
+    write(tmp_path / "train.jsonl", [{"text": "the sea", "mood": 1.5}])
+    with says(f"data.source='jsonl:{tmp_path}/*.jsonl', validation 0: the field 'mood' is nan, not a number."):
+        make(source=f"jsonl:{tmp_path}/*.jsonl", label="mood", kind="number", **common)

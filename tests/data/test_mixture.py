@@ -9,6 +9,7 @@ from tests.errors import says
 from tests.test_configs import FOLDER
 from tfm_jax import config as configs
 from tfm_jax.data import examples, mixture
+from tfm_jax.errors import UserError
 from tfm_jax.train.build import build
 from tfm_jax.train.run import train
 
@@ -123,3 +124,32 @@ def test_bad_input(sources):
         built(task={"weights": {"tune": 2.0}})
     with says("model.classes={'tone': 2}: the data has {'tone': 2, 'count': 1}. Set these, or leave it out."):
         built(model={"classes": {"tone": 2}})
+
+
+def test_questions_and_classes_on_one_trunk(sources, tmp_path):
+    """Each part is scored by the evaluator of its kind."""
+    rows = [{"question": "a b", "context": "p x q", "answers": {"text": ["x"], "answer_start": [2]}}] * 20
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"name": "questions", "source": f"jsonl:{tmp_path}/*.jsonl", "overlap": 2, "longest_question": 6}
+    config = {
+        "model": {"name": "bert", "layers": 1, "width": 16, "heads": 2, "max_len": 64, "outputs": ("classes", "span")},
+        "task": {"name": "mixture", "tasks": {"tone": {"name": "classification"}, "ask": {"name": "span_extraction"}}},
+        "data": {"name": "mixture", "parts": {"tone": parts(sources)["tone"], "ask": asked}, "tokenizer": "bytes",
+                 "seq_len": 32, "batch_size": 8},
+        "optim": {"lr": 1e-2, "warmup_steps": 2},
+        "train": {"steps": 12},
+        "evals": {"tone": {"split": "tone/validation"}, "ask": {"name": "squad", "split": "ask/validation"}},
+        "log": {"every": 1, "tensorboard": False},
+    }  # fmt: skip
+    result = train(configs.resolve(config), tmp_path / "run").result
+    assert result["eval/ask/questions"] == 20 and 0 <= result["eval/tone/accuracy"] <= 1
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["data"]["parts"]
+    assert kept["tone"]["names"] == ["bad", "good"] and "names" not in kept["ask"]
+    config["task"]["tasks"]["ask"] = {"name": "classification"}
+    del config["evals"]["ask"]
+    with pytest.raises(UserError, match="This model gives no class: it returns"):
+        train(configs.resolve(config), tmp_path / "other")
+    config["model"]["outputs"] = ("tags",)
+    with pytest.raises(UserError, match=r"several heads by name \(tone\) are for 'classes' alone"):
+        build(configs.resolve(config))

@@ -123,6 +123,9 @@ def test_bad_input(tmp_path, bert):  # noqa: F811
     folder, call = made({**good, "answers": {"text": [], "answer_start": []}})
     with says(f"{folder}/train.jsonl, line 1: the field 'answers' has 0 texts and 0 starts."):
         call()
+    folder, call = made({**good, "answers": {"text": ["ship"], "answer_start": [None]}})
+    with says(f"{folder}/train.jsonl, line 1: the field 'answers' has the start None, which is no whole number."):
+        call()
     folder, call = made({**good, "answers": "ship"})
     with says(f"{folder}/train.jsonl, line 1: the field 'answers' is not a dict with 'text' and 'answer_start'."):
         call()

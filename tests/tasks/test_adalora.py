@@ -109,3 +109,13 @@ def test_bad_input(make_config):
         with_(start=0.8)
     with says("train.adapter.name='adalor' does not exist. Did you mean 'adalora'?"):
         with_(name="adalor")
+
+
+def test_an_average_keeps_to_the_budget(make_config, tmp_path):
+    """What is evaluated and exported has the rank that was asked for, whatever the parameters were before."""
+    train(make_config({"train.adapter": str(SETTINGS), "train.steps": 10, "train.ema": 0.9}), tmp_path)
+    plain = flatten(load_params(tmp_path)[0])
+    kernels = {path: np.asarray(x) for path, x in saved(tmp_path).items() if not path.startswith("adapter/")}
+    ranks = [np.linalg.matrix_rank(np.asarray(plain[p]) - kernels[p], tol=1e-6) for p in plain if "attention/q" in p]
+    ranks += [np.linalg.matrix_rank(np.asarray(plain[p]) - kernels[p], tol=1e-6) for p in plain if "attention/v" in p]
+    assert 0 < sum(ranks) <= 4

@@ -136,3 +136,11 @@ def test_targets_of_another_kind_are_refused():
     batch = {**BATCH, "targets": np.zeros((len(LOGITS), 3), np.int32)}
     with pytest.raises(UserError, match=r"^task\.name=classification wants one class a row; this data's targets are "):
         classification.make().loss(model(LOGITS), {}, {}, batch, None, True)
+
+
+def test_numbers_are_no_classes():
+    with pytest.raises(UserError, match="wants classes, and this data's targets are numbers: try regression"):
+        batch = {**BATCH, "targets": jnp.asarray(TARGETS, jnp.float32)}
+        classification.make().loss(model(LOGITS), {}, {}, batch, None, True)
+    with pytest.raises(UserError, match="This model gives no class: it returns states"):
+        classification.make().loss(lambda *_, **__: {"states": 0}, {}, {}, BATCH, None, True)

@@ -11,13 +11,14 @@ import pytest
 from tests.errors import says
 from tfm_jax.data.tokenizers import load_tokenizer
 from tfm_jax.errors import UserError
+from tfm_jax.models.albert import Model as AlbertModel
 from tfm_jax.models.bert import Model as BertModel
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.paths import flatten
 from tfm_jax.sections import build_model
-from tfm_jax.tasks import token_prediction
+from tfm_jax.tasks import span_extraction, token_prediction
 from tfm_jax.tasks.base import bind
-from tfm_jax.tasks.distillation import divergence, make
+from tfm_jax.tasks.distillation import captured, divergence, make
 from tfm_jax.train import rundir
 from tfm_jax.train.build import build
 from tfm_jax.train.restore import load_params, open_checkpoint
@@ -77,7 +78,7 @@ def test_a_student_comes_nearer_to_its_teacher(make_config, teacher):
 
     @functools.partial(jax.jit, static_argnums=1)
     def trained(params, weight):
-        task = make(teacher="x", teacher_model=model, model=None, build=plain, task={}, temperature=1.0,
+        task = make(teacher="x", taught_by=model, model=None, build=plain, task={}, temperature=1.0,
                     soft_weight=weight)  # fmt: skip
 
         def step(carry, _):
@@ -109,9 +110,7 @@ def test_the_loss_is_the_weighted_sum(make_config, teacher):
     def out(task, train=True):
         return jax.jit(lambda: task.loss(apply, params, extra, batch, None, train))()
 
-    task = make(
-        teacher="x", teacher_model=model, model=None, build=plain, task={}, temperature=heat, soft_weight=weight
-    )
+    task = make(teacher="x", taught_by=model, model=None, build=plain, task={}, temperature=heat, soft_weight=weight)
     hard = jax.jit(lambda: token_prediction.make().loss(apply, params, {}, batch, None, True))()
     soft = np.sum(divergence(told, apply(params, train=True, **batch["inputs"])["logits"], heat) * batch["weights"])
     want = (1 - weight) * float(hard.total) + weight * heat**2 * float(soft)
@@ -149,7 +148,7 @@ def test_states_and_scores_are_matched_as_slow_numpy_does(ours, theirs, width):
     valid = jnp.asarray(np.arange(6)[None] < np.array([[6], [4], [1]]))
     batch = {"inputs": {"tokens": tokens, "valid": valid}, "targets": tokens,
              "weights": jnp.asarray(draw.integers(0, 2, (3, 6)), jnp.float32) * valid}  # fmt: skip
-    task = make(teacher="x", teacher_model=teacher, model=student, build=plain, task={}, soft_weight=0.0,
+    task = make(teacher="x", taught_by=teacher, model=student, build=plain, task={}, soft_weight=0.0,
                 hidden=((0, 0), (1, 2)), hidden_weight=0.5, attention=((1, 1),), attention_weight=0.25)  # fmt: skip
     params = task.init_params(student.init(jax.random.key(0), tokens)["params"], jax.random.key(1))
     assert ("bridge" in params) == (width != 16)
@@ -200,7 +199,7 @@ def test_bad_pairs():
     batch = {"inputs": {"tokens": tokens}, "targets": tokens, "weights": jnp.ones((1, 6))}
 
     def tried(**changes):
-        task = make(teacher="x", teacher_model=other, model=small, build=plain, task={}, **changes)
+        task = make(teacher="x", taught_by=other, model=small, build=plain, task={}, **changes)
         params = small.init(jax.random.key(0), tokens)["params"]
         extra = {"inner": {}, "teacher": other.init(jax.random.key(0), tokens)["params"]}
         return task.loss(bind(small, {}), params, extra, batch, None, True)
@@ -211,3 +210,56 @@ def test_bad_pairs():
         tried(hidden=((1, 2),))
     with says("task.attention: the student has 2 heads, the teacher 4."):
         tried(attention=((1, 1),))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_layers_that_share_a_block_are_told_apart(layers):
+    """Unrolled as scanned, and each is what a shallower model ends with."""
+    tokens = jnp.asarray(DRAW.integers(0, 9, (2, 5)))
+    sizes = dict(vocab_size=9, max_len=6, embedding_width=8, outputs=())
+    block = BlockSpec(width=8, heads=2, norm_position="post")
+    found = {}
+    for loop in ("loop", "scan"):
+        model = AlbertModel(block, layers=layers, layer_loop=loop, **sizes)
+        params = model.init(jax.random.key(0), tokens)["params"]
+        said = bind(model, {})(params, tokens=tokens, train=False, capture=True)
+        found[loop] = captured(said["captured"])
+        assert [len(found[loop][name]) for name in ("states", "scores")] == [layers + 1, layers]
+    for name, each in found["loop"].items():
+        for ours, theirs in zip(each, found["scan"][name], strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    for depth in range(1, layers + 1):
+        shallow = AlbertModel(block, layers=depth, **sizes).apply({"params": params}, tokens)["states"]
+        np.testing.assert_allclose(found["loop"]["states"][depth], shallow, atol=1e-6)
+
+
+def test_a_teacher_of_numbers():
+    """One logit is no distribution: the squared difference."""
+    a, b = DRAW.normal(size=(2, 5, 1))
+    np.testing.assert_allclose(divergence(jnp.asarray(a), jnp.asarray(b), 2.0), ((a - b)[:, 0] / 2) ** 2, rtol=1e-5)
+
+
+def test_what_has_no_logits_is_refused():
+    small = BertModel(BlockSpec(width=8, heads=2), vocab_size=9, max_len=6, layers=1, outputs=("span",))
+    tokens = jnp.zeros((1, 6), jnp.int32)
+    batch = {"inputs": {"tokens": tokens, "valid": jnp.ones((1, 6), bool)}, "targets": jnp.zeros((1, 2), jnp.int32),
+             "weights": jnp.ones(1)}  # fmt: skip
+    section = {"name": "span_extraction"}
+    task = make(teacher="x", taught_by=small, model=small, build=lambda _: span_extraction.make(), task=section)
+    params = small.init(jax.random.key(0), tokens)["params"]
+    with says("task.name=distillation matches logits, and the student gives none that are one array for"
+              " task.task.name='span_extraction'."):  # fmt: skip
+        task.loss(bind(small, {}), params, {"inner": {}, "teacher": params}, batch, None, True)
+
+
+def test_a_trained_student_needs_its_teachers_folder_no_more(make_config, tmp_path):
+    train(make_config({"train.steps": 3, "model.layers": 2}), tmp_path / "teacher")
+    config = student(make_config, tmp_path / "teacher", **{"train.steps": 3})
+    train(config, tmp_path / "run")
+    want = flatten(load_params(tmp_path / "run")[0])
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    for path, x in flatten(load_params(tmp_path / "run")[0]).items():
+        np.testing.assert_array_equal(x, want[path])
+    kept = rundir.read_config(tmp_path / "run")
+    assert kept["task"]["teacher_model"]["layers"] == 2 and kept["model"]["width"] == 8
+    assert build(kept, tokenizer_dir=tmp_path / "run" / "tokenizer", for_training=False).model.layers == 1

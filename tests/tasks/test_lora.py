@@ -12,12 +12,14 @@ import pytest
 from experiments import adapters as adapters_command
 from experiments import evaluate
 from tests.errors import says
+from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
 from tfm_jax.tasks import token_prediction
 from tfm_jax.tasks.lora import wrap
+from tfm_jax.train import adapters, rundir
 from tfm_jax.train.build import build
-from tfm_jax.train.restore import load_params, open_checkpoint
+from tfm_jax.train.restore import load_params, open_checkpoint, restore_for_evaluation
 from tfm_jax.train.run import train
 
 LORA = {"rank": 2, "alpha": 6.0, "pattern": r"attention/(query|value)/kernel$", "train": [r"final_norm/"]}
@@ -151,3 +153,41 @@ def test_what_a_task_adds_is_trained_without_being_named():
     paths = flatten(wrapped.init_params(kernel, jax.random.key(0)))
     frozen = {path for path in paths if any(re.search(pattern, path) for pattern in wrapped.frozen)}
     assert frozen == {"attention/query/kernel"} and "bridge/kernel" in paths
+
+
+def test_a_base_with_another_head(make_config, tmp_path):
+    """Of which the run took what it wanted; put on again they are what was trained."""
+    base = {"model.name": "bert", "model.types": 0, "data.objective": "mask", "model.outputs": "('tokens',)"}
+    train(make_config({**base, "train.steps": 3}), tmp_path / "base")
+    rows = [{"text": f"the whale {i % 3}", "label": "abc"[i % 3]} for i in range(24)]
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = configs.resolve(
+        {
+            "model": {"name": "bert", "layers": 1, "width": 16, "heads": 2, "max_len": 16, "types": 0,
+                      "outputs": ("classes",)},
+            "task": {"name": "classification"},
+            "data": {"name": "examples", "source": f"jsonl:{tmp_path}/*.jsonl", "tokenizer": f"run:{tmp_path}/base",
+                     "seq_len": 16, "batch_size": 8},
+            "optim": {"lr": 1e-2, "warmup_steps": 2},
+            "train": {"steps": 4, "adapter": {"rank": 2, "train": ["pooler/", "class_head/"]}},
+            "checkpoint": {"init_from": str(tmp_path / "base"), "every": 2},
+            "evals": {"validation": {"split": "validation"}},
+            "log": {"every": 1, "tensorboard": False},
+        }
+    )  # fmt: skip
+    train(run, tmp_path / "run")
+    adapters.save(tmp_path / "run", tmp_path / "saved")
+    adapters.put_on(tmp_path / "saved", tmp_path / "base", tmp_path / "back")
+    want, found = (flatten(load_params(tmp_path / name)[0]) for name in ("run", "back"))
+    assert want.keys() == found.keys() and any("class_head" in path for path in want)
+    for path, x in want.items():
+        np.testing.assert_allclose(found[path], x, atol=1e-6, err_msg=path)
+    # Evaluated from the mean of two checkpoints as it is exported from it.
+    config = rundir.read_config(tmp_path / "run")
+    assert config["data"]["names"] == ["a", "b", "c"] and config["model"]["vocab_size"] == 258
+    experiment = build(config, tokenizer_dir=tmp_path / "run" / "tokenizer", for_training=False)
+    state, _ = restore_for_evaluation(experiment, tmp_path / "run", average=2)
+    evaluated = flatten(experiment.task.eval_params(state.params, state.extra))
+    for path, x in flatten(load_params(tmp_path / "run", average=2)[0]).items():
+        np.testing.assert_allclose(evaluated[path], x, atol=1e-6, err_msg=path)

@@ -1,10 +1,12 @@
 """A run that ends when a metric has stopped becoming better: when, what it leaves, and that it stays ended."""
 
 import json
+import math
 
 import pytest
 
 from tests.errors import says
+from tfm_jax.errors import UserError
 from tfm_jax.train import run as loop
 from tfm_jax.train.settings import Train
 
@@ -22,6 +24,9 @@ CHANGES = {"train.steps": 12, "train.eval_every": 2, "train.stop_metric": f"'{ME
         ([1.0, 0.9, 0.8], "higher", True),
         ([1.0, 2.0, 1.5], "higher", False),
         ([], "lower", False),
+        ([math.nan, 0.1, 0.2, 0.3], "higher", False),
+        ([0.3, math.nan, 0.1], "higher", True),
+        ([math.nan, 3.0, 2.0, 1.0], "lower", False),
     ],
 )
 def test_when(history, goal, ends):
@@ -62,5 +67,7 @@ def test_a_crash_before_the_end_is_written(make_config, tmp_path):
 def test_bad_input(make_config, tmp_path):
     with says("train.stop_metric='eval/validation/loss' is looked at when evaluating: set train.eval_every."):
         Train(steps=9, stop_metric=METRIC)
-    with says("train.stop_metric='eval/valid/loss' is none that is evaluated. Did you mean 'eval/validation/loss'?"):
+    with says("train.stop_metric='eval/valid/loss' is of no evaluator. Did you mean 'eval/validation/loss'?"):
         loop.train(make_config({**CHANGES, "train.stop_metric": "'eval/valid/loss'"}), tmp_path / "run")
+    with pytest.raises(UserError, match="los' is none that is evaluated"):
+        loop.train(make_config({**CHANGES, "train.stop_metric": "'eval/validation/los'"}), tmp_path / "run")

@@ -57,7 +57,8 @@ def make(
       pair: the field of a second text.
       pair_as: whether the two are `joined` in one row, or stay `apart`, for a task that compares them.
       label: the field to predict; None for texts that only belong together, whose targets are 0.
-      names: the classes in their order; those of the train split, sorted, if None.
+      names: the classes in their order; those of the train split, sorted, if None, and kept with the run. Labels may be their
+        numbers instead.
       predictions: a `.npy` of what a teacher predicts for each example of the train split, in its order, (N, C) float, as
         `python -m experiments.predict` writes it; a training batch then has it as `teacher`.
       kind: `class`, whose names or numbers are those of the train split, or a `number`.
@@ -139,6 +140,7 @@ def make(
         tokenizer=codec,
         facts={name: {"examples": len(found)} for name, found in makers.items()},
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
+        filled_in={"names": classes} if label is not None and kind == "class" else {},
         sizes=sizes | ({"types": 2} if pair is not None and not apart and frame.types else {}),
     )
 
@@ -194,14 +196,17 @@ def _classes(labels: Sequence[Any], source: str, field: str) -> list[Any]:
 def _targets(labels: Sequence[Any], kind: Kind, classes: Sequence[Any], where: str, field: str) -> np.ndarray:
     if kind == "number":
         for i, value in enumerate(labels):
-            if isinstance(value, str):
+            if isinstance(value, str) or value != value:
                 raise UserError(f"{where} {i}: the field {field!r} is {value!r}, not a number.")
         return np.asarray(labels, np.float32)
-    number = {name: i for i, name in enumerate(classes)}
+    number: dict[Any, int] = {i: i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     for i, value in enumerate(labels):
         if value not in number:
             hint = nearest(str(value), [str(name) for name in classes])
-            raise UserError(f"{where} {i}: {value!r} in the field {field!r} is no class of the train split.{hint}")
+            raise UserError(
+                f"{where} {i}: {value!r} in the field {field!r} is none of the classes, which are the train split's or"
+                f" data.names.{hint}"
+            )
     return np.asarray([number[value] for value in labels], np.int32)
 
 

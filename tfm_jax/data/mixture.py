@@ -92,6 +92,7 @@ def make(
         tokenizer=made[first].tokenizer,
         facts={f"{name}/{split}": found for name, data in made.items() for split, found in data.facts.items()},
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
+        filled_in={"parts": {name: {**section, **made[name].filled_in} for name, section in parts.items()}},
         sizes={
             "classes": {name: data.sizes["classes"] for name, data in made.items() if "classes" in data.sizes},
             "types": max(data.sizes.get("types", 1) for data in made.values()),
@@ -160,6 +161,10 @@ class _Named:
     def __init__(self, dataset: Dataset, part: str) -> None:
         self._dataset, self._part = dataset, part
         self.batch_size, self.num_batches = dataset.batch_size, dataset.num_batches
+
+    def __getattr__(self, name: str) -> Any:
+        # What an evaluator asks of a data set besides batches: references, names, the texts of windows.
+        return getattr(self._dataset, name)
 
     def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
         return {**self._dataset.batch_at(step, rows), "part": {self._part: None}}

@@ -134,7 +134,10 @@ def _records(corpus: Corpus, split: str, context: str, answers: str) -> list[Rec
             text = text_of(value, where, context)
             if not isinstance(found, Mapping) or not {"text", "answer_start"} <= set(found):
                 raise UserError(f"{where}: the field {answers!r} is not a dict with 'text' and 'answer_start'.")
-            texts, starts = [text_of(x, where, answers) for x in found["text"]], [int(i) for i in found["answer_start"]]
+            texts, starts = [text_of(x, where, answers) for x in found["text"]], [*found["answer_start"]]
+            if wrong := [i for i in starts if not isinstance(i, int | np.integer)]:
+                raise UserError(f"{where}: the field {answers!r} has the start {wrong[0]!r}, which is no whole number.")
+            starts = [int(i) for i in starts]
             if not texts or len(texts) != len(starts):
                 raise UserError(f"{where}: the field {answers!r} has {len(texts)} texts and {len(starts)} starts.")
             for answer, start in zip(texts, starts, strict=True):

@@ -105,6 +105,7 @@ def make(
         facts={name: {"examples": len(one)} for name, one in made.items()},
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         sizes={"classes": len(known)},
+        filled_in={"names": known},
     )
 
 

@@ -134,3 +134,5 @@ class Data:
     """Of everything that determines the batches but the seed: hosts compare it and a run records it."""
     sizes: Mapping[str, Any] = field(default_factory=dict)
     """What a model needs besides the vocabulary, by its field (`classes`); one that a config leaves out is filled in."""
+    filled_in: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of its own section that it has decided and a run is to keep: the names of its classes."""

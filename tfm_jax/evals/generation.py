@@ -50,6 +50,7 @@ def make(
         raise UserError("evals: generation needs data with reference texts: data.name=pairs.")
     if not hasattr(context.model, "init_caches"):
         raise UserError("evals: generation needs a model that decodes: it has no init_caches.")
+    dataset.references(0)  # a field that is not there is better missed before training
     count = min(dataset.num_batches, max_batches or dataset.num_batches)
     tokenizer = context.data.tokenizer
 

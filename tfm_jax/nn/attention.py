@@ -226,12 +226,13 @@ def attention(
     return IMPLEMENTATIONS[implementation](q, k, v, mask, scale, dropout)
 
 
-def scores(q: jax.Array, k: jax.Array, spec: BlockSpec) -> jax.Array:
-    """Scaled q k^T of (B, T, H, K) and (B, S, G, K), (B, H, T, S) float32, without mask or bias."""
+def scores(q: jax.Array, k: jax.Array, spec: BlockSpec, mask: Mask) -> jax.Array:
+    """Scaled q k^T of (B, T, H, K) and (B, S, G, K), (B, H, T, S) float32, without bias; 0 where the mask hides the key."""
     b, t, h, size = q.shape
     grouped = (q * (size**-0.5 if spec.attention_scale == "sqrt" else 1.0)).reshape(b, t, k.shape[2], -1, size)
     found = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=jnp.float32)
-    return found.reshape(b, h, t, k.shape[1])
+    found, allowed = found.reshape(b, h, t, k.shape[1]), mask.block(slice(0, t), slice(0, k.shape[1]))
+    return found if allowed is None else jnp.where(allowed[:, None], found, 0.0)
 
 
 def dense(spec: BlockSpec, features: int, role: Role, fan_in: int, layers: int, name: str) -> Dense:
@@ -260,7 +261,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache = written(cache, k, v, mask)
             k, v = cache
-        say(self, "scores", lambda: scores(q, k, spec))
+        say(self, "scores", lambda: scores(q, k, spec, mask))
         return mixed(self, q, k, v, mask, x.shape[-1]), cache
 
 

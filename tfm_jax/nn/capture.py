@@ -16,10 +16,20 @@ AUXILIARY = "auxiliary"
 
 
 def say(module: Any, name: str, value: jax.Array | Callable[[], jax.Array]) -> None:
-    """Put a value under the module's own path and this name, if the collection `intermediates` is mutable."""
+    """Put a value under the module's own path and this name, if the collection `intermediates` is mutable.
+
+    What a module says each time that it is called, one that all layers share, gets an axis in front.
+    """
     if module.is_mutable_collection(SAID):
         found = value() if callable(value) else value
-        module.sow(SAID, name, found, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+        def and_then(old: Any, new: jax.Array) -> jax.Array:
+            if old is None:
+                return new
+            before = old if old.ndim > new.ndim else old[None]
+            return jnp.concatenate([before, new[None]])
+
+        module.sow(SAID, name, found, reduce_fn=and_then, init_fn=lambda: None)
 
 
 def auxiliary(module: Any, **numbers: jax.Array) -> None:

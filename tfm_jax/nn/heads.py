@@ -40,6 +40,10 @@ def classes_of(model: Any) -> int:
     """The field `classes`, once it is set."""
     if model.classes is None:
         raise UserError("model.classes is not set, and no data set has filled it in.")
+    if isinstance(model.classes, Mapping):
+        raise UserError(
+            f"model.outputs={tuple(model.outputs)}: several heads by name ({', '.join(model.classes)}) are for 'classes' alone."
+        )
     classes: int = model.classes
     return classes
 

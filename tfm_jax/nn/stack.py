@@ -53,7 +53,7 @@ class Stack(nn.Module):
         """(B, T, D) to (B, T, D), with the caches as they are after these T positions.
 
         Where the collection `intermediates` is mutable it gets `inputs` (B, T, D), and of each block `states` (B, T, D), what
-        it returns, and of `Attention` its `scores` (B, H, T, S) float32, before mask and softmax.
+        it returns, and of `Attention` its `scores` (B, H, T, S) float32, before softmax and 0 where masked.
         """
         say(self, "inputs", x)
         block: Any = Block

@@ -30,9 +30,15 @@ def make(*, label_smoothing: float = 0.0) -> Task:
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         rngs = None if rng is None else {"dropout": rng}
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
+        if "logits" not in out:
+            raise UserError(f"This model gives no class: it returns {', '.join(sorted(out))}. See model.outputs.")
         logits, targets, weights = out["logits"], batch["targets"], batch["weights"]
         if targets.ndim != 1:
             raise UserError(f"task.name=classification wants one class a row; this data's targets are {targets.shape}.")
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise UserError(
+                "task.name=classification wants classes, and this data's targets are numbers: try regression."
+            )
         if logits.ndim != 2:
             raise UserError(f"This model's logits are {logits.shape}, a class for each example wants (B, classes).")
         nll = cross_entropy(logits, targets, label_smoothing=label_smoothing if train else 0.0)

@@ -28,7 +28,8 @@ BRIDGE = "bridge"
 def make(
     *,
     teacher: str | None = None,
-    teacher_model: nn.Module | None,
+    teacher_model: Mapping[str, Any] | None = None,
+    taught_by: nn.Module | None,
     model: nn.Module,
     build: Callable[[Mapping[str, Any]], Task],
     task: Annotated[Mapping[str, Any], Inside("task")],
@@ -47,7 +48,8 @@ def make(
 
     Args:
       teacher: its run directory; None for a teacher that has spoken beforehand, in each batch's `teacher` (`data.predictions`).
-      teacher_model: its model (not a config key).
+      teacher_model: its section `model`; that of the run if None, and kept with this run, which needs the other's folder no more.
+      taught_by: its model (not a config key).
       model: the student (not a config key).
       build: from a section to a task (not a config key).
       task: the section of the task that is wrapped, `{"name": "classification"}`.
@@ -69,17 +71,17 @@ def make(
         if weight < 0:
             raise UserError(f"task.{name}={weight}: must be at least 0.")
     states, heads = _pairs("hidden", hidden, 0), _pairs("attention", attention, 1)
-    widths = [_width(m) for m in (model, teacher_model)] if states and teacher_model is not None else [0, 0]
+    widths = [_width(m) for m in (model, taught_by)] if states and taught_by is not None else [0, 0]
     bridges = {"embeddings": any(s == 0 for s, _ in states), "states": any(s > 0 for s, _ in states)}
     inner = build(task)
-    if teacher_model is None and (states or heads):
+    if taught_by is None and (states or heads):
         raise UserError("task.hidden and task.attention need the teacher itself: task.teacher=RUN.")
 
     def blank(params: Params) -> Params:
         # Filled in from `teacher` when a run begins; see `Task.donors`.
-        if teacher_model is None:
+        if taught_by is None:
             return {}
-        shapes = jax.eval_shape(lambda: teacher_model.init(jax.random.key(0), **teacher_model.example()))["params"]
+        shapes = jax.eval_shape(lambda: taught_by.init(jax.random.key(0), **taught_by.example()))["params"]
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def init_params(params: Params, key: jax.Array) -> Params:
@@ -110,13 +112,19 @@ def make(
             return out
 
         hard = inner.loss(listened, plain(params), extra["inner"], batch, rng, train)
-        if teacher_model is not None:
-            told = bind(teacher_model, {})(extra[KEY], **batch["inputs"], train=False, capture=listening)
+        if taught_by is not None:
+            told = bind(taught_by, {})(extra[KEY], **batch["inputs"], train=False, capture=listening)
             told = jax.lax.stop_gradient(told)
         elif "teacher" in batch:
             told = {"logits": batch["teacher"]}
         else:
             raise UserError("task.teacher is not set, and the data has no data.predictions of a teacher.")
+        for name, out in (("student", said), ("teacher", told)):
+            if not isinstance(out.get("logits"), jax.Array):
+                raise UserError(
+                    f"task.name=distillation matches logits, and the {name} gives none that are one array for"
+                    f" task.task.name={task.get('name', 'token_prediction')!r}."
+                )
         if said["logits"].shape != told["logits"].shape:
             raise UserError(
                 f"task.teacher={teacher!r}: its logits are {told['logits'].shape}, the student's {said['logits'].shape}."
@@ -129,8 +137,9 @@ def make(
         if listening:
             # Each row counts as much as its targets do.
             rows = jnp.sum(weights.reshape(weights.shape[0], -1), axis=1)
-            valid = batch["inputs"].get("valid", jnp.ones(batch["inputs"]["tokens"].shape, bool))
             ours, theirs = captured(said["captured"]), captured(told["captured"])
+            valid = batch["inputs"].get("valid")
+            valid = jnp.ones(ours["states"][0].shape[:2], bool) if valid is None else valid
             for name, weight, errors in (
                 ("hidden_loss", hidden_weight, _states(states, ours, theirs, valid, params.get(BRIDGE, {}))),
                 ("attention_loss", attention_weight, _scores(heads, ours, theirs, valid)),
@@ -167,8 +176,10 @@ def captured(said: Any) -> Captured:
             found["states"][0] = x
         elif (number := re.search(r"block_(\d+)/", path)) is not None:
             found[name][int(number[1]) + 1] = x
-        else:
-            for i in range(x.shape[0]):  # scanned
+        elif x.ndim == {"states": 3, "scores": 4}[name]:
+            found[name][1] = x  # shared by all layers, of which there is one
+        else:  # scanned, or shared
+            for i in range(x.shape[0]):
                 found[name][i + 1] = x[i]
     return Captured({name: [by_layer[i] for i in sorted(by_layer)] for name, by_layer in found.items()})
 
@@ -224,7 +235,10 @@ def _width(model: nn.Module) -> int:
 
 
 def divergence(teacher: jax.Array, student: jax.Array, temperature: float) -> jax.Array:
-    """KL(teacher || student) of logits (..., C) over a temperature, (...) float32 nats."""
+    """KL(teacher || student) of logits (..., C) over a temperature, (...) float32 nats; of a single number, which is no
+    distribution, the squared difference over temperature^2."""
+    if teacher.shape[-1] == 1:
+        return ((teacher - student)[..., 0].astype(jnp.float32) / temperature) ** 2
     p = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature, axis=-1)
     q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature, axis=-1)
     return jnp.sum(jnp.exp(p) * (p - q), axis=-1)

@@ -30,5 +30,6 @@ def with_ema(task: Task, decay: float) -> Task:
 
     return dataclasses.replace(
         extended(task, "ema", init=copied, update=followed),
-        eval_params=lambda params, extra: task.eval_params(extra["ema"], extra["inner"]),
+        # An average of parameters of which some are held at zero is not zero there.
+        eval_params=lambda params, extra: task.eval_params(task.project(extra["ema"], extra["inner"]), extra["inner"]),
     )

@@ -63,9 +63,9 @@ def make(
             logits = out.get("logits")
             if not isinstance(logits, Mapping):
                 return out
-            if name not in logits:
-                raise UserError(f"model.classes has no head for {name!r}.{nearest(name, logits)}")
-            return {**out, "logits": logits[name]}
+            others = {key: x for key, x in out.items() if key != "logits"}
+            # A part whose task reads other outputs has no head among them.
+            return {**others, "logits": logits[name]} if name in logits else others
 
         return applied
 

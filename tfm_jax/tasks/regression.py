@@ -25,6 +25,8 @@ def make(*, scale: float = 1.0) -> Task:
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         rngs = None if rng is None else {"dropout": rng}
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
+        if "logits" not in out:
+            raise UserError(f"This model gives no number: it returns {', '.join(sorted(out))}. See model.outputs.")
         if out["logits"].ndim != 2 or out["logits"].shape[1] != 1:
             raise UserError(f"This model's logits are {out['logits'].shape}, a number for each example wants (B, 1).")
         if batch["targets"].ndim != 1:

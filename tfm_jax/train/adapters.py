@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tfm_jax import config as configs
-from tfm_jax.errors import UserError, nearest
+from tfm_jax.errors import UserError
 from tfm_jax.files import write_atomic
 from tfm_jax.paths import compile_patterns, flatten
+from tfm_jax.sections import family
 from tfm_jax.tasks.adapters import KEY
 from tfm_jax.train import rundir
 from tfm_jax.train.build import build_task
 from tfm_jax.train.checkpoint import Checkpointer
 from tfm_jax.train.restore import load_params, open_checkpoint
+from tfm_jax.train.surgery import LINE, transfer
 
 ARRAYS, RECORD = "adapter.safetensors", "adapter.json"
 
@@ -55,7 +58,8 @@ def save(run: Path, folder: Path, step: int | None = None) -> dict[str, Any]:
     save_file({path: np.asarray(x) for path, x in own.items()}, folder / ARRAYS)
     if (run / "tokenizer").is_dir():
         shutil.copytree(run / "tokenizer", folder / "tokenizer")
-    record = {"config": config, "step": found, "base": _digest(base)}
+    shapes = {path: list(x.shape) for path, x in base.items()}
+    record = {"config": config, "step": found, "base": _digest(base), "shapes": shapes}
     write_atomic(folder / RECORD, configs.to_json(record))
     count = sum(x.size for x in own.values())
     return {
@@ -80,18 +84,22 @@ def put_on(folder: Path, base: Path, run: Path) -> dict[str, Any]:
     config = record["config"]
     with safe_open(folder / ARRAYS, "numpy") as file:
         own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    leaves = {path: x for path, x in flatten(load_params(base)[0]).items() if path not in own}
-    task = build_task(config)
-    tree: dict[str, Any] = {}
-    for path, x in {**leaves, **own}.items():
-        place = tree
-        *above, last = path.split("/")
-        for name in above:
-            place = place.setdefault(name, {})
-        place[last] = jax.numpy.asarray(x)
+    task, settings = build_task(config), config["checkpoint"]
+    # The base is taken as the run had taken it: without heads that it did not want, and with its names and layers.
+    blank = tree_of({path: jax.numpy.zeros(shape) for path, shape in record["shapes"].items()})
+    taken, report = transfer(
+        flatten(load_params(base)[0]),
+        blank,
+        rename=settings["rename"],
+        layers=settings["layers"],
+        resize_positions=settings["resize_positions"],
+        resize=family(config["model"]["name"], "RESIZE", LINE),
+    )
+    if report.missing:
+        raise UserError(f"{base} has no {report.missing[0]}, which these adapters stand on.")
+    leaves = flatten(taken)
+    tree = tree_of({**leaves, **{path: jax.numpy.asarray(x) for path, x in own.items()}})
     kernels = {path.removeprefix(f"{KEY}/").rpartition("/")[0] for path in own if path.startswith(f"{KEY}/")}
-    if missing := sorted(kernels - leaves.keys()):
-        raise UserError(f"{base} has no {missing[0]}, which these adapters stand on.{nearest(missing[0], leaves)}")
     if _digest(leaves) != record["base"]:
         raise UserError(f"{base} is not what these adapters were trained on: its other parameters differ.")
     merged = task.eval_params(tree, jax.eval_shape(task.init_extra, tree))
@@ -107,6 +115,18 @@ def put_on(folder: Path, base: Path, run: Path) -> dict[str, Any]:
     write_atomic(run / "config.json", configs.to_json(config))
     rundir.write_status(run, "finished", f"adapters of {folder} on {base}", step=record["step"])
     return {"step": record["step"], "adapted": len(kernels), "run": str(run)}
+
+
+def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of arrays by path."""
+    tree: dict[str, Any] = {}
+    for path, x in leaves.items():
+        *above, last = path.split("/")
+        place = tree
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = x
+    return tree
 
 
 def _digest(leaves: dict[str, Any]) -> str:

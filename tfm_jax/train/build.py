@@ -17,7 +17,7 @@ import jax
 
 from tfm_jax import config as configs
 from tfm_jax.data.tokenizers import reads_others
-from tfm_jax.errors import UserError
+from tfm_jax.errors import UserError, nearest
 from tfm_jax.evals.base import Context, Evaluate
 from tfm_jax.names import resolve
 from tfm_jax.nn.attention import choose
@@ -29,7 +29,7 @@ from tfm_jax.sections import build_model, family, fill, make_named, section_fiel
 from tfm_jax.tasks.base import Task, with_auxiliary
 from tfm_jax.tasks.ema import with_ema
 from tfm_jax.train import optim, schedules, settings
-from tfm_jax.train.rundir import read_config
+from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.state import TrainState, initialiser
 from tfm_jax.train.step import StepFn, make_train_step
 
@@ -130,7 +130,7 @@ def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_trai
     if for_training:
         check_batch(config, layout)
     data = _open_data(config["data"], tokenizer_dir)
-    config = _fill_sizes(config, data)
+    config = _filled_in(config, data)
     model = build_model(config["model"])
     layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
     task = build_task(config)
@@ -163,7 +163,7 @@ def build_task(config: configs.Config) -> Task:
     """The objective, with what `train` wraps around it.
 
     One whose `make` asks for `model` and `batch_size` (recurrent memory has their shape) is given the config's, one that asks
-    for `teacher_model` that of the run `teacher`, and one that asks for `build` what makes the task of a section inside it.
+    for `taught_by` the model of the run `teacher`, and one that asks for `build` what makes the task of a section inside it.
     """
     train = settings.Train(**config["train"])
 
@@ -173,9 +173,7 @@ def build_task(config: configs.Config) -> Task:
             section,
             model=lambda _: build_model(config["model"]),
             batch_size=lambda _: config["data"]["batch_size"],
-            teacher_model=lambda section: (
-                section["teacher"] and build_model(read_config(Path(section["teacher"]))["model"])
-            ),
+            taught_by=lambda section: section["teacher"] and build_model(_teacher_model(section)),
             build=lambda _: build,
         )
         return made
@@ -198,6 +196,12 @@ def check(config: configs.Config, layout: Layout) -> None:
     length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
     if length is not None and limit is not None and length > limit:
         raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")
+    watched = config["train"]["stop_metric"]
+    if watched is not None:
+        kind, _, rest = watched.partition("/")
+        if kind != "eval" or rest.partition("/")[0] not in config["evals"]:
+            known = [f"eval/{name}/loss" for name in config["evals"]]
+            raise UserError(f"train.stop_metric={watched!r} is of no evaluator.{nearest(watched, known)}")
     objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
     if objective is not None and fitting is not None and objective not in fitting:
         raise UserError(
@@ -255,10 +259,26 @@ def _open_data(section: dict[str, Any], tokenizer_dir: Path | None) -> Any:
     return make_named("data", section, tokenizer_dir=lambda _: saved)
 
 
-def _fill_sizes(config: configs.Config, data: Any) -> configs.Config:
-    """Give the model the data's vocabulary and the like (`configs.FILLED_IN`), or refuse one that is too small."""
-    model = dict(config["model"])
-    for name, size in {"vocab_size": data.vocab_size, **data.sizes}.items():
+def _teacher_model(section: Mapping[str, Any]) -> Any:
+    """The `model` section of a task's teacher."""
+    return section.get("teacher_model") or read_config(run_folder(Path(section["teacher"])))["model"]
+
+
+def _filled_in(config: configs.Config, data: Any) -> configs.Config:
+    """The config with everything that its data, donor and teacher decide (`configs.FILLED_IN`).
+
+    Raises:
+      UserError: a size of the model that is too small for the data.
+    """
+    model, task, sizes = dict(config["model"]), dict(config["task"]), {"vocab_size": data.vocab_size, **data.sizes}
+    donor = config["checkpoint"]["init_from"]
+    if donor is not None and model.get("vocab_size", 0) is None and data.vocab_size is not None:
+        # Pretraining may have added ids for its masks, which stay where they are.
+        there = read_config(run_folder(Path(donor)))["model"].get("vocab_size")
+        sizes["vocab_size"] = max(data.vocab_size, there or 0)
+    if task.get("teacher") is not None and "teacher_model" in task:
+        task["teacher_model"] = _teacher_model(task)
+    for name, size in sizes.items():
         if name not in model or size is None:
             continue
         if model[name] is None:
@@ -270,4 +290,4 @@ def _fill_sizes(config: configs.Config, data: Any) -> configs.Config:
             raise UserError(
                 f"model.{name}={model[name]} is too small: the data has {size}. Set at least {size}, or leave it out."
             )
-    return {**config, "model": model}
+    return {**config, "model": model, "task": task, "data": {**config["data"], **data.filled_in}}

@@ -17,16 +17,11 @@ from tfm_jax.paths import flatten, map_with_path
 from tfm_jax.sections import computes, family
 from tfm_jax.train.build import Experiment, build_task
 from tfm_jax.train.checkpoint import Checkpointer, CorruptCheckpoint, Restored, first_state
-from tfm_jax.train.rundir import read_config
+from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.state import TrainState
 from tfm_jax.train.surgery import LINE, Report, Resize, transfer
 
 log = logging.getLogger(__name__)
-
-
-def run_folder(path: Path) -> Path:
-    """The run of a `RUN/checkpoints/STEP`, or the folder itself."""
-    return path.parent.parent if path.name.isdigit() and path.parent.name == "checkpoints" else path
 
 
 def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, int]:
@@ -137,14 +132,15 @@ def load_params(path: Path, step: int | None = None, *, sharding: Any = None, av
     mean: Any = None
     try:
         for i, one in enumerate(_latest(path, checkpoints.steps(), found, average)):
-            state = {**wanted, **checkpoints.restore(one, abstract, partial=True).state}
-            params = task.eval_params(state["params"], state["extra"])
-            mean = params if mean is None else _mean(mean, params, i)
+            state = checkpoints.restore(one, abstract, partial=True).state
+            mean = state if mean is None else _mean(mean, state, i)
     except CorruptCheckpoint as error:
         raise UserError(f"Checkpoint {one} of {path} is damaged: {error}.") from None
     finally:
         checkpoints.close()
-    return mean, found
+    # What is trained is averaged, and not what is made from it: adapters, and not the kernels that they change.
+    mean = {**wanted, **mean}
+    return task.eval_params(mean["params"], mean["extra"]), found
 
 
 # Settings of the data that parameters have been trained for.

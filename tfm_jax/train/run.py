@@ -64,7 +64,7 @@ def train(config: configs.Config, run: Path, *, profile: tuple[int, int] | None 
                 raise UserError(f"--profile starts at step {profile[0]}, but train.steps={config['train']['steps']}.")
             # A tokenizer without a checkpoint may be another config's: a start that failed.
             tokenizer = run / "tokenizer" if rundir.has_checkpoint(run) else None
-            experiment = build(config, tokenizer_dir=tokenizer)  # 1
+            experiment = build(rundir.with_own(run, config), tokenizer_dir=tokenizer)  # 1
             evaluators = experiment.evaluators()
         except UserError as error:
             multihost.agree({}, problem=str(error))

@@ -52,19 +52,35 @@ def check_config(run: Path, config: configs.Config) -> None:
     path = run / "config.json"
     if not path.is_file():
         return
-    own, model = json.loads(path.read_text()), config["model"]
+    own = json.loads(path.read_text())
     # Keys that have been added since the run began have their defaults in it.
     with contextlib.suppress(UserError):
         own = configs.resolve(own)
-    # The data fills these in later; the run has them already.
-    known = {key: own["model"].get(key) for key in configs.FILLED_IN if key in model and model[key] is None}
-    config = {**config, "model": {**model, **known}}
-    if (lines := configs.differences(own, config)) and has_checkpoint(run):
+    if (lines := configs.differences(own, _filled_in(own, config))) and has_checkpoint(run):
         raise UserError(
             f"{run} belongs to another config. What differs (its own -> asked for):\n  "
             + "\n  ".join(lines)
             + "\nUse another --workdir, or delete this one."
         )
+
+
+def with_own(run: Path, config: configs.Config) -> configs.Config:
+    """The config with what a run that has a checkpoint has filled in; neither its donor nor its teacher's folder is needed again."""
+    path = run / "config.json"
+    return _filled_in(json.loads(path.read_text()), config) if path.is_file() and has_checkpoint(run) else config
+
+
+def _filled_in(own: Any, config: Any) -> Any:
+    """The config, with the run's own value of a key of `configs.FILLED_IN` where it has None or no such key in a part."""
+    if not isinstance(own, dict) or not isinstance(config, dict):
+        return config
+    out = {key: _filled_in(own.get(key), value) for key, value in config.items()}
+    return out | {key: own[key] for key in configs.FILLED_IN if own.get(key) is not None and out.get(key) is None}
+
+
+def run_folder(path: Path) -> Path:
+    """The run of a `RUN/checkpoints/STEP`, or the folder itself."""
+    return path.parent.parent if path.name.isdigit() and path.parent.name == "checkpoints" else path
 
 
 def has_checkpoint(run: Path) -> bool:

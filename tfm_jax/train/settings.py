@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -54,7 +55,9 @@ class Train:
         """Whether a metric's values at each evaluation so far say that the run should end."""
         if len(history) <= self.stop_patience:
             return False
-        best = min if self.stop_goal == "lower" else max
+        best, worst = (min, math.inf) if self.stop_goal == "lower" else (max, -math.inf)
+        # A correlation of predictions that are all alike is NaN, which is no progress and compares with nothing.
+        history = [worst if math.isnan(value) else value for value in history]
         return history.index(best(history)) < len(history) - self.stop_patience
 
 
