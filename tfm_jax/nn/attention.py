@@ -20,6 +20,7 @@ from tfm_jax.nn.linear import Dense, HeadNorm
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.positions import rotate
 from tfm_jax.nn.spec import BlockSpec, Role
+from tfm_jax.parallel.devices import platform
 from tfm_jax.parallel.sharding import constrain
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ def available(platform: str) -> tuple[str, ...]:
     return ("xla", "chunked", "cudnn") if platform == "gpu" else ("xla", "chunked")
 
 
-def choose(spec: BlockSpec, platform: str, *, biased: bool = False) -> str:
+def choose(spec: BlockSpec, where: str, *, biased: bool = False) -> str:
     """The implementation for a spec on a platform; `auto` is resolved and logged.
 
     Args:
@@ -160,7 +161,7 @@ def choose(spec: BlockSpec, platform: str, *, biased: bool = False) -> str:
     Raises:
       UserError: a name that does not exist, or one that this platform or this spec cannot have.
     """
-    here = available(platform)
+    here = available(where)
     if spec.attention != "auto":
         if spec.attention not in IMPLEMENTATIONS:
             raise UserError(
@@ -168,7 +169,7 @@ def choose(spec: BlockSpec, platform: str, *, biased: bool = False) -> str:
             )
         if spec.attention not in here:
             raise UserError(
-                f"model.attention={spec.attention!r} is not available on {platform}."
+                f"model.attention={spec.attention!r} is not available on {where}."
                 f" Available here: auto, {', '.join(here)}."
             )
         if spec.attention == "cudnn" and spec.dtype == "float32":
@@ -181,12 +182,12 @@ def choose(spec: BlockSpec, platform: str, *, biased: bool = False) -> str:
         return spec.attention
     if spec.attention_dropout:
         choice, reason = "xla", "attention_dropout needs the materialised weights"
-    elif platform == "cpu":
+    elif where == "cpu":
         choice, reason = "chunked", "on CPU it leaves out the masked half"
-    elif platform == "gpu" and spec.dtype != "float32" and not biased and _hopper():
+    elif where == "gpu" and spec.dtype != "float32" and not biased and _hopper():
         choice, reason = "cudnn", "fused attention wins on compute capability 9.0 and newer"
     else:
-        choice, reason = "xla", f"the compiler's own on {platform} with {spec.dtype}"
+        choice, reason = "xla", f"the compiler's own on {where} with {spec.dtype}"
     _say_once(choice, reason)
     return choice
 
@@ -309,7 +310,7 @@ def mixed(module: AttentionModule, q: jax.Array, k: jax.Array, v: jax.Array, mas
     weight_dropout: Any = None
     if module.train and spec.attention_dropout:
         weight_dropout = nn.Dropout(spec.attention_dropout, deterministic=False)
-    implementation = choose(spec, jax.default_backend(), biased=mask.bias is not None)
+    implementation = choose(spec, platform(), biased=mask.bias is not None)
     scale = None if spec.attention_scale == "sqrt" else 1.0
     out = attention(q, k, v, mask, scale=scale, implementation=implementation, dropout=weight_dropout)
     out = out.reshape(*q.shape[:2], spec.heads * spec.key_size)

@@ -1,4 +1,4 @@
-"""What a device can do at best, for model FLOPs utilisation."""
+"""What kind of device a program is for, and what one can do at best, for model FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ _PEAK = {
     "L4": 121e12,
     "V100": 125e12,
 }
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: that of the current mesh, whose devices may be elsewhere (a program compiled ahead of time)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
 
 
 @functools.cache

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.sharding import AxisType, Mesh
 
 from tfm_jax.errors import UserError
 from tfm_jax.parallel.sharding import Layout, Rule
@@ -53,8 +54,25 @@ def make(
         sizes[free[0]] = len(found) // fixed
     elif fixed != len(found):
         raise UserError(f"mesh: {asked} = {fixed} devices, but there are {len(found)}. Set one axis to -1 to fill up.")
-    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=found)
+    mesh = _mesh(sizes, found)
     return Layout(mesh, tuple(_rule(rule, tuple(sizes)) for rule in rules))
+
+
+def _mesh(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
+    """Devices in the order in which neighbours on an axis are near each other.
+
+    Several slices, which only the data-centre network joins, are the outermost part of `data`.
+    """
+    kinds, slices = (AxisType.Auto,) * len(sizes), len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh.data={sizes['data']} does not divide over {slices} slices, which only copies of the model can."
+        )
+    inside = (sizes["data"] // slices, *list(sizes.values())[1:])
+    across = (slices, *[1] * (len(sizes) - 1))
+    return Mesh(create_hybrid_device_mesh(inside, across, devices), tuple(sizes), axis_types=kinds)
 
 
 def _rule(rule: Any, axes: tuple[str, ...]) -> Rule:

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,20 +112,27 @@ class Experiment:
         return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(self.init).params))
 
 
-def build(config: configs.Config, *, tokenizer_dir: Path | None = None, for_training: bool = True) -> Experiment:
+def build(
+    config: configs.Config,
+    *,
+    tokenizer_dir: Path | None = None,
+    for_training: bool = True,
+    devices: Sequence[jax.Device] | None = None,
+) -> Experiment:
     """Check everything that can be checked without data, then open the data, then describe the rest.
 
     Nothing large is allocated: parameters are made by `fresh_state`, or read by a checkpoint.
 
     Args:
       tokenizer_dir: a run's saved tokenizer, used instead of making one.
+      devices: of the mesh; all that there are if None. They may be those of a topology that is elsewhere.
       for_training: whether the training batch must divide over the mesh; evaluation pads its own.
 
     Raises:
       UserError: whatever does not fit together, by the config's own names.
     """
     train, checkpoint = settings.Train(**config["train"]), settings.Checkpoint(**config["checkpoint"])
-    layout = mesh.make(**config["mesh"])
+    layout = mesh.make(**config["mesh"]) if devices is None else mesh.make(**config["mesh"], devices=devices)
     check(config, layout)
     if for_training:
         check_batch(config, layout)
@@ -210,7 +217,7 @@ def check(config: configs.Config, layout: Layout) -> None:
         )
     block = getattr(build_model(config["model"]), "block", None)
     if isinstance(block, BlockSpec):
-        choose(block, jax.default_backend())
+        choose(block, layout.mesh.devices.flat[0].platform)
     if (ways := layout.mesh.shape["expert"]) > 1:
         if not isinstance(block, BlockSpec) or not block.experts:
             name = config["model"]["name"]

@@ -1,0 +1,102 @@
+"""Collectives read from compiled programs: what was written down by hand, in loops, along axes; and the compiler's other spellings."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from tfm_jax.parallel import hlo
+from tfm_jax.parallel.hlo import Collective
+
+MESH = {"data": 2, "tensor": 4}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Of 12 x 8 float32 on each device, in a loop of 3, one of each kind along one axis or both."""
+    mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=(AxisType.Auto,) * 2)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(("data", "tensor")), out_specs=P(), check_vma=False)
+    def local(x):
+        def body(carry, _):
+            carry = jax.lax.psum(carry, "tensor") * 0.1
+            carry = jax.lax.psum_scatter(jnp.tile(carry, (2, 1)), "data", tiled=True)
+            carry = jax.lax.ppermute(carry, "tensor", [(0, 1), (1, 2), (2, 3), (3, 0)])
+            return jnp.sin(jax.lax.all_to_all(carry, "tensor", 0, 0, tiled=True)), None
+
+        x, _ = jax.lax.scan(body, x, None, length=3)
+        return jax.lax.all_gather(x, ("data", "tensor"), tiled=True)
+
+    compiled = jax.jit(local).lower(jnp.ones((96, 8))).compile()
+    return hlo.read(compiled.as_text(), MESH)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "axes", "group", "times"),
+    [
+        ("all-reduce", 384, ("tensor",), 4, 3),
+        ("reduce-scatter", 768, ("data",), 2, 3),
+        ("collective-permute", 384, ("tensor",), 2, 3),
+        ("all-to-all", 384, ("tensor",), 4, 3),
+        ("all-gather", 3072, ("data", "tensor"), 8, 1),
+    ],
+)
+def test_what_was_written_is_found(found, kind, size, axes, group, times):
+    (one,) = (c for c in found.collectives if c.kind == kind)
+    # The compiler on CPU sends several arrays of an all-to-all at once, and reduces and scatters as it likes.
+    assert (one.axes, one.group, one.times) == (axes, group, times)
+    assert one.size == size and found.endless == 0
+
+
+TEXT = """HloModule m
+
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %p = (s32[], bf16[8,16]) parameter(0)
+  %ag.2 = bf16[8,64]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={1}
+  %f.2 = bf16[8,64] fusion(%x), kind=kCustom, calls=%middle
+  %rs = (f32[4], f32[2,2]) reduce-scatter(%y, %z), channel_id=9, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%middle (x: bf16[8]) -> bf16[8] {
+  %ag.3 = bf16[64,8]{1,0} all-gather(%x), channel_id=11, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+}
+
+%start (x: bf16[8]) -> bf16[8] {
+  %ag.4 = bf16[64,8]{1,0} all-gather(%x), channel_id=11, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  ROOT %c = (bf16[8,8]) custom-call(%ag.4), custom_call_target="AsyncCollectiveStart"
+}
+
+%condition (p: (s32[], bf16[8,16])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%unsaid (p: (s32[], bf16[8,16])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %f.1 = bf16[8,64] fusion(%x), kind=kCustom, calls=%start
+  %w.1 = (s32[], bf16[8,16]) while(%t), condition=%condition, body=%body, metadata={op_name="a"}
+  %s = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) all-gather-start(%x), channel_id=12, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %w.2 = (s32[], bf16[8,16]) while(%t), condition=%unsaid, body=%other
+  %ar = f32[3]{0} all-reduce(%x), channel_id=13, replica_groups=mesh['a'=8] {'a':(4)2}, to_apply=%sum
+}
+"""
+
+
+def test_the_compilers_other_spellings():
+    program = hlo.read(TEXT, MESH)
+    assert program.endless == 1
+    assert {(c.kind, c.size, c.axes, c.group, c.times) for c in program.collectives} == {
+        ("all-gather", 8 * 64 * 2, ("tensor",), 4, 12),
+        ("reduce-scatter", 4 * (4 + 4) * 4, ("tensor",), 4, 12),
+        # Spread over a loop that it is hidden behind, but begun once.
+        ("all-gather", 64 * 8 * 2, ("data",), 2, 1),
+        ("all-gather", 32 * 4 * 2, ("tensor",), 4, 1),
+        ("all-reduce", 12, ("tensor",), 2, 1),
+    }
+    assert all(isinstance(c, Collective) for c in program.collectives)

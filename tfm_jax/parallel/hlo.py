@@ -1,0 +1,187 @@
+"""What a compiled program moves between devices: the collectives of its HLO, each as often as its loops run it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      kind: of `KINDS`.
+      size: bytes of its largest side on one device: what a gather gives, what a scatter is given.
+      axes: of the mesh, along which its groups lie; empty where they do not follow the mesh.
+      group: devices in a group.
+      times: how often a run of the program does it.
+    """
+
+    kind: str
+    size: int
+    axes: tuple[str, ...]
+    group: int
+    times: int
+
+
+class Program(NamedTuple):
+    """The collectives of a program, and how many of its loops do not say how often they run (counted once)."""
+
+    collectives: list[Collective]
+    endless: int
+
+
+def read(text: str, mesh: Mapping[str, int]) -> Program:
+    """The collectives in the text of an optimized HLO module.
+
+    A collective that a compiler has spread over several fusions, from its start to its end, is one: its channel says so.
+
+    Args:
+      mesh: sizes of its axes; the program's partitions are numbered along it.
+    """
+    computations, entry = _computations(text)
+    runs, endless = _runs(computations, entry)
+    found: list[Collective] = []
+    spread: dict[str, list[tuple[bool, Collective]]] = {}
+    for name, lines in computations.items():
+        begins = any('"AsyncCollectiveStart"' in line for line in lines)
+        for line in lines:
+            made, channel = _collective(line, mesh, runs.get(name, 0)), re.search(r"channel_id=(\d+)", line)
+            if made is not None and made.times:
+                if channel is None:
+                    found.append(made)
+                else:
+                    spread.setdefault(channel[1], []).append((begins, made))
+    for pieces in spread.values():
+        # Those in the middle of one that is spread over fusions run as often as what it is hidden behind.
+        started = [one for begins, one in pieces if begins]
+        found += started[:1] or [one for _, one in pieces]
+    return Program(found, endless)
+
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the name of the first one to run."""
+    out: dict[str, list[str]] = {}
+    name, entry = "", ""
+    for line in text.splitlines():
+        if found := _HEAD.match(line):
+            name = found[2]
+            out[name] = []
+            entry = name if found[1] else entry
+        elif line.startswith("}"):
+            name = ""
+        elif name:
+            out[name].append(line)
+    return out, entry
+
+
+_CALLS = re.compile(r"(calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+
+
+def _runs(computations: Mapping[str, list[str]], entry: str) -> tuple[dict[str, int], int]:
+    """How often each computation runs, and how many loops do not say."""
+    endless = 0
+    called: dict[str, list[tuple[str, int]]] = {}
+    for name, lines in computations.items():
+        calls = called.setdefault(name, [])
+        for line in lines:
+            calls += [(callee, 1) for _, names in _CALLS.findall(line) for callee in re.findall(r"[\w.\-]+", names)]
+            if loop := _LOOP.search(line):
+                times = _turns(line, computations.get(loop[1], []))
+                endless += times is None
+                calls.append((loop[2], times or 1))
+    runs: dict[str, int] = {}
+
+    def run(name: str, times: int) -> None:
+        runs[name] = runs.get(name, 0) + times
+        for callee, each in called.get(name, ()):
+            run(callee, times * each)
+
+    run(entry, 1)
+    return runs, endless
+
+
+def _turns(line: str, condition: Sequence[str]) -> int | None:
+    """How often a loop's body runs: as it says, or what its counter, from 0 on, is compared with."""
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+        return int(found[1])
+    text = "\n".join(condition)
+    limits = re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", text)
+    return int(limits[0]) if len(limits) == 1 and "direction=LT" in text else None
+
+
+_OP = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+
+
+def _collective(line: str, mesh: Mapping[str, int], times: int) -> Collective | None:
+    found = _OP.search(line)
+    if found is None:
+        return None
+    shapes, kind, started = found.groups()
+    sizes = [_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shapes)]
+    if not sizes:
+        return None
+    groups = _groups(line, math.prod(mesh.values()))
+    # A start gives its input and its output; other tuples are arrays that travel together.
+    size = max(sizes) if started else sum(sizes)
+    count = len(groups[0])
+    if kind == "reduce-scatter" and not started:
+        size *= count
+    return Collective(kind, size, _axes(groups, mesh), count, times)
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.sub(r"^[a-z]+(\d+).*$", r"\1", dtype))
+    return math.prod(int(d) for d in dims.split(",") if d) * max(bits // 8, 1)
+
+
+def _groups(line: str, devices: int) -> list[list[int]]:
+    """The groups of partitions that talk to each other; pairs, for a permutation."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}\}", line):
+        return [[int(i) for i in group.split(",")] for group in found[1].split("},{")]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, source = ([int(i) for i in part.split(",")] for part in found.groups()[:2])
+        ids = np.arange(math.prod(source)).reshape(source)
+        if found[3]:
+            ids = ids.transpose([int(i) for i in found[3].split(",")])
+        groups: list[list[int]] = ids.reshape(shape[0], -1).tolist()
+        return groups
+    if found := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", line):
+        return _named_groups(found[1], found[2])
+    return [list(range(devices))]
+
+
+def _named_groups(sizes: str, axes: str) -> list[list[int]]:
+    """Groups along axes of a mesh that the compiler has made up; `'a':(2)4` is a part of an axis, 4 wide behind 2."""
+    shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
+    ids = np.arange(math.prod(shape.values())).reshape(list(shape.values()))
+    split: list[tuple[str, int, bool]] = []
+    parts = {name: (int(before or 1), int(width or shape[name])) for name, before, width in
+             re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)}  # fmt: skip
+    for name, size in shape.items():
+        before, width = parts.get(name, (1, 1))
+        split += [(name, before, False), (name, width, name in parts), (name, size // before // width, False)]
+    ids = ids.reshape([size for _, size, _ in split])
+    along = [i for i, (_, _, chosen) in enumerate(split) if chosen]
+    others = [i for i in range(len(split)) if i not in along]
+    groups: list[list[int]] = ids.transpose(others + along).reshape(-1, math.prod(split[i][1] for i in along)).tolist()
+    return groups
+
+
+def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes along which members of a group differ."""
+    names, places = list(mesh), np.array(np.unravel_index(np.array(groups[0]), tuple(mesh.values())))
+    return tuple(name for name, row in zip(names, places, strict=True) if len(set(row.tolist())) > 1)
