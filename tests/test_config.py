@@ -336,9 +336,13 @@ def test_an_objective_that_makes_no_sense_of_a_model(make_config, name, objectiv
 
 
 def test_a_run_older_than_a_field_has_its_default():
-    section = configs.resolve({"model": {"name": "bert", "vocab_size": 9, "classes": 2}, "data": {"source": "stdlib"}})[
-        "model"
-    ]
+    section = configs.resolve(
+        {
+            "model": {"name": "bert", "vocab_size": 9, "classes": 2},
+            "data": {"source": "stdlib"},
+            "train": {"steps": 200},
+        }
+    )["model"]
     older = {key: value for key, value in section.items() if key not in ("experts", "norm_eps", "classes")}
     got, want = build_model(older), build_model(section)
     # The family's own, and not the block's.

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tfm_jax.parallel.flops import count, of_step
+from tfm_jax.parallel.flops import count
 from tfm_jax.train.build import build
 
 A, B = jnp.ones((3, 5, 7)), jnp.ones((7, 11))
@@ -30,14 +30,19 @@ def test_by_hand(function, want):
     assert count(jax.make_jaxpr(function)(A, B)) == want
 
 
+def of_step(built):
+    return jax.jit(built.step).trace(jax.eval_shape(built.init), built.data.train.batch_at(0)).jaxpr
+
+
 def test_a_step_is_the_papers_formula(make_config):
     """Chowdhery et al. 2022, appendix B: forward and backward, attention not halved."""
     for changes in ({}, {"model.layers": 2, "model.layer_loop": "scan"}):
         built = build(make_config({"model.attention": "xla", **changes}))
-        batch = built.data.train.batch_at(0)
-        assert of_step(jax.jit(built.step), jax.eval_shape(built.init), batch) == 64 * built.flops_per_token
+        assert count(of_step(built)) == 64 * built.flops_per_token
+        # 12 L H K T a token.
+        assert count(of_step(built), weights=False) == 64 * 12 * built.model.layers * 16 * 8
     again = build(make_config({"model.attention": "xla", "model.layers": 2, "model.remat": "full"}))
-    more = of_step(jax.jit(again.step), jax.eval_shape(again.init), batch)
+    more = count(of_step(again))
     logits = 6 * 64 * 16 * 257
     # A block is computed twice, the logits are not; the last product of a block is not needed again.
     plain = 64 * again.flops_per_token - logits

@@ -5,28 +5,34 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
 
-def count(traced: ClosedJaxpr | Jaxpr) -> float:
+def count(traced: ClosedJaxpr | Jaxpr, *, weights: bool = True) -> float:
     """FLOPs of all devices together: 2 for each multiplication with addition of a product or a convolution.
+
+    Args:
+      weights: whether products with one matrix for all rows count, or only those of rows with each other: attention.
 
     What else a program computes is not counted, as in published figures, nor what nobody reads; of a branch the larger side is.
     A loop that does not say how often it runs counts once.
     """
     jaxpr: Any = traced.jaxpr if isinstance(traced, ClosedJaxpr) else traced
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return sum(_of(equation) for equation in used.eqns)
+    return sum(_of(equation, weights) for equation in used.eqns)
 
 
-def _of(equation: Any) -> float:
+def _of(equation: Any, weights: bool) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
+        (contracted, _), (batch, _) = params["dimension_numbers"]
+        if not weights and not batch:
+            return 0.0
         depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
+    if name in ("ragged_dot", "ragged_dot_general") and not weights:
+        return 0.0
     if name in ("ragged_dot", "ragged_dot_general"):
         left, right = (v.aval.shape for v in equation.invars[:2])
         out = equation.outvars[0].aval.shape
@@ -38,7 +44,7 @@ def _of(equation: Any) -> float:
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
     inner = [sub for value in params.values() for sub in _jaxprs(value)]
     if name == "cond":
-        return max((count(sub) for sub in inner), default=0.0)
+        return max((count(sub, weights=weights) for sub in inner), default=0.0)
     times = 1.0
     if name == "scan":
         times = params["length"]
@@ -47,7 +53,7 @@ def _of(equation: Any) -> float:
         mesh = params["mesh"]
         manual = params.get("manual_axes", mesh.axis_names)
         times = math.prod(mesh.shape[axis] for axis in manual)
-    return times * sum(count(sub) for sub in inner)
+    return times * sum(count(sub, weights=weights) for sub in inner)
 
 
 def _jaxprs(value: Any) -> list[Any]:
@@ -56,9 +62,3 @@ def _jaxprs(value: Any) -> list[Any]:
     if isinstance(value, tuple | list):
         return [sub for each in value for sub in _jaxprs(each)]
     return []
-
-
-def of_step(step: jax.stages.Wrapped, *arguments: Any) -> float:
-    """FLOPs of a jitted function of these (abstract) arguments, recomputation included."""
-    traced: Any = step.trace(*arguments)
-    return count(traced.jaxpr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ class Collective:
       axes: of the mesh, along which its groups lie; empty where they do not follow the mesh.
       group: devices in a group.
       times: how often a run of the program does it.
+      members: the partitions of its first group.
+      hidden: whether the compiler has put other work between its start and its end.
     """
 
     kind: str
@@ -30,6 +33,8 @@ class Collective:
     axes: tuple[str, ...]
     group: int
     times: int
+    members: tuple[int, ...] = ()
+    hidden: bool = False
 
 
 class Program(NamedTuple):
@@ -56,13 +61,15 @@ def read(text: str, mesh: Mapping[str, int]) -> Program:
         for line in lines:
             made, channel = _collective(line, mesh, runs.get(name, 0)), re.search(r"channel_id=(\d+)", line)
             if made is not None and made.times:
+                # A product in pieces, each of which is sent on while the next is worked on (Wang et al. 2023).
+                made = dataclasses.replace(made, hidden=made.hidden or "windowed_dot_general" in name)
                 if channel is None:
                     found.append(made)
                 else:
                     spread.setdefault(channel[1], []).append((begins, made))
     for pieces in spread.values():
         # Those in the middle of one that is spread over fusions run as often as what it is hidden behind.
-        started = [one for begins, one in pieces if begins]
+        started = [dataclasses.replace(one, hidden=True) for begins, one in pieces if begins]
         found += started[:1] or [one for _, one in pieces]
     return Program(found, endless)
 
@@ -140,7 +147,7 @@ def _collective(line: str, mesh: Mapping[str, int], times: int) -> Collective | 
     count = len(groups[0])
     if kind == "reduce-scatter" and not started:
         size *= count
-    return Collective(kind, size, _axes(groups, mesh), count, times)
+    return Collective(kind, size, _axes(groups, mesh), count, times, tuple(groups[0]), bool(started))
 
 
 def _bytes(dtype: str, dims: str) -> int:

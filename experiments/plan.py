@@ -1,0 +1,145 @@
+"""Know a training step's memory, time and traffic on a TPU pod before renting it: no data, no devices.
+
+The step is compiled for the topology by the real TPU compiler (extra `tpu`), and what it says is set against the chips' data
+sheets. Memory is the compiler's own figure; times are a roofline.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import cli
+from tfm_jax import config as configs
+from tfm_jax.errors import UserError
+
+EXAMPLES = """\
+  python -m experiments.plan --config=configs/gpt_stdlib.py --topology=v5e:2x4 --config.mesh.fsdp=8 --config.mesh.data=1
+  python -m experiments.plan --config=configs/llama_7b.py --topology=v5p:4x4x4 --tokens=1e12
+  python -m experiments.plan --config=configs/llama_7b.py --topology=2xv5e:16x16 --config.mesh.data=2"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = cli.parser(str(__doc__), EXAMPLES)
+    made.add_argument(
+        "--config", required=True, metavar="FILE[:ARGS]", help="config file; --config.KEY=VALUE changes a key"
+    )
+    made.add_argument("--topology", required=True, help="CHIP:SHAPE, v5p:4x4x4; 2xv5e:16x16 for two slices")
+    made.add_argument("--tokens", type=float, default=1e12, help="of a whole training, for its time and chip-hours")
+    made.add_argument("--table", action="store_true", help="show where every array of the state goes")
+    made.add_argument("--picture", type=Path, help="write a picture of where the time goes, .png or .svg")
+    flags, overrides = cli.parse(made, argv)
+    if flags.tokens <= 0:
+        raise UserError(f"--tokens={flags.tokens}: must be above 0.")
+    # The devices are not here, and looking for them takes minutes.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    config = configs.resolve(configs.load(flags.config), overrides)
+    cli.setup()
+    from tfm_jax.parallel.plan import planned, topology
+    from tfm_jax.parallel.sharding import format_table
+
+    where = topology(flags.topology)
+    _, plan = planned(config, where)
+    if flags.table:
+        print(format_table(plan.table), end="\n\n")
+    print(_report(plan, where.chip, flags.tokens))
+    if flags.picture is not None:
+        _picture(plan, flags.picture)
+    if flags.json:
+        cli.print_json(figures(plan, flags.tokens))
+    return 0 if plan.fits else 1
+
+
+def figures(plan: Any, tokens: float) -> dict[str, Any]:
+    """What a plan says, in plain numbers."""
+    seconds = tokens / plan.tokens * plan.step
+    return {
+        "topology": plan.topology,
+        "chips": plan.chips,
+        "params": plan.params,
+        "tokens_per_step": plan.tokens,
+        "hbm_gib_per_chip": plan.hbm / 2**30,
+        "fits": plan.fits,
+        "step_seconds": plan.step,
+        "mfu": plan.mfu,
+        "mfu_causal_halved": plan.mfu * plan.causal_flops / plan.model_flops,
+        "bottleneck": plan.bottleneck,
+        "compute_seconds": plan.compute,
+        "memory_seconds": plan.memory,
+        "model_flops": plan.model_flops,
+        "hardware_flops": plan.hardware_flops,
+        "traffic": [
+            {"axes": one.axes, "network": one.network, "gib_per_chip": one.bytes_per_chip / 2**30, "seconds": one.seconds,
+             "exposed_seconds": one.exposed}
+            for one in plan.traffic
+        ],
+        "training_days": seconds / 86400,
+        "chip_hours": seconds / 3600 * plan.chips,
+        "compile_seconds": plan.compile_seconds,
+    }  # fmt: skip
+
+
+def _report(plan: Any, chip: Any, tokens: float) -> str:
+    room = chip.hbm / 2**30
+    lines = [
+        f"{plan.params / 1e9:.2f} B parameters, {plan.tokens:,} tokens a step, {plan.chips} chips of {chip.name}"
+        f" ({plan.topology}), compiled in {plan.compile_seconds:.0f} s.",
+        f"Memory: {plan.hbm / 2**30:.1f} of {room:.0f} GiB a chip: {'fits' if plan.fits else 'DOES NOT FIT'}.",
+    ]
+    gave_way = [row for row in plan.table if row.note]
+    lines += [f"  {row.path} {'x'.join(map(str, row.shape))}: {row.note}" for row in gave_way[:8]]
+    lines += [f"  ... and {len(gave_way) - 8} more (--table)"] if len(gave_way) > 8 else []
+    if plan.step == float("inf"):
+        return "\n".join(lines)
+    rows = [("what", "GiB a chip", "ms", "exposed ms")]
+    rows.append(("products", "", f"{1e3 * plan.compute:.1f}", ""))
+    rows.append(("memory", "", f"{1e3 * plan.memory:.1f}", ""))
+    for one in plan.traffic:
+        name = f"{'network' if one.network else 'links'} along {' and '.join(one.axes) or 'all'}"
+        rows.append((name, f"{one.bytes_per_chip / 2**30:.2f}", f"{1e3 * one.seconds:.1f}", f"{1e3 * one.exposed:.1f}"))
+    again = plan.hardware_flops / plan.model_flops
+    halved = plan.mfu * plan.causal_flops / plan.model_flops
+    days = tokens / plan.tokens * plan.step / 86400
+    lines += [
+        cli.table(rows),
+        f"Step: {1e3 * plan.step:.1f} ms; MFU {100 * plan.mfu:.1f} % ({100 * halved:.1f} % with causal attention halved);"
+        f" bottleneck: {plan.bottleneck}. Products are {again:.2f} times the model's.",
+        f"{tokens:.3g} tokens: {days:.1f} days, {24 * days * plan.chips:,.0f} chip-hours.",
+    ]
+    if plan.endless_loops:
+        lines.append(f"{plan.endless_loops} loops do not say how often they run, and count once.")
+    return "\n".join(lines)
+
+
+def _picture(plan: Any, path: Path) -> None:
+    """Bars of what a step's time is made of, if each had it for itself, and the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names, values, shown = ["products", "memory"], [plan.compute, plan.memory], [0.0, 0.0]
+    for one in plan.traffic:
+        names.append(f"{'network' if one.network else 'links'}: {' and '.join(one.axes) or 'all'}")
+        values.append(one.seconds)
+        shown.append(one.exposed)
+    figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.3), layout="constrained")
+    axes.barh(names, [1e3 * x for x in values], color="#4477aa", label="alone")
+    axes.barh(names, [1e3 * x for x in shown], color="#ee6677", label="exposed")
+    axes.axvline(1e3 * plan.step, color="black", linewidth=1, label="step")
+    axes.invert_yaxis()
+    axes.set_xlabel("ms a step")
+    axes.set_title(
+        f"{plan.topology}: {1e3 * plan.step:.0f} ms, MFU {100 * plan.mfu:.0f} %, {plan.hbm / 2**30:.1f} GiB",
+        fontsize=10,
+    )
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,207 @@
+"""What a training step would cost on devices that are not here: compiled ahead of time for them, and read.
+
+The compiler is the real one (`libtpu`); the times are a roofline from data sheets and have met no chip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from tfm_jax import config as configs
+from tfm_jax.data.synthetic import in_place_of
+from tfm_jax.errors import UserError, nearest
+from tfm_jax.parallel import flops, hlo
+from tfm_jax.parallel.chips import CHIPS, Chip, seconds
+from tfm_jax.parallel.sharding import Placement
+from tfm_jax.train.build import Experiment, build
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices and what each can do."""
+
+    name: str
+    devices: Sequence[Any]
+    chip: Chip
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What goes along some axes of the mesh, and how long it takes; `exposed` is the part that nothing hides."""
+
+    axes: tuple[str, ...]
+    network: bool
+    bytes_per_chip: float = 0.0
+    seconds: float = 0.0
+    exposed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on a topology; all times in seconds, all sizes in bytes on one chip.
+
+    Attributes:
+      params: of the model.
+      hbm: what the program needs at its highest; `fits` says whether a chip has it.
+      model_flops, hardware_flops: of a step on all chips, without and with what is computed again; attention is not halved.
+      causal_flops: the model's, with causal attention counted half.
+      compute, memory: of a step if nothing else took time.
+      step: predicted: the longest of what overlaps, plus what does not.
+      mfu: model FLOPs over what the chips could do in that time.
+      bottleneck: what the longest is.
+    """
+
+    topology: str
+    chips: int
+    params: int
+    tokens: int
+    hbm: float
+    fits: bool
+    model_flops: float
+    causal_flops: float
+    hardware_flops: float
+    compute: float
+    memory: float
+    traffic: list[Traffic]
+    step: float
+    mfu: float
+    bottleneck: str
+    compile_seconds: float
+    endless_loops: int
+    table: list[Placement] = field(repr=False, default_factory=list)
+
+
+def topology(name: str) -> Topology:
+    """`v5p:4x4x4`, or `2xv5e:16x16` for two slices that the data-centre network joins.
+
+    Raises:
+      UserError: a chip or a shape that there is not, or no TPU compiler.
+    """
+    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
+    if found is None or found[2] not in CHIPS:
+        raise UserError(
+            f"--topology={name}: write CHIP:SHAPE, for instance v5p:4x4x4, or 2xv5e:16x16 for two slices."
+            f"{nearest(name.partition(':')[0], CHIPS)}"
+        )
+    # Otherwise the library asks a metadata server about a TPU that is not here.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    more = {"num_slices": int(found[1])} if found[1] else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{found[2]}:{found[3]}", **more)
+    except Exception as error:
+        if "libtpu" in str(error) or "Unable to" in str(error):
+            raise UserError("--topology needs the TPU compiler: pip install 'tfm_jax[tpu]'.") from error
+        raise UserError(f"--topology={name}: the compiler knows no such shape: {error}") from None
+    return Topology(name, described.devices, CHIPS[found[2]])
+
+
+def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
+    """Compile the config's training step for a topology, and say what it would cost.
+
+    Raises:
+      UserError: whatever does not fit together, the mesh and the topology among it.
+    """
+    config = {**config, "data": {**in_place_of(config["data"], config["model"])}, "evals": {}}
+    config["checkpoint"] = {**config["checkpoint"], "init_from": None, "resume": None}
+    config = configs.resolve(config)
+    experiment = build(config, devices=where.devices)
+    plain = {**config["model"], **({"remat": "none"} if "remat" in config["model"] else {})}
+    once = build({**config, "model": plain}, devices=where.devices)
+    rows = experiment.data.train.batch_size
+    with jax.set_mesh(experiment.layout.mesh):
+        state, batch = experiment.abstract_state(), _batch(experiment, rows)
+        traced: Any = experiment.jitted_step().trace(state, batch)
+        own: Any = once.jitted_step().trace(once.abstract_state(), batch).jaxpr
+        hardware, model = flops.count(traced.jaxpr), flops.count(own)
+        causal = model - flops.count(own, weights=False) / 2 if _causal(experiment) else model
+        began = time.perf_counter()
+        compiled, needed = _compiled(traced)
+        took = time.perf_counter() - began
+    base = Plan(
+        topology=where.name, chips=len(where.devices), params=experiment.parameter_count,
+        tokens=math.prod(batch["weights"].shape), hbm=needed, fits=compiled is not None and needed <= where.chip.hbm,
+        model_flops=model, causal_flops=causal, hardware_flops=hardware,
+        compute=hardware / len(where.devices) / where.chip.flops, memory=0.0, traffic=[], step=math.inf, mfu=0.0,
+        bottleneck="memory does not suffice", compile_seconds=took, endless_loops=0,
+        table=experiment.layout.table(state),
+    )  # fmt: skip
+    if compiled is None:
+        return experiment, base
+    sizes = compiled.memory_analysis()
+    # Every buffer is written once and read once, at least.
+    moved = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + 2 * sizes.temp_size_in_bytes
+    program = hlo.read(compiled.as_text(), dict(experiment.layout.mesh.shape))
+    traffic = _traffic(program, experiment.layout.mesh.devices.flatten().tolist(), where.chip)
+    rivals = {"compute": base.compute, "memory": moved / where.chip.hbm_rate}
+    for one in traffic:
+        name = f"{'network' if one.network else 'links'} along {' and '.join(one.axes) or 'all'}"
+        rivals[name] = rivals.get(name, 0.0) + one.seconds
+    hidden = sum(one.seconds - one.exposed for one in traffic)
+    step = max(base.compute, rivals["memory"], hidden) + sum(one.exposed for one in traffic)
+    return experiment, dataclasses.replace(
+        base,
+        memory=rivals["memory"],
+        traffic=traffic,
+        step=step,
+        mfu=model / (step * len(where.devices) * where.chip.flops),
+        bottleneck=max(rivals, key=lambda name: rivals[name]),
+        endless_loops=program.endless,
+    )
+
+
+def _batch(experiment: Experiment, rows: int) -> Any:
+    one = experiment.data.train.batch_at(0, slice(0, 1))
+    where = experiment.layout.batch()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where), one)
+
+
+def _causal(experiment: Experiment) -> bool:
+    return "decoder_tokens" not in _batch(experiment, 1)["inputs"] and hasattr(experiment.model, "init_caches")
+
+
+def _compiled(traced: Any) -> tuple[Any, float]:
+    """The program and its highest memory; no program where the compiler says that it does not fit."""
+    try:
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))
+        if used is None:
+            raise
+        return None, float(used[1]) * 1024 ** "_KMGT".index(used[2] or "_")
+    sizes = compiled.memory_analysis()
+    own = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+    return compiled, float(own + sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+
+
+def _traffic(program: hlo.Program, devices: Sequence[Any], chip: Chip) -> list[Traffic]:
+    """By mesh axes, inside slices and between them, the slowest first."""
+    found: dict[tuple[tuple[str, ...], bool], Traffic] = {}
+    for one in program.collectives:
+        members = [devices[i] for i in one.members]
+        across = len({getattr(device, "slice_index", 0) for device in members}) > 1
+        places = np.array([device.coords for device in members])
+        dimensions = sum(len(set(column.tolist())) > 1 for column in places.T)
+        took = seconds(chip, one, dimensions=dimensions, across=across)
+        old = found.setdefault((one.axes, across), Traffic(one.axes, across))
+        found[one.axes, across] = dataclasses.replace(
+            old,
+            bytes_per_chip=old.bytes_per_chip + one.size * one.times,
+            seconds=old.seconds + took,
+            exposed=old.exposed + (0.0 if one.hidden else took),
+        )
+    return sorted(found.values(), key=lambda one: -one.seconds)
