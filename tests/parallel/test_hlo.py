@@ -83,6 +83,7 @@ ENTRY %main (x: bf16[8]) -> bf16[8] {
   %w.1 = (s32[], bf16[8,16]) while(%t), condition=%condition, body=%body, metadata={op_name="a"}
   %s = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) all-gather-start(%x), channel_id=12, replica_groups={{0,1,2,3},{4,5,6,7}}
   %w.2 = (s32[], bf16[8,16]) while(%t), condition=%unsaid, body=%other
+  %ag.9 = f32[4]{0} all-gather(%x), channel_id=14, replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}
   %ar = f32[3]{0} all-reduce(%x), channel_id=13, replica_groups=mesh['a'=8] {'a':(4)2}, to_apply=%sum
 }
 """
@@ -97,6 +98,9 @@ def test_the_compilers_other_spellings():
         # Spread over a loop that it is hidden behind, but begun once.
         ("all-gather", 64 * 8 * 2, ("data",), 2, 1),
         ("all-gather", 32 * 4 * 2, ("tensor",), 4, 1),
+        ("all-gather", 16, ("tensor",), 4, 1),
         ("all-reduce", 12, ("tensor",), 2, 1),
     }
     assert all(isinstance(c, Collective) for c in program.collectives)
+    with pytest.raises(ValueError, match="Groups of devices in a spelling that is not known"):
+        hlo.read(TEXT.replace("{{0,1,2,3},{4,5,6,7}}", "everybody"), MESH)

@@ -52,8 +52,8 @@ def read(text: str, mesh: Mapping[str, int]) -> Program:
     Args:
       mesh: sizes of its axes; the program's partitions are numbered along it.
     """
-    computations, entry = _computations(text)
-    runs, endless = _runs(computations, entry)
+    computations, entry = computations_of(text)
+    runs, endless = runs_of(computations, entry)
     found: list[Collective] = []
     spread: dict[str, list[tuple[bool, Collective]]] = {}
     for name, lines in computations.items():
@@ -77,7 +77,7 @@ def read(text: str, mesh: Mapping[str, int]) -> Program:
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
     """The lines of each computation, and the name of the first one to run."""
     out: dict[str, list[str]] = {}
     name, entry = "", ""
@@ -97,7 +97,7 @@ _CALLS = re.compile(r"(calls|to_apply|branch_computations|called_computations)=(
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 
 
-def _runs(computations: Mapping[str, list[str]], entry: str) -> tuple[dict[str, int], int]:
+def runs_of(computations: Mapping[str, list[str]], entry: str) -> tuple[dict[str, int], int]:
     """How often each computation runs, and how many loops do not say."""
     endless = 0
     called: dict[str, list[tuple[str, int]]] = {}
@@ -151,30 +151,42 @@ def _collective(line: str, mesh: Mapping[str, int], times: int) -> Collective | 
 
 
 def _bytes(dtype: str, dims: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.sub(r"^[a-z]+(\d+).*$", r"\1", dtype))
-    return math.prod(int(d) for d in dims.split(",") if d) * max(bits // 8, 1)
+    return math.prod(int(d) for d in dims.split(",") if d) * max(bits_of(dtype) // 8, 1)
+
+
+def bits_of(dtype: str) -> int:
+    return 8 if dtype == "pred" else int(re.sub(r"^[a-z]+(\d+).*$", r"\1", dtype))
 
 
 def _groups(line: str, devices: int) -> list[list[int]]:
     """The groups of partitions that talk to each other; pairs, for a permutation."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}\}", line):
         return [[int(i) for i in group.split(",")] for group in found[1].split("},{")]
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, source = ([int(i) for i in part.split(",")] for part in found.groups()[:2])
-        ids = np.arange(math.prod(source)).reshape(source)
-        if found[3]:
-            ids = ids.transpose([int(i) for i in found[3].split(",")])
-        groups: list[list[int]] = ids.reshape(shape[0], -1).tolist()
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=" + _ORDER, line):
+        groups: list[list[int]] = _ordered(*found.groups()[1:]).reshape(int(found[1].split(",")[0]), -1).tolist()
         return groups
-    if found := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", line):
-        return _named_groups(found[1], found[2])
-    return [list(range(devices))]
+    if found := re.search(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({_ORDER}\))?\s*\{{(.*?)\}}", line):
+        sizes, shape, turned, axes = found.groups()
+        return _named_groups(sizes, axes, None if shape is None else _ordered(shape, turned))
+    if "replica_groups={}" in line or "replica_groups=" not in line:
+        return [list(range(devices))]
+    raise ValueError(f"Groups of devices in a spelling that is not known: {line.strip()[:300]}")
 
 
-def _named_groups(sizes: str, axes: str) -> list[list[int]]:
+# Numbers from 0 on in this shape, its axes in another order: `[2,4]T(1,0)`.
+_ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+def _ordered(shape: str, turned: str | None) -> np.ndarray:
+    sizes = [int(i) for i in shape.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids if turned is None else ids.transpose([int(i) for i in turned.split(",")])
+
+
+def _named_groups(sizes: str, axes: str, ids: np.ndarray | None) -> list[list[int]]:
     """Groups along axes of a mesh that the compiler has made up; `'a':(2)4` is a part of an axis, 4 wide behind 2."""
     shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
-    ids = np.arange(math.prod(shape.values())).reshape(list(shape.values()))
+    ids = np.arange(math.prod(shape.values())) if ids is None else ids
     split: list[tuple[str, int, bool]] = []
     parts = {name: (int(before or 1), int(width or shape[name])) for name, before, width in
              re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)}  # fmt: skip

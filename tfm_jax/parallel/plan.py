@@ -20,7 +20,7 @@ import numpy as np
 from tfm_jax import config as configs
 from tfm_jax.data.synthetic import in_place_of
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.parallel import flops, hlo
+from tfm_jax.parallel import flops, hbm, hlo
 from tfm_jax.parallel.chips import CHIPS, Chip, seconds
 from tfm_jax.parallel.sharding import Placement
 from tfm_jax.train.build import Experiment, build
@@ -130,7 +130,7 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
         hardware, model = flops.count(traced.jaxpr), flops.count(own)
         causal = model - flops.count(own, weights=False) / 2 if _causal(experiment) else model
         began = time.perf_counter()
-        compiled, needed = _compiled(traced)
+        compiled, needed = _compiled(traced, where.devices[0].platform)
         took = time.perf_counter() - began
     base = Plan(
         topology=where.name, chips=len(where.devices), params=experiment.parameter_count,
@@ -142,12 +142,10 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
     )  # fmt: skip
     if compiled is None:
         return experiment, base
-    sizes = compiled.memory_analysis()
-    # Every buffer is written once and read once, at least.
-    moved = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + 2 * sizes.temp_size_in_bytes
-    program = hlo.read(compiled.as_text(), dict(experiment.layout.mesh.shape))
+    text = compiled.as_text()
+    program = hlo.read(text, dict(experiment.layout.mesh.shape))
     traffic = _traffic(program, experiment.layout.mesh.devices.flatten().tolist(), where.chip)
-    rivals = {"compute": base.compute, "memory": moved / where.chip.hbm_rate}
+    rivals = {"compute": base.compute, "memory": hbm.moved(text) / where.chip.hbm_rate}
     for one in traffic:
         name = f"{'network' if one.network else 'links'} along {' and '.join(one.axes) or 'all'}"
         rivals[name] = rivals.get(name, 0.0) + one.seconds
@@ -174,10 +172,10 @@ def _causal(experiment: Experiment) -> bool:
     return "decoder_tokens" not in _batch(experiment, 1)["inputs"] and hasattr(experiment.model, "init_caches")
 
 
-def _compiled(traced: Any) -> tuple[Any, float]:
+def _compiled(traced: Any, platform: str) -> tuple[Any, float]:
     """The program and its highest memory; no program where the compiler says that it does not fit."""
     try:
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        compiled = traced.lower(lowering_platforms=(platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))
         if used is None:
@@ -194,7 +192,7 @@ def _traffic(program: hlo.Program, devices: Sequence[Any], chip: Chip) -> list[T
     for one in program.collectives:
         members = [devices[i] for i in one.members]
         across = len({getattr(device, "slice_index", 0) for device in members}) > 1
-        places = np.array([device.coords for device in members])
+        places = np.array([getattr(device, "coords", (device.id,)) for device in members])
         dimensions = sum(len(set(column.tolist())) > 1 for column in places.T)
         took = seconds(chip, one, dimensions=dimensions, across=across)
         old = found.setdefault((one.axes, across), Traffic(one.axes, across))
