@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tinyllama-1.1b": _LLAMA
     | dict(vocab_size=32000, layers=22, width=2048, heads=32, kv_heads=4, mlp_width=5632, max_len=2048),
     "llama2-7b": _LLAMA | dict(vocab_size=32000, layers=32, width=4096, heads=32, mlp_width=11008),
+    "llama2-70b": _LLAMA | dict(vocab_size=32000, layers=80, width=8192, heads=64, kv_heads=8, mlp_width=28672),
     "llama3-8b": _LLAMA
     | dict(
         vocab_size=128256,
