@@ -2,9 +2,10 @@
 
     python -m experiments.train --config=configs/mt_multi30k.py --config.data.manual_dir=path/to/data --workdir=runs/mt_multi30k
 
-The sizes of Wu et al. 2021 ("Good for Misconceived Reasons"), whose Transformer-Tiny is as good on these 29,000 pairs as
-larger ones: 4 + 4 layers, 128 wide, dropout 0.3. Decoding is by beams of 5 from an average of the parameters. `:smoke` is a
-smaller one, in seconds, on pairs of your own (`--config.data.source=jsonl:GLOB` with the fields `source` and `target`).
+3 + 3 layers of 256, dropout 0.3, 22 epochs, decoded by beams of 5 from an average of the parameters. On two CPU cores about an hour;
+36.9 BLEU, cased and detokenized. Wu et al. 2021 ("Good for Misconceived Reasons") have 41.02 with 4 + 4 layers of 128, trained longer, on
+lower-cased tokens. `:smoke` is a smaller one, in seconds, on pairs of your own (`--config.data.source=jsonl:GLOB` with the fields
+`source` and `target`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ RECIPES = {
         "metrics": ("eval/test/bleu", "eval/test/chrf", "eval/flickr2017/bleu", "eval/coco2017/bleu"),
         "at_least": 38.0,
         "published": "41.02 (Wu et al. 2021, Transformer-Tiny, trained longer, 10 checkpoints averaged; lower-cased and tokenized)",
+        "tried": "4+4 layers of 128 with AdamW and norms behind as published: 7.5 after 8,500 steps; with norms in front and Muon 28.2"
+        " after 2,000 and a validation loss of 2.04 after 4,000, where 3+3 of 256 have 1.93 after 2,500",
     }
 }
 

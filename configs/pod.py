@@ -45,7 +45,7 @@ _PODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         _SPLIT,
     ),
     "smoke": (
-        {"name": "gpt", "variant": "nano"},
+        {"name": "gpt", "variant": "llama-mini", "layers": 1, "width": 32, "mlp_width": 64, "max_len": 16},
         {"vocab_size": 61, "seq_len": 16, "batch_size": 8},
         {"data": -1},
     ),

@@ -42,6 +42,8 @@ def row(record: Mapping[str, Any]) -> str:
     least, most, seeds = found["at_least"], found["at_most"], found["by_seed"]
     asked = "" if least is None else f"at least {number(least)}"
     asked += "" if most is None else f"at most {number(most)}"
+    short = (least is not None and found["mean"] < least) or (most is not None and found["mean"] > most)
+    asked += f", missed; tried: {found['tried']}" if short and found.get("tried") else ", missed" if short else ""
     spread = f" ± {number(found['deviation'])}" if len(seeds) > 1 else ""
     also = "; ".join(f"{name.removeprefix('eval/')} {number(value)}" for name, value in found["also"].items())
     file, _, variant = record["config"]["file"].rpartition("/")[2].partition(":")

@@ -32,6 +32,7 @@ class Recipe(TypedDict, total=False):
       metrics: of a run's `result.json`; the first is the figure.
       at_least, at_most: what the figure should be.
       published: a figure to stand beside it, where it is from and under which protocol.
+      tried: where the figure falls short, what did not help.
       model: the run directory that an imported model goes to (`--model`).
     """
 
@@ -40,6 +41,7 @@ class Recipe(TypedDict, total=False):
     at_least: float
     at_most: float
     published: str
+    tried: str
     model: str
 
 
@@ -128,6 +130,7 @@ def _figures(found: Mapping[int, Mapping[str, Any]], recipe: Mapping[str, Any]) 
         "at_least": recipe.get("at_least"),
         "at_most": recipe.get("at_most"),
         "published": recipe.get("published", ""),
+        "tried": recipe.get("tried", ""),
         "train_seconds": statistics.fmean(result["train_seconds"] for result in found.values()),
     }
 

@@ -290,6 +290,9 @@ def test_speed_is_of_all_the_time_there_was(make_config, tmp_path):
 
 def test_a_start_that_failed_can_be_corrected(make_config, tmp_path):
     run = tmp_path / "run"
+    # A donor that was stopped before its first checkpoint is only found out when its parameters are read.
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "config.json").write_text('{"model": {}}')
     with pytest.raises(UserError, match="has no checkpoints"):
         train(make_config({"checkpoint.init_from": str(tmp_path / "nothing"), "data.tokenizer": "chars"}), run)
     assert read(run, "status.json")["state"] == "failed"
