@@ -18,6 +18,7 @@ RECIPES = {
     "": _SST2
     | {
         "title": "all-MiniLM-L6-v2 fine-tuned on SST-2: accuracy on GLUE's dev set",
+        "tried": "a rate of 1e-4 for three epochs 0.8865, 5e-5 for two without an average 0.898; 872 sentences have a standard error of 0.01",
         "published": "0.935 on GLUE's test server for BERT-base, five times as large (Devlin et al. 2019)",
     },
     "lora": _SST2 | {"title": "the same by LoRA of rank 8, 0.98 % of the weights"},
