@@ -64,7 +64,7 @@ def figures(plan: Any, tokens: float) -> dict[str, Any]:
         "fits": plan.fits,
         "step_seconds": plan.step,
         "mfu": plan.mfu,
-        "mfu_causal_halved": plan.mfu * plan.causal_flops / plan.model_flops,
+        "mfu_causal_halved": plan.halved_mfu,
         "bottleneck": plan.bottleneck,
         "compute_seconds": plan.compute,
         "memory_seconds": plan.memory,
@@ -97,14 +97,14 @@ def _report(plan: Any, chip: Any, tokens: float) -> str:
     rows.append(("products", "", f"{1e3 * plan.compute:.1f}", ""))
     rows.append(("memory", "", f"{1e3 * plan.memory:.1f}", ""))
     for one in plan.traffic:
-        name = f"{'network' if one.network else 'links'} along {' and '.join(one.axes) or 'all'}"
-        rows.append((name, f"{one.bytes_per_chip / 2**30:.2f}", f"{1e3 * one.seconds:.1f}", f"{1e3 * one.exposed:.1f}"))
+        rows.append(
+            (one.name, f"{one.bytes_per_chip / 2**30:.2f}", f"{1e3 * one.seconds:.1f}", f"{1e3 * one.exposed:.1f}")
+        )
     again = plan.hardware_flops / plan.model_flops
-    halved = plan.mfu * plan.causal_flops / plan.model_flops
     days = tokens / plan.tokens * plan.step / 86400
     lines += [
         cli.table(rows),
-        f"Step: {1e3 * plan.step:.1f} ms; MFU {100 * plan.mfu:.1f} % ({100 * halved:.1f} % with causal attention halved);"
+        f"Step: {1e3 * plan.step:.1f} ms; MFU {100 * plan.mfu:.1f} % ({100 * plan.halved_mfu:.1f} % with causal attention halved);"
         f" bottleneck: {plan.bottleneck}. Products are {again:.2f} times the model's.",
         f"{tokens:.3g} tokens: {days:.1f} days, {24 * days * plan.chips:,.0f} chip-hours.",
     ]
@@ -115,17 +115,17 @@ def _report(plan: Any, chip: Any, tokens: float) -> str:
 
 def _picture(plan: Any, path: Path) -> None:
     """Bars of what a step's time is made of, if each had it for itself, and the step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     names, values, shown = ["products", "memory"], [plan.compute, plan.memory], [0.0, 0.0]
     for one in plan.traffic:
-        names.append(f"{'network' if one.network else 'links'}: {' and '.join(one.axes) or 'all'}")
+        names.append(one.name)
         values.append(one.seconds)
         shown.append(one.exposed)
-    figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.3), layout="constrained")
+    figure = Figure(figsize=(7, 0.45 * len(names) + 1.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     axes.barh(names, [1e3 * x for x in values], color="#4477aa", label="alone")
     axes.barh(names, [1e3 * x for x in shown], color="#ee6677", label="exposed")
     axes.axvline(1e3 * plan.step, color="black", linewidth=1, label="step")
@@ -138,7 +138,6 @@ def _picture(plan: Any, path: Path) -> None:
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ def found():
 )
 def test_what_was_written_is_found(found, kind, size, axes, group, times):
     (one,) = (c for c in found.collectives if c.kind == kind)
-    # The compiler on CPU sends several arrays of an all-to-all at once, and reduces and scatters as it likes.
     assert (one.axes, one.group, one.times) == (axes, group, times)
     assert one.size == size and found.endless == 0
 

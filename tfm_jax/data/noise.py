@@ -81,13 +81,10 @@ class PrefixNext:
         return self.seq_len
 
     def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
-        cut = cuts(seeds, self.seq_len)
+        plain, cut = Next(self.seq_len).batch(tokens, known, seeds), cuts(seeds, self.seq_len)
         later = np.arange(1, self.seq_len + 1)[None] >= cut
-        return {
-            "inputs": {"tokens": np.ascontiguousarray(tokens[:, :-1]), "prefix": cut[:, 0].astype(np.int32)},
-            "targets": np.ascontiguousarray(tokens[:, 1:]),
-            "weights": (known[:, 1:] & later).astype(np.float32),
-        }
+        inputs = {**plain["inputs"], "prefix": cut[:, 0].astype(np.int32)}
+        return {**plain, "inputs": inputs, "weights": plain["weights"] * later.astype(np.float32)}
 
 
 def cuts(seeds: np.ndarray, seq_len: int) -> np.ndarray:

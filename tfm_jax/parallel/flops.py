@@ -31,9 +31,9 @@ def _of(equation: Any, weights: bool) -> float:
             return 0.0
         depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
-    if name in ("ragged_dot", "ragged_dot_general") and not weights:
-        return 0.0
     if name in ("ragged_dot", "ragged_dot_general"):
+        if not weights:
+            return 0.0
         left, right = (v.aval.shape for v in equation.invars[:2])
         out = equation.outvars[0].aval.shape
         # Each row meets the matrix of its own group; a gradient's result has the groups in front.

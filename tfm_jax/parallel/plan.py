@@ -47,6 +47,10 @@ class Traffic:
     seconds: float = 0.0
     exposed: float = 0.0
 
+    @property
+    def name(self) -> str:
+        return f"{'network' if self.network else 'links'} along {' and '.join(self.axes) or 'all'}"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -81,6 +85,11 @@ class Plan:
     compile_seconds: float
     endless_loops: int
     table: list[Placement] = field(repr=False, default_factory=list)
+
+    @property
+    def halved_mfu(self) -> float:
+        """With causal attention counted half."""
+        return self.mfu * self.causal_flops / self.model_flops
 
 
 def topology(name: str) -> Topology:
@@ -147,8 +156,7 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
     traffic = _traffic(program, experiment.layout.mesh.devices.flatten().tolist(), where.chip)
     rivals = {"compute": base.compute, "memory": hbm.moved(text) / where.chip.hbm_rate}
     for one in traffic:
-        name = f"{'network' if one.network else 'links'} along {' and '.join(one.axes) or 'all'}"
-        rivals[name] = rivals.get(name, 0.0) + one.seconds
+        rivals[one.name] = one.seconds
     hidden = sum(one.seconds - one.exposed for one in traffic)
     step = max(base.compute, rivals["memory"], hidden) + sum(one.exposed for one in traffic)
     return experiment, dataclasses.replace(
