@@ -31,7 +31,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "source": "stdlib",
                 "tokenizer": "bpe:32000",
                 "seq_len": 4096,
-                "batch_size": 1024,
+                "batch_size": 512,
             },
             "optim": {
                 "lr": 3e-4,
