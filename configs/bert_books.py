@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/bert_books.py --config.data.manual_dir=path/to/data --workdir=runs/bert_books-0
 
-4 layers, 256 wide, 3,000 steps of 32 x 128 pieces. What it is good for: `configs/small_bert.py`. `:smoke` is a tiny one, in
+4 layers, 256 wide, 2,000 steps of 32 x 128 pieces. What it is good for: `configs/small_bert.py`. `:smoke` is a tiny one, in
 seconds; give it a source.
 """
 
@@ -34,7 +34,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "batch_size": 32,
             },
             "optim": {"name": "muon", "lr": 6e-3, "schedule": "linear", "end_factor": 0.02, "warmup_steps": 50},
-            "train": {"steps": 3000, "eval_every": 1000},
+            "train": {"steps": 2000, "eval_every": 500},
             "checkpoint": {"every": 250},
             "evals": {"validation": {"split": "validation"}},
         }

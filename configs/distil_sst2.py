@@ -61,7 +61,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "warmup_steps": 200,
                 "weight_decay": 0.01,
             },
-            "train": {"steps": 6000, "eval_every": 1500},
+            "train": {"steps": 3000, "eval_every": 0},
             "checkpoint": {"init_from": _TEACHER, "layers": (1, 3, 5), "every": 500},
             "evals": {"validation": {"split": "validation"}, "test": {"split": "test"}},
         }

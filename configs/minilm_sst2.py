@@ -68,6 +68,8 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             "train": ("pooler/", "class_head/"),
         }
         config.optim.lr = 1e-3
+        config.train.steps = 2100
+        config.train.eval_every = 0
     if arguments == "smoke":
         config.model.update({"variant": "mini", "layers": 1, "width": 32, "max_len": 64})
         config.data.update({"tokenizer": "wordpiece:200", "text": "text", "batch_size": 16})

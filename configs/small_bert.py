@@ -47,7 +47,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "batch_size": 32,
             },
             "optim": {"lr": 2e-4, "schedule": "linear", "end_factor": 0.0, "warmup_steps": 200, "weight_decay": 0.01},
-            "train": {"steps": 2700 if cola else 4000, "eval_every": 0},
+            "train": {"steps": 1350 if cola else 2000, "eval_every": 0},
             "checkpoint": {"init_from": None if start == "scratch" else _PRETRAINED, "every": 1000},
             "evals": {
                 "validation": {"split": "validation"},
