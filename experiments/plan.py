@@ -6,7 +6,7 @@ sheets. Memory is the compiler's own figure; times are a roofline.
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from typing import Any
 from experiments import cli
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
+from tfm_jax.files import write_atomic
 
 EXAMPLES = """\
   python -m experiments.plan --config=configs/gpt_stdlib.py --topology=v5e:2x4 --config.mesh.fsdp=8 --config.mesh.data=1
   python -m experiments.plan --config=configs/llama_7b.py --topology=v5p:4x4x4 --tokens=1e12
-  python -m experiments.plan --config=configs/llama_7b.py --topology=2xv5e:16x16 --config.mesh.data=2"""
+  python -m experiments.plan --config=configs/llama_7b.py --topology=2xv5e:16x16 --config.mesh.data=2
+  python -m experiments.plan --config=configs/llama_7b.py --topology=v6e:16x16 --search --write=llama_v6e.py
+  python -m experiments.plan --config=configs/gpt_stdlib.py --topology=cpu:1 --measure
+  JAX_NUM_CPU_DEVICES=8 python -m experiments.plan --config=configs/pod.py:smoke --topology=cpu:8 --search"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,30 +30,96 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--config", required=True, metavar="FILE[:ARGS]", help="config file; --config.KEY=VALUE changes a key"
     )
-    made.add_argument("--topology", required=True, help="CHIP:SHAPE, v5p:4x4x4; 2xv5e:16x16 for two slices")
+    made.add_argument(
+        "--topology",
+        required=True,
+        help="CHIP:SHAPE, v5p:4x4x4; 2xv5e:16x16 for two slices; cpu:8 or gpu:8: devices that are here",
+    )
+    made.add_argument(
+        "--search",
+        type=int,
+        nargs="?",
+        const=4,
+        default=0,
+        metavar="N",
+        help="try other meshes, microbatches and rematerialisation, compile the N best (4), and plan the fastest",
+    )
+    made.add_argument("--write", type=Path, metavar="FILE.py", help="with --search: the fastest as a config of its own")
+    made.add_argument(
+        "--measure",
+        type=int,
+        nargs="?",
+        const=5,
+        default=0,
+        metavar="STEPS",
+        help="on cpu and gpu: also run so many steps (5), and say how wrong the prediction is",
+    )
     made.add_argument("--tokens", type=float, default=1e12, help="of a whole training, for its time and chip-hours")
     made.add_argument("--table", action="store_true", help="show where every array of the state goes")
     made.add_argument("--picture", type=Path, help="write a picture of where the time goes, .png or .svg")
     flags, overrides = cli.parse(made, argv)
     if flags.tokens <= 0:
         raise UserError(f"--tokens={flags.tokens}: must be above 0.")
-    # The devices are not here, and looking for them takes minutes.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if flags.write is not None and not flags.search:
+        raise UserError(f"--write={flags.write}: there is nothing to write without --search.")
+    kind = flags.topology.partition(":")[0]
+    if flags.measure and kind not in ("cpu", "gpu"):
+        raise UserError(f"--measure: {flags.topology} is not here. Devices that are: cpu:N, gpu:N.")
+    import jax
+
+    if kind != "gpu":
+        # The devices are not here, and looking for them takes minutes.
+        jax.config.update("jax_platforms", "cpu")
     config = configs.resolve(configs.load(flags.config), overrides)
     cli.setup()
-    from tfm_jax.parallel.plan import planned, topology
+    from tfm_jax.parallel.plan import measured, planned, topology
+    from tfm_jax.parallel.search import search
     from tfm_jax.parallel.sharding import format_table
 
     where = topology(flags.topology)
-    _, plan = planned(config, where)
+    if flags.search:
+        found, experiment, plan = search(config, where, compiled=flags.search, say=print)
+        if flags.write is not None:
+            chosen = {name: found[name] for name in ("mesh", "train", "model")}
+            _write(flags.write, flags.config, {**config, **chosen}, flags.topology)
+    else:
+        experiment, plan = planned(config, where)
     if flags.table:
         print(format_table(plan.table), end="\n\n")
     print(_report(plan, where.chip, flags.tokens))
     if flags.picture is not None:
         _picture(plan, flags.picture)
+    found_figures = figures(plan, flags.tokens)
+    if flags.measure:
+        took = measured(experiment, flags.measure)
+        found_figures |= {"measured_step_seconds": took, "prediction_error": plan.step / took - 1}
+        off = 100 * (plan.step / took - 1)
+        print(f"Measured: {1e3 * took:.1f} ms; the prediction is {abs(off):.0f} % {'below' if off < 0 else 'above'}.")
     if flags.json:
-        cli.print_json(figures(plan, flags.tokens))
+        cli.print_json(found_figures)
     return 0 if plan.fits else 1
+
+
+def _write(path: Path, base: str, config: configs.Config, topology: str) -> None:
+    """A config file that is another one with what a search and the command line have changed."""
+    before, after = configs.flat(configs.resolve(configs.load(base))), configs.flat(config)
+    changes: dict[str, Any] = {}
+    for key, value in after.items():
+        if before.get(key) != value:
+            *sections, last = key.split(".")
+            functools.reduce(lambda at, name: at.setdefault(name, {}), sections, changes)[last] = value
+    text = f'''"""`{base}` as `plan --search` found it fastest on {topology}."""
+
+from tfm_jax import config as configs
+
+
+def get_config(arguments=""):
+    config = configs.load("{base}")
+    config.update({changes!r})
+    return config
+'''
+    write_atomic(path, text.encode())
+    print(f"{path} is {base} with {', '.join(f'{key}={value}' for key, value in configs.flat(changes).items())}.")
 
 
 def figures(plan: Any, tokens: float) -> dict[str, Any]:

@@ -106,6 +106,18 @@ def resolve(config: Mapping[str, Any] | ml_collections.ConfigDict, overrides: Se
     return resolved
 
 
+def changed(config: Config, changes: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> Config:
+    """A resolved config with other values at some dotted keys, checked again; the input is left as it was."""
+    raw = copy.deepcopy(config)
+    for key, value in dict(changes).items():
+        *path, last = key.split(".")
+        target: Any = raw
+        for part in path:
+            target = target[part]
+        target[last] = value
+    return resolve(raw)
+
+
 def _override(raw: Config, key: str, text: str) -> None:
     """Set a dotted key from a command line's text."""
     parts = key.split(".")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 # Dense bfloat16 FLOP/s of one device, from the vendors' data sheets; the first key that the device kind contains.
-_PEAK = {
+PEAK = {
     "v6 lite": 918e12,
     "v6e": 918e12,
     "v5 lite": 197e12,
@@ -42,7 +42,7 @@ def peak_flops() -> float | None:
     """
     device = jax.local_devices()[0]
     if device.platform != "cpu":
-        return next((peak for name, peak in _PEAK.items() if name.lower() in device.device_kind.lower()), None)
+        return next((peak for name, peak in PEAK.items() if name.lower() in device.device_kind.lower()), None)
     size = 1024
     with jax.default_device(device):
         x = jnp.ones((size, size), jnp.float32)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import re
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from tfm_jax import config as configs
 from tfm_jax.data.synthetic import in_place_of
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.parallel import flops, hbm, hlo
-from tfm_jax.parallel.chips import CHIPS, Chip, seconds
+from tfm_jax.parallel.chips import CHIPS, Chip, of, seconds
 from tfm_jax.parallel.sharding import Placement
 from tfm_jax.train.build import Experiment, build
 
@@ -93,15 +94,17 @@ class Plan:
 
 
 def topology(name: str) -> Topology:
-    """`v5p:4x4x4`, or `2xv5e:16x16` for two slices that the data-centre network joins.
+    """`v5p:4x4x4`, or `2xv5e:16x16` for two slices that the data-centre network joins; `cpu:8` and `gpu:8` are devices here.
 
     Raises:
       UserError: a chip or a shape that there is not, or no TPU compiler.
     """
+    if here := re.fullmatch(r"(cpu|gpu):(\d+)", name):
+        return _here(name, here[1], int(here[2]))
     found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
     if found is None or found[2] not in CHIPS:
         raise UserError(
-            f"--topology={name}: write CHIP:SHAPE, for instance v5p:4x4x4, or 2xv5e:16x16 for two slices."
+            f"--topology={name}: write CHIP:SHAPE, for instance v5p:4x4x4, or 2xv5e:16x16 for two slices, or cpu:8, gpu:8."
             f"{nearest(name.partition(':')[0], CHIPS)}"
         )
     # Otherwise the library asks a metadata server about a TPU that is not here.
@@ -119,15 +122,36 @@ def topology(name: str) -> Topology:
     return Topology(name, described.devices, CHIPS[found[2]])
 
 
+def _here(name: str, kind: str, count: int) -> Topology:
+    try:
+        devices = jax.devices(kind)
+    except RuntimeError as error:
+        raise UserError(f"--topology={name}: there is no {kind} here: {error}") from None
+    if not 0 < count <= len(devices):
+        more = f" JAX_NUM_CPU_DEVICES={count} simulates as many." if kind == "cpu" else ""
+        raise UserError(f"--topology={name}: devices of this kind here: {len(devices)}.{more}")
+    return Topology(name, devices[:count], of(devices[:count]))
+
+
+def measured(experiment: Experiment, steps: int) -> float:
+    """Seconds of a step on devices that are here, the median of so many after two."""
+    with jax.set_mesh(experiment.layout.mesh):
+        state, batch = experiment.fresh_state(), experiment.batch(0)
+        step, took = experiment.jitted_step(), []
+        for _ in range(2 + steps):
+            began = time.perf_counter()
+            state, _ = jax.block_until_ready(step(state, batch))
+            took.append(time.perf_counter() - began)
+    return statistics.median(took[2:])
+
+
 def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
     """Compile the config's training step for a topology, and say what it would cost.
 
     Raises:
       UserError: whatever does not fit together, the mesh and the topology among it.
     """
-    config = {**config, "data": {**in_place_of(config["data"], config["model"])}, "evals": {}}
-    config["checkpoint"] = {**config["checkpoint"], "init_from": None, "resume": None}
-    config = configs.resolve(config)
+    config = drawn(config)
     experiment = build(config, devices=where.devices)
     plain = {**config["model"], **({"remat": "none"} if "remat" in config["model"] else {})}
     once = build({**config, "model": plain}, devices=where.devices)
@@ -170,6 +194,13 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
     )
 
 
+def drawn(config: configs.Config) -> configs.Config:
+    """The config with drawn data of the same shapes, and nothing to start from."""
+    config = {**config, "data": {**in_place_of(config["data"], config["model"])}, "evals": {}}
+    config["checkpoint"] = {**config["checkpoint"], "init_from": None, "resume": None}
+    return configs.resolve(config)
+
+
 def _batch(experiment: Experiment, rows: int) -> Any:
     one = experiment.data.train.batch_at(0, slice(0, 1))
     where = experiment.layout.batch()
@@ -185,7 +216,7 @@ def _compiled(traced: Any, platform: str) -> tuple[Any, float]:
     try:
         compiled = traced.lower(lowering_platforms=(platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))
+        used = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)(?: of|\) exceeds)", str(error))
         if used is None:
             raise
         return None, float(used[1]) * 1024 ** "_KMGT".index(used[2] or "_")
