@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help pretrain test lint evaluate generate convert benchmark parity clean reproduce-shakespeare reproduce-kills \
-	reproduce-minilm reproduce-albert reproduce-longformer results
+	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans results
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9%-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%-]+):[^#]*## (.*)/\1|\2/' | \
@@ -82,9 +82,18 @@ results: $(VENV)/.ready  ## draw the README's table of recipes from results/*.js
 reproduce-albert: $(VENV)/.parity  ## imported ALBERT of rxnmapper beside the reference; MODEL=folder (about 20 seconds)
 	@$(BIN)/python -m experiments.reproduce.albert --model $(or $(MODEL),$(error give MODEL=path/to/model)) $(ARGS)
 
+# Beside the other environment: where libtpu is installed, every JAX process looks for chips first.
+$(VENV)-tpu/.ready: pyproject.toml
+	@echo "Making $(VENV)-tpu (once) ..."
+	@$(PYTHON) -m venv $(VENV)-tpu && $(VENV)-tpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
+	@touch $@
+
+reproduce-plans: $(VENV)-tpu/.ready  ## plan eight models on pods with the TPU compiler (about an hour)
+	@$(VENV)-tpu/bin/python -m experiments.reproduce.plans $(ARGS)
+
 reproduce-longformer: $(VENV)/.ready  ## Longformer's time and memory at 2,048, 4,096 and 8,192 tokens
 	@$(BIN)/python -m experiments.reproduce.longformer_cost $(ARGS)
 
 clean:  ## remove the environment and caches; runs stay
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-tpu build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

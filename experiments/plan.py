@@ -78,18 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     where = topology(flags.topology)
     if flags.search:
-        found, experiment, plan = search(config, where, compiled=flags.search, say=print)
+        found, experiment, plan, tried = search(config, where, compiled=flags.search, say=print)
         if flags.write is not None:
             chosen = {name: found[name] for name in ("mesh", "train", "model")}
             _write(flags.write, flags.config, {**config, **chosen}, flags.topology)
     else:
-        experiment, plan = planned(config, where)
+        (experiment, plan), tried = planned(config, where), []
     if flags.table:
         print(format_table(plan.table), end="\n\n")
     print(_report(plan, where.chip, flags.tokens))
     if flags.picture is not None:
         _picture(plan, flags.picture)
     found_figures = figures(plan, flags.tokens)
+    if flags.search:
+        found_figures["tried"] = [{"changes": changes, **figures(one, flags.tokens)} for changes, one in tried]
     if flags.measure:
         took = measured(experiment, flags.measure)
         found_figures |= {"measured_step_seconds": took, "prediction_error": plan.step / took - 1}

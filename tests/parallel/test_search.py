@@ -90,11 +90,11 @@ def test_the_fastest_that_fits_wins(config, slow, bounds, monkeypatch):
 
     monkeypatch.setattr(searching, "bounds", lambda config, where: iter(bounds))
     monkeypatch.setattr(searching, "planned", compiled)
-    found, experiment, plan = searching.search(config, slow, compiled=3)
+    found, experiment, plan, tried = searching.search(config, slow, compiled=3)
     assert len(seen) == 4 and len(set(seen)) == 4 and seen[0] == (8, 1, 1, 1, "none")
     sizes = experiment.layout.mesh.shape
     assert (sizes["data"], sizes["fsdp"], sizes["tensor"], found["train"]["accum"], found["model"]["remat"]) == seen[3]
-    assert plan.step == pytest.approx(2.6)
+    assert plan.step == pytest.approx(2.6) and [one.fits for _, one in tried] == [True, False, True, True]
     seen.clear()
     small = Topology("8 cores", slow.devices, Chip("core", 1e11, 100.0, 1e10, 1e9, 1e8))
     fits_not = dataclasses.replace(plan, fits=False)

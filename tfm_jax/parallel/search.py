@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -47,10 +47,19 @@ class Bound:
     sent: float
 
 
+class Found(NamedTuple):
+    """The fastest of the choices that were compiled, and all of them with their plans, the config's own first."""
+
+    config: configs.Config
+    experiment: Experiment
+    plan: Plan
+    tried: list[tuple[dict[str, Any], Plan]]
+
+
 def search(
     config: configs.Config, where: Topology, *, compiled: int = 4, say: Callable[[str], None] = lambda line: None
-) -> tuple[configs.Config, Experiment, Plan]:
-    """The config with the fastest of the choices that were compiled, its own among them, its experiment and its plan.
+) -> Found:
+    """Compile a config's own mesh and the best few others.
 
     Args:
       compiled: choices to compile besides the config's own.
@@ -66,15 +75,15 @@ def search(
     best, (experiment, plan) = config, planned(config, where)
     own = {f"mesh.{axis}": size for axis, size in experiment.layout.mesh.shape.items()}
     say(f"as it is: {_said(plan)}")
-    left = compiled
+    tried: list[tuple[dict[str, Any], Plan]] = [({}, plan)]
     for bound in fitting:
-        if not left or (plan.fits and bound.seconds >= plan.step):
+        if len(tried) > compiled or (plan.fits and bound.seconds >= plan.step):
             break
         changed = configs.changed(config, bound.changes)
         if changed == configs.changed(config, own):
             continue
-        left -= 1
         made, other = planned(changed, where)
+        tried.append((bound.changes, other))
         say(f"{_shown(bound.changes)}: {_said(other)}")
         if other.fits and (not plan.fits or other.step < plan.step):
             best, experiment, plan = changed, made, other
@@ -83,7 +92,7 @@ def search(
             f"Nothing fits on {where.name}: the least is {min(bound.memory for bound in found) / 2**30:.1f} GiB a chip, of"
             f" {where.chip.hbm / 2**30:.0f}. Use more chips, a smaller data.batch_size, or a higher --search."
         )
-    return best, experiment, plan
+    return Found(best, experiment, plan, tried)
 
 
 def _shown(changes: Mapping[str, Any]) -> str:
