@@ -6,6 +6,8 @@
 `generate`    greedy decoding of a random GPT-2 of 124 M parameters beside `transformers`, and its import; `parity`.
 `beam`        beam search with a small BART, 5 beams, beside `transformers`; `parity`.
 `student`     an encoder of MiniLM's width and 3 layers beside one of 6: what distillation to half the layers buys.
+`gpu`         GPT-2's 124 M on one GPU, 1,024 tokens a row, bfloat16, beside a compiled PyTorch model; `parity`. `not measured`
+              without a GPU.
 `overhead`    the whole loop (logging, prefetch, checkpoints due) beside the bare compiled step, and the data wait.
 `checkpoint`  how long a save of 124 M parameters with Adam's moments blocks the loop, asynchronous beside synchronous.
 `startup`     seconds from start to the first step, with the compile cache cold and warm, the data being built.
@@ -26,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,7 +51,7 @@ STEPS_A_TURN = 5
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     parts: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "step": _steps, "families": _families, "generate": _generate, "beam": _beam, "student": _student, "overhead": _overhead, "checkpoint": _checkpoint, "startup": _startup,
+        "step": _steps, "families": _families, "generate": _generate, "beam": _beam, "student": _student, "gpu": _gpu, "overhead": _overhead, "checkpoint": _checkpoint, "startup": _startup,
     }  # fmt: skip
     made.add_argument("--only", nargs="+", default=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
     made.add_argument("--families", action="store_const", dest="only", const=["families"], help="only that part")
@@ -117,7 +119,15 @@ def _families(flags: Any) -> dict[str, Any]:
     return out
 
 
-def our_step(layers: int, width: int, heads: int, length: int, batch: int, vocab: int) -> Callable[[], float]:
+def our_step(
+    layers: int,
+    width: int,
+    heads: int,
+    length: int,
+    batch: int,
+    vocab: int,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Callable[[], float]:
     """A training step of the library, as `train` compiles it: a function that runs one and returns its loss."""
     import jax
 
@@ -128,7 +138,7 @@ def our_step(layers: int, width: int, heads: int, length: int, batch: int, vocab
     from tfm_jax.train.state import initialiser
     from tfm_jax.train.step import make_train_step
 
-    spec = BlockSpec(width=width, heads=heads, bias="none", activation="gelu")
+    spec = BlockSpec(width=width, heads=heads, bias="none", activation="gelu", dtype=dtype)
     model = Model(block=spec, vocab_size=vocab, max_len=length, layers=layers)
     random = np.random.default_rng(0)
     tokens, targets = (random.integers(0, vocab, (batch, length), dtype=np.int32) for _ in range(2))
@@ -195,6 +205,46 @@ def _student(flags: Any) -> dict[str, Any]:
     fast, slow = (1e3 * statistics.median(x) for x in (first, second))
     print(f"a student of 3 layers: {fast:.1f} ms, its teacher of 6: {slow:.1f} ms: {ratio:.2f} times as fast")
     return {"student": {"student_ms": fast, "teacher_ms": slow, "speed_ratio": ratio}}
+
+
+# ---- a GPU ---------------------------------------------------------------------------------------------------------
+
+# As SHAPES; the vocabulary of 50,257 filled up to a multiple of 128, as llm.c has it too.
+GPT2 = (12, 768, 12, 1024, 32, 50304)
+
+
+def _gpu(flags: Any) -> dict[str, Any]:
+    """Tokens a second and model FLOPs utilisation, attention not halved."""
+    # Two frameworks share the card.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+
+    from tfm_jax.models.gpt import Model
+    from tfm_jax.nn.spec import BlockSpec
+    from tfm_jax.parallel.devices import peak_flops
+
+    if jax.default_backend() != "gpu":
+        print("GPT-2 on a GPU: not measured, for there is none here.")
+        return {"gpu": "not measured"}
+    _need_torch()
+    layers, width, heads, length, batch, vocab = GPT2
+    model = Model(
+        block=BlockSpec(width=width, heads=heads, bias="none"), vocab_size=vocab, max_len=length, layers=layers
+    )
+    ours = Worker("experiments.benchmark:our_step", *GPT2, "bfloat16")
+    theirs = Worker("experiments.reproduce.torch_gpt:step", *GPT2, "cuda")
+    first, second = in_turns(ours, theirs, flags.rounds or 8, 4 * STEPS_A_TURN)
+    mine, other = (length * batch / statistics.median(x) for x in (first, second))
+    peak, flops = peak_flops(), model.train_flops_per_token(length)
+    mfu = [None if peak is None else speed * flops / peak for speed in (mine, other)]
+    told = [
+        f"{speed:,.0f} tokens/s" + ("" if u is None else f", MFU {u:.3f}")
+        for speed, u in zip((mine, other), mfu, strict=True)
+    ]
+    kind = jax.devices()[0].device_kind
+    print(f"GPT-2 124M on {kind}: {told[0]}; PyTorch, compiled: {told[1]}: ratio {mine / other:.2f}")
+    return {"gpu": {"device": kind, "tokens_per_sec": mine, "mfu": mfu[0], "pytorch_tokens_per_sec": other,
+                    "pytorch_mfu": mfu[1], "speed_ratio": mine / other}}  # fmt: skip
 
 
 # ---- the loop's overhead -------------------------------------------------------------------------------------------

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 
-def step(layers: int, width: int, heads: int, length: int, batch: int, vocab: int) -> Callable[[], float]:
-    """A function that runs one training step (fused attention, clipping, AdamW) and returns its loss."""
+def step(
+    layers: int, width: int, heads: int, length: int, batch: int, vocab: int, device: Literal["cpu", "cuda"] = "cpu"
+) -> Callable[[], float]:
+    """A function that runs one training step (fused attention, clipping, AdamW) and returns its loss.
+
+    On a GPU it is compiled and its products are bfloat16.
+    """
     import torch
     from torch import nn
     from torch.nn import functional
@@ -37,23 +42,28 @@ def step(layers: int, width: int, heads: int, length: int, batch: int, vocab: in
                     nn.init.normal_(parameter, std=0.02)
 
         def forward(self, ids: Any, targets: Any) -> Any:
-            x = self.tokens(ids) + self.positions(torch.arange(length))
+            x = self.tokens(ids) + self.positions(torch.arange(length, device=ids.device))
             for block in self.blocks:
                 x = block(x)
             logits = functional.linear(self.norm(x), self.tokens.weight)
             return functional.cross_entropy(logits.view(-1, vocab), targets.view(-1))
 
     torch.manual_seed(0)
-    model = Model()
+    model: Any = Model().to(device)
+    gpu = device == "cuda"
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
-    ids, targets = (torch.randint(vocab, (batch, length)) for _ in range(2))
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=gpu)
+    if gpu:
+        torch.set_float32_matmul_precision("high")
+        model = torch.compile(model)
+    ids, targets = (torch.randint(vocab, (batch, length), device=device) for _ in range(2))
 
     def run() -> float:
-        loss = model(ids, targets)
+        with torch.autocast(device, torch.bfloat16, enabled=gpu):
+            loss = model(ids, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
