@@ -33,6 +33,8 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             "model": {
                 "name": "bert",
                 "variant": "mini",
+                "norm_position": "pre",
+                "init_std": 256**-0.5,
                 "outputs": ("classes",),
                 "dropout": 0.1,
                 "attention_dropout": 0.1,
