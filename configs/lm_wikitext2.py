@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/lm_wikitext2.py --config.data.manual_dir=path/to/data --workdir=runs/lm_wikitext2
 
-4 layers, 128 wide, segments of 64 words and a memory of 128, an epoch of WikiText-2. `:forgetful` has no memory. `:smoke` is a
+4 layers, 128 wide, segments of 64 words and a memory of 128, 1.4 M words of WikiText-2. `:forgetful` has no memory. `:smoke` is a
 tiny one, in seconds; give it a source.
 """
 
@@ -48,7 +48,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "batch_size": 32,
             },
             "optim": {"name": "muon", "lr": 6e-3, "schedule": "linear", "end_factor": 0.02, "warmup_steps": 50},
-            "train": {"steps": 1000, "eval_every": 500},
+            "train": {"steps": 700, "eval_every": 350},
             "checkpoint": {"every": 250},
             "evals": {"validation": {"split": "validation"}, "test": {"split": "test"}},
         }

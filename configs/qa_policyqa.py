@@ -46,10 +46,10 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "lr": 1e-4,
                 "schedule": "linear",
                 "end_factor": 0.0,
-                "warmup_steps": 40,
+                "warmup_steps": 25,
                 "weight_decay": 0.01,
             },
-            "train": {"steps": 400, "eval_every": 0},
+            "train": {"steps": 250, "eval_every": 0},
             "checkpoint": {"init_from": "runs/minilm", "every": 50},
             "evals": {
                 "validation": {"name": "squad", "split": "validation"},

@@ -37,7 +37,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "batch_size": 16,
             },
             "optim": {"lr": 1e-3, "schedule": "linear", "end_factor": 0.02, "warmup_steps": 100, "weight_decay": 0.01},
-            "train": {"steps": 400, "eval_every": 200},
+            "train": {"steps": 300, "eval_every": 150},
             "checkpoint": {"init_from": _PRETRAINED, "every": 200},
             "evals": {
                 "validation": {"split": "validation"},

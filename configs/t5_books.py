@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/t5_books.py --config.data.manual_dir=path/to/data --workdir=runs/t5_books-0
 
-3 + 3 layers, 256 wide, 800 steps of 16 x 128 pieces; `plots/loss.png` is its picture. What it makes of summaries:
+3 + 3 layers, 256 wide, 600 steps of 16 x 128 pieces; `plots/loss.png` is its picture. What it makes of summaries:
 `configs/scitldr.py`. `:smoke` is a tiny one, in seconds; give it a source.
 """
 
@@ -33,7 +33,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "batch_size": 16,
             },
             "optim": {"name": "muon", "lr": 6e-3, "schedule": "linear", "end_factor": 0.02, "warmup_steps": 50},
-            "train": {"steps": 800, "eval_every": 100},
+            "train": {"steps": 600, "eval_every": 100},
             "checkpoint": {"every": 100},
             "evals": {"validation": {"split": "validation"}},
         }
