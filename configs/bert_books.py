@@ -12,7 +12,7 @@ import ml_collections
 
 RECIPES = {
     "": {
-        "title": "a BERT of 5 M weights on 26 novels: loss of masked pieces on two others, nats",
+        "title": "a BERT of 4 M weights on 26 novels: loss of masked pieces on two others, nats",
         "metrics": ("eval/validation/loss", "eval/validation/accuracy"),
     }
 }
