@@ -21,8 +21,9 @@ RECIPES = {
         "tried": "a rate of 1e-4 for three epochs 0.8865, 5e-5 for two without an average 0.898; 872 sentences have a standard error of 0.01",
         "published": "0.935 on GLUE's test server for BERT-base, five times as large (Devlin et al. 2019)",
     },
-    "lora": _SST2 | {"title": "the same by LoRA of rank 4, 0.73 % of the weights"},
-    "adalora": _SST2 | {"title": "the same by AdaLoRA, rank 6 falling to 4"},
+    # Within a point of the whole model's.
+    "lora": _SST2 | {"at_least": 0.8868, "title": "the same by LoRA of rank 4, 0.73 % of the weights"},
+    "adalora": _SST2 | {"at_least": 0.8868, "title": "the same by AdaLoRA, rank 6 falling to 4"},
 }
 
 
