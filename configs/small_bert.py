@@ -37,6 +37,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "init_std": 256**-0.5,
                 "max_len": 64,
                 "outputs": ("classes",),
+                "pooling": "mean",
                 "dropout": 0.1,
                 "attention_dropout": 0.1,
             },
@@ -49,7 +50,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "seq_len": 64,
                 "batch_size": 32,
             },
-            "optim": {"lr": 2e-4, "schedule": "linear", "end_factor": 0.0, "warmup_steps": 80, "weight_decay": 0.01},
+            "optim": {"lr": 5e-4, "schedule": "linear", "end_factor": 0.0, "warmup_steps": 80, "weight_decay": 0.01},
             "train": {"steps": 800 if cola else 1200, "eval_every": 0},
             "checkpoint": {"init_from": None if start == "scratch" else _PRETRAINED, "every": 1000},
             "evals": {

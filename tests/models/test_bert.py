@@ -66,6 +66,18 @@ def test_outputs_are_those_asked_for():
     assert out["pair_logits"].shape == (2, 2) and out["pooled"].shape == (2, 16)
 
 
+def test_what_stands_for_a_text():
+    """The pooler reads the first position, or the mean of those that are not padding; its parameters are the same."""
+    valid = jnp.arange(6)[None] < jnp.array([[4], [6]])
+    for pooling in ("first", "mean"):
+        model = Model(TINY, vocab_size=50, layers=1, outputs=("pooled",), pooling=pooling)
+        params = jax.jit(lambda key, m=model: m.init(key, TOKENS)["params"])(jax.random.key(1))
+        out = jax.jit(lambda m=model, p=params: m.apply({"params": p}, TOKENS, valid=valid))()
+        states, weights = np.asarray(out["states"]), params["pooler"]["dense"]
+        one = states[:, 0] if pooling == "first" else np.stack([states[0, :4].mean(0), states[1].mean(0)])
+        np.testing.assert_allclose(out["pooled"], np.tanh(one @ weights["kernel"] + weights["bias"]), atol=1e-6)
+
+
 def test_padding_and_other_documents_do_not_matter():
     model = Model(TINY, vocab_size=50, layers=2, max_len=8)
     params = jax.jit(lambda key: model.init(key, TOKENS)["params"])(jax.random.key(1))

@@ -51,6 +51,7 @@ class Model(nn.Module):
       outputs: `tokens` predicts the token at each position, `pooled` is a tanh layer over the first position; over it,
         `pair` says whether two segments stand in their own order (section 3.1) and `classes` is a class of the whole, or a number;
         the others as in `models.bert`.
+      pooling: what `pooled` reads: the `first` position, or the `mean` of all.
       classes: how many, 1 for a number; the data's own if None.
       layer_loop, remat: see `nn.stack.Stack`; both loops have the same parameters.
     """
@@ -62,6 +63,7 @@ class Model(nn.Module):
     types: int = 2
     layers: int = 12
     outputs: Sequence[heads.Output] = ("tokens", "pair")
+    pooling: heads.Pooling = "first"
     classes: heads.Classes = None
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"

@@ -54,6 +54,7 @@ class Model(nn.Module):
       outputs: `tokens` predicts the token at each position, `pooled` is a tanh layer over the first position; over it,
         `pair` says whether two segments follow each other and `classes` is a class of the whole, or a number; `tags` is a class
         of each position, `span` where an answer begins and ends, `embedding` the text as a unit vector.
+      pooling: what `pooled` reads: the `first` position, or the `mean` of all.
       classes: how many, 1 for a number, or such by name for a mixture of tasks; the data's own if None.
       layers, layer_loop, remat: see `nn.stack.Stack`.
     """
@@ -65,6 +66,7 @@ class Model(nn.Module):
     offset: int = 0
     layers: int = 12
     outputs: Sequence[heads.Output] = ("tokens", "pair")
+    pooling: heads.Pooling = "first"
     classes: heads.Classes = None
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"

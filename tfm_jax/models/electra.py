@@ -160,10 +160,12 @@ class Discriminator(_Electra):
 
     Attributes:
       outputs: other than `tokens`; see `nn.heads.predictions`.
+      pooling: what `pooled` reads: the `first` position, or the `mean` of all.
       classes: how many, 1 for a number; the data's own if None.
     """
 
     outputs: Sequence[heads.Output] = ()
+    pooling: heads.Pooling = "first"
     classes: heads.Classes = None
 
     def __post_init__(self) -> None:

@@ -48,6 +48,7 @@ class Model(nn.Module):
       window: tokens that a token sees around it, half on each side, besides itself; even.
       max_global: most global tokens in a row; memory and time grow with it.
       outputs: see `nn.heads.predictions`; what stands on the first position wants it global (section 5).
+      pooling: what `pooled` reads: the `first` position, or the `mean` of all.
       classes: how many, 1 for a number; the data's own if None.
       layers, layer_loop, remat: see `nn.stack.Stack`.
     """
@@ -61,6 +62,7 @@ class Model(nn.Module):
     max_global: int = 64
     layers: int = 12
     outputs: Sequence[heads.Output] = ("tokens",)
+    pooling: heads.Pooling = "first"
     classes: heads.Classes = None
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"

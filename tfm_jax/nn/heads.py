@@ -22,6 +22,9 @@ RULES: tuple[Rule, ...] = (
 
 # What an encoder may say of its states.
 Output = Literal["tokens", "pooled", "pair", "classes", "tags", "span", "embedding"]
+# What stands for a text: its first position (Devlin et al. 2019), or the mean of all (Reimers and Gurevych 2019), for encoders whose
+# first position nothing was trained to fill.
+Pooling = Literal["first", "mean"]
 # Of these one at most: each would be the logits.
 _LOGITS = ("tokens", "classes", "tags")
 
@@ -64,7 +67,8 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, valid: jax.Array | N
     if "tokens" in asked:
         out |= TokenHead(spec, name="token_head")(x, table)
     if asked & {"pooled", "pair", "classes"}:
-        out["pooled"] = Pooler(spec, name="pooler")(x)
+        one = mean(x, valid) if model.pooling == "mean" else x[:, 0]
+        out["pooled"] = Pooler(spec, name="pooler")(one)
     if "pair" in asked:
         out["pair_logits"] = Classifier(spec, 2, name="pair_head")(out["pooled"])
     if "span" in asked:
@@ -84,11 +88,17 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, valid: jax.Array | N
     return out
 
 
-def sentence_embedding(x: jax.Array, valid: jax.Array | None) -> jax.Array:
-    """The mean of a text's states (B, T, D), marks included, as a unit vector (B, D) float32 (Reimers and Gurevych 2019)."""
+def mean(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """The mean of a text's states (B, T, D), marks included, (B, D) in their dtype."""
     kept = jnp.ones(x.shape[:2], jnp.float32) if valid is None else valid.astype(jnp.float32)
     total = jnp.einsum("btd,bt->bd", x.astype(jnp.float32), kept)
-    return total * jax.lax.rsqrt(jnp.maximum(jnp.sum(total**2, axis=-1, keepdims=True), 1e-24))
+    return (total / jnp.maximum(jnp.sum(kept, axis=1, keepdims=True), 1.0)).astype(x.dtype)
+
+
+def sentence_embedding(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """The mean of a text's states (B, T, D), marks included, as a unit vector (B, D) float32 (Reimers and Gurevych 2019)."""
+    one = mean(x.astype(jnp.float32), valid)
+    return one * jax.lax.rsqrt(jnp.maximum(jnp.sum(one**2, axis=-1, keepdims=True), 1e-24))
 
 
 def unembed(hidden: jax.Array, unembedding: jax.Array) -> dict[str, Any]:
@@ -120,14 +130,14 @@ class TokenHead(nn.Module):
 
 
 class Pooler(nn.Module):
-    """tanh(W x + b) of the first position, (B, D)."""
+    """tanh(W x + b) of (B, D), the first position or the mean of all."""
 
     spec: BlockSpec
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.spec.init_std)
-        return jnp.tanh(Dense(x.shape[-1], "all", self.spec.compute_dtype, init, name="dense")(x[:, 0]))
+        return jnp.tanh(Dense(x.shape[-1], "all", self.spec.compute_dtype, init, name="dense")(x))
 
 
 class Classifier(nn.Module):
