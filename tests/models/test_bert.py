@@ -75,7 +75,9 @@ def test_what_stands_for_a_text():
         out = jax.jit(lambda m=model, p=params: m.apply({"params": p}, TOKENS, valid=valid))()
         states, weights = np.asarray(out["states"]), params["pooler"]["dense"]
         one = states[:, 0] if pooling == "first" else np.stack([states[0, :4].mean(0), states[1].mean(0)])
-        np.testing.assert_allclose(out["pooled"], np.tanh(one @ weights["kernel"] + weights["bias"]), atol=1e-6)
+        np.testing.assert_allclose(
+            out["pooled"], np.tanh(one @ np.asarray(weights["kernel"]) + np.asarray(weights["bias"])), atol=1e-6
+        )
 
 
 def test_padding_and_other_documents_do_not_matter():
