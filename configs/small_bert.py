@@ -50,7 +50,14 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "seq_len": 64,
                 "batch_size": 32,
             },
-            "optim": {"lr": 5e-4, "schedule": "linear", "end_factor": 0.0, "warmup_steps": 80, "weight_decay": 0.01},
+            "optim": {
+                "name": "muon",
+                "lr": 1e-3,
+                "schedule": "linear",
+                "end_factor": 0.0,
+                "warmup_steps": 80,
+                "weight_decay": 0.01,
+            },
             "train": {"steps": 800 if cola else 1200, "eval_every": 0},
             "checkpoint": {"init_from": None if start == "scratch" else _PRETRAINED, "every": 1000},
             "evals": {
