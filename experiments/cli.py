@@ -1,7 +1,7 @@
 """What the commands share: flags, logging, the compile cache, errors and exit codes.
 
-Exit codes: 0 success, 1 an error of the program, 2 a mistake of the user's, 75 preempted (try again: the same command
-goes on).
+Exit codes: 0 success, 1 an error of the program, 2 a mistake of the user's, 75 preempted, or another host was lost (try
+again: the same command goes on).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.parallel import watchdog
 
 PREEMPTED = 75
 HIDDEN = argparse.SUPPRESS
@@ -97,26 +98,43 @@ def _restart_with(tunables: str) -> None:
 def run(main: Callable[[Sequence[str] | None], int], *, memory: str = FAST) -> None:
     """Call a command's main and exit: a user's mistake is one message, anything else keeps its traceback."""
     _restart_with(memory)
+    reason = ""
     try:
         code = main(None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code, reason = 2, str(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        code = 130
+        code, reason = 130, "it was interrupted."
     except Exception as error:
-        traceback.print_exc()
-        if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
-            print(
-                "error: out of memory. What helps, in this order: more microbatches (train.accum),"
-                " task.vocab_chunk=8192, model.remat=full, more devices in mesh.fsdp, a smaller data.batch_size.",
-                file=sys.stderr,
-            )
-        code = 1
+        code, reason = _unexpected(error)
+    if watchdog.here is not None:
+        if code in (0, PREEMPTED) and not reason:
+            watchdog.here.finish()
+        else:
+            watchdog.here.leave(code, reason or f"exit code {code}.")
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _unexpected(error: Exception) -> tuple[int, str]:
+    """Exit code and reason of an error that is nobody's mistake here."""
+    if lost := watchdog.lost():
+        print(
+            f"error: {lost} This process stops too; the same command goes on from the newest checkpoint.",
+            file=sys.stderr,
+        )
+        return PREEMPTED, lost
+    traceback.print_exc()
+    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+        print(
+            "error: out of memory. What helps, in this order: more microbatches (train.accum),"
+            " task.vocab_chunk=8192, model.remat=full, more devices in mesh.fsdp, a smaller data.batch_size.",
+            file=sys.stderr,
+        )
+    return 1, f"{type(error).__name__}: {error}"
 
 
 def python() -> str:

@@ -83,7 +83,7 @@ def bring_in(
     from tfm_jax.convert import huggingface, images, tokenizer
     from tfm_jax.convert.tensors import open_tensors
     from tfm_jax.convert.weights import names_in_file, read_parts
-    from tfm_jax.files import write_atomic
+    from tfm_jax.files import write_atomic, write_status
     from tfm_jax.parallel import mesh
     from tfm_jax.paths import flatten
     from tfm_jax.sections import build_model, family, model_class
@@ -151,7 +151,7 @@ def bring_in(
         checkpoints.close()
         write_atomic(made / ORIGIN, configs.to_json({"folder": str(folder.absolute()), "table": table, "parts": parts}))
         write_atomic(made / "config.json", configs.to_json(config))
-        rundir.write_status(made, "finished", f"converted from {folder}", step=0)
+        write_status(made, "finished", f"converted from {folder}", step=0)
     count = sum(x.size for x in jax.tree.leaves(params))
     return {
         "architecture": ", ".join(part["architecture"] for part in parts.values()),

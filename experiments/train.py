@@ -47,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tfm_jax.train.run import train
 
     outcome = train(config, flags.workdir, profile=profile)
+    code = 0 if outcome.status == "finished" else cli.PREEMPTED
     if not multihost.is_main():
-        return 0
+        return code
     if outcome.status == "finished":
         _summary(flags.workdir, outcome.result, profile is not None)
     if flags.json:
         cli.print_json({"status": outcome.status, **outcome.result})
-    return 0 if outcome.status == "finished" else cli.PREEMPTED
+    return code
 
 
 def _window(text: str | None) -> tuple[int, int] | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -14,3 +17,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, path)
+
+
+def write_status(run: Path, state: str, reason: str = "", **more: Any) -> None:
+    """A run's `status.json`: running, finished, preempted or failed, with the reason."""
+    record = {"state": state, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
+    write_atomic(run / "status.json", json.dumps(record) + "\n")

@@ -313,7 +313,7 @@ def test_flags_that_have_no_meaning_here():
 def test_a_run_takes_its_name_when_it_is_whole(folder, tmp_path, monkeypatch):
     path = folder()
     with monkeypatch.context() as patch:
-        patch.setattr("tfm_jax.train.rundir.write_status", lambda *_, **__: (_ for _ in ()).throw(OSError("the plug")))
+        patch.setattr("tfm_jax.files.write_status", lambda *_, **__: (_ for _ in ()).throw(OSError("the plug")))
         with pytest.raises(OSError, match="the plug"):
             convert.bring_in(path, tmp_path / "run")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs"]

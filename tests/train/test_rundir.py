@@ -9,21 +9,22 @@ import sys
 import pytest
 
 from tfm_jax.errors import UserError
+from tfm_jax.files import write_atomic, write_status
 from tfm_jax.train import rundir
 
 
 def test_files_are_replaced_whole(tmp_path):
     path = tmp_path / "status.json"
-    rundir.write_atomic(path, "old")
+    write_atomic(path, "old")
     before = path.open()  # a reader that opened the file before sees the old text to its end
-    rundir.write_atomic(path, "new")
+    write_atomic(path, "new")
     assert (before.read(), path.read_text()) == ("old", "new")
     assert os.listdir(tmp_path) == ["status.json"]
     before.close()
 
 
 def test_status(tmp_path):
-    rundir.write_status(tmp_path, "failed", "because", step=3)
+    write_status(tmp_path, "failed", "because", step=3)
     found = json.loads((tmp_path / "status.json").read_text())
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", found.pop("time"))
     assert found == {"state": "failed", "reason": "because", "step": 3}

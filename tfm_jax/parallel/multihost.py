@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from tfm_jax.errors import UserError
+from tfm_jax.parallel import watchdog
 
 # Variables that say a launcher started several processes; JAX finds their details itself.
 _LAUNCHERS = (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
@@ -24,22 +27,61 @@ def initialise() -> None:
     """Join the other processes if the environment says that there are any; otherwise do nothing.
 
     Either all of JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, or a launcher that
-    JAX knows (Slurm's srun, Open MPI's mpirun, a TPU pod) started this process.
+    JAX knows (Slurm's srun, Open MPI's mpirun, a TPU pod) started this process. A watchdog then ends this process when
+    another one ends by an error or dies; TFM_JAX_HOST_TIMEOUT is for how many seconds a host may be silent (30).
 
     Raises:
-      UserError: only some of the three are set.
+      UserError: only some of the three are set; a timeout that is none; process 0's watchdog is out of reach.
     """
+    timeout = _host_timeout()
+    # JAX's own heartbeats come second: they end a process without saying whose end it was.
+    beats = int(timeout + 2 * watchdog.GRACE)
     given = [name for name in _OWN if os.environ.get(name)]
     if given:
         if len(given) < len(_OWN):
             missing = ", ".join(sorted(set(_OWN) - set(given)))
             raise UserError(f"{', '.join(given)} is set, but {missing} is not: set all three or none.")
         address, count, index = (os.environ[name] for name in _OWN)
-        jax.distributed.initialize(address, int(count), int(index))
-        return
+        jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=beats)
+        return _watch(timeout)
     launched = any(int(os.environ.get(size, "1")) > 1 and rank in os.environ for size, rank in _LAUNCHERS)
-    if launched or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+    slices = int(os.environ.get("MEGASCALE_NUM_SLICES", "1"))
+    if launched or slices > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize(heartbeat_timeout_seconds=beats)
+        _watch(timeout)
+
+
+def _host_timeout() -> float:
+    text = os.environ.get("TFM_JAX_HOST_TIMEOUT", "30")
+    try:
+        timeout = float(text)
+    except ValueError:
+        timeout = 0.0
+    if not timeout >= 1:
+        raise UserError(f"TFM_JAX_HOST_TIMEOUT={text}: must be a number of seconds, at least 1.")
+    return timeout
+
+
+def _watch(timeout: float) -> None:
+    """Start the watchdog; process 0's says through JAX's key-value store where the others find it."""
+    state = distributed.global_state
+    assert state.client is not None and state.coordinator_address is not None
+    if state.num_processes == 1:
+        return
+    host = state.coordinator_address.rpartition(":")[0].strip("[]")
+    try:
+        if state.process_id == 0:
+            token = secrets.token_hex(16)
+            watchdog.here = watchdog.Watchdog(0, timeout, token)
+            state.client.key_value_set("tfm_jax/watchdog", f"{watchdog.here.port} {token}")
+        else:
+            port, token = state.client.blocking_key_value_get("tfm_jax/watchdog", 60_000).split()
+            watchdog.here = watchdog.Watchdog(state.process_id, timeout, token, (host, int(port)))
+    except ConnectionError as error:
+        raise UserError(
+            f"The watchdog of process 0 on {host} cannot be reached: {error}. The hosts of a run must be able to connect"
+            " to each other on any port."
+        ) from None
 
 
 def is_main() -> bool:
@@ -71,13 +113,6 @@ def agree(facts: Mapping[str, str], problem: str = "") -> None:
                     f"Process {index} ({other['host']}) has {name} {other['facts'][name]}, but process 0 ({first['host']}) has"
                     f" {first['facts'][name]}. All processes must run the same code, config and data."
                 )
-
-
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set anywhere; every process must call this at the same step."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def global_batch(dataset: Any, step: int, sharding: NamedSharding) -> Any:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
-from tfm_jax.files import write_atomic
+from tfm_jax.files import write_atomic, write_status
 from tfm_jax.paths import compile_patterns, flatten
 from tfm_jax.sections import family
 from tfm_jax.tasks.adapters import KEY
@@ -113,7 +113,7 @@ def put_on(folder: Path, base: Path, run: Path) -> dict[str, Any]:
     if (folder / "tokenizer").is_dir():
         shutil.copytree(folder / "tokenizer", run / "tokenizer")
     write_atomic(run / "config.json", configs.to_json(config))
-    rundir.write_status(run, "finished", f"adapters of {folder} on {base}", step=record["step"])
+    write_status(run, "finished", f"adapters of {folder} on {base}", step=record["step"])
     return {"step": record["step"], "adapted": len(kernels), "run": str(run)}
 
 

@@ -20,8 +20,8 @@ from tfm_jax import config as configs
 from tfm_jax.data.prefetch import Prefetcher
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.evals.base import Evaluate
-from tfm_jax.files import write_atomic
-from tfm_jax.parallel import multihost
+from tfm_jax.files import write_atomic, write_status
+from tfm_jax.parallel import multihost, watchdog
 from tfm_jax.parallel.devices import peak_flops
 from tfm_jax.train import rundir
 from tfm_jax.train.build import Experiment, build
@@ -73,13 +73,17 @@ def train(config: configs.Config, run: Path, *, profile: tuple[int, int] | None 
         # Also what may change between starts must be equal now: it decides when the processes meet.
         whole = {k: str(v) for k, v in configs.flat(experiment.config).items() if k not in configs.LOCAL_KEYS}
         multihost.agree({**whole, **facts, "data": experiment.data.fingerprint})  # 2
+        if watchdog.here is not None:
+            watchdog.here.guard(run)
         if not main:
             return _train(experiment, evaluators, facts, run, profile)
         try:
             rundir.begin(run, experiment.config, experiment.data.tokenizer)
             return _train(experiment, evaluators, facts, run, profile)
         except BaseException as error:
-            rundir.write_status(run, "failed", f"{type(error).__name__}: {error}")
+            # What the end of another process leads to is not the reason; its watchdog has written that one.
+            if isinstance(error, UserError) or not watchdog.lost():
+                write_status(run, "failed", f"{type(error).__name__}: {error}")
             raise
 
 
@@ -103,7 +107,7 @@ def _train(
             if ended and (run / "result.json").is_file():
                 # Nothing is left to do; evaluating again would log the last step twice.
                 if main:
-                    rundir.write_status(run, "finished", step=start.step)
+                    write_status(run, "finished", step=start.step)
                 return Outcome("finished", json.loads((run / "result.json").read_text()))
             return _Loop(experiment, run, checkpoints, start, evaluators, facts, profile, main).run()
         finally:
@@ -260,10 +264,7 @@ class _Loop:
         self._write(step, {"ckpt/blocking_s": blocked})
 
     def _told_to_stop(self, step: int) -> bool:
-        # Processes ask each other only now and then: the answer costs a collective.
-        if jax.process_count() > 1 and step % self.experiment.log.every:
-            return False
-        return multihost.any_process(self.stop.asked)
+        return self.stop.told(step)
 
     def _preempted(self, step: int) -> Outcome:
         self._read()
@@ -271,7 +272,7 @@ class _Loop:
         self._save(step)
         self.checkpoints.wait()
         if self.main:
-            rundir.write_status(self.run_dir, "preempted", f"stopped by {self.stop.name} after step {step}", step=step)
+            write_status(self.run_dir, "preempted", f"stopped by {self.stop.name} after step {step}", step=step)
         self.progress.say(f"Stopped after step {step}, checkpoint saved. The same command goes on from here.")
         return Outcome("preempted", {"step": step})
 
@@ -291,7 +292,7 @@ class _Loop:
             self.writers.close()  # type: ignore[union-attr]
             loss_picture(self.run_dir, as_loss(self.experiment.data.facts), self.experiment.task.unit)
             write_atomic(self.run_dir / "result.json", configs.to_json(result))
-            rundir.write_status(self.run_dir, "finished", step=self.total)
+            write_status(self.run_dir, "finished", step=self.total)
         return Outcome("finished", result)
 
     def _write(self, step: int, metrics: Metrics) -> None:

@@ -9,20 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.files import write_atomic
-
-
-def write_status(run: Path, state: str, reason: str = "", **more: Any) -> None:
-    """`status.json`: running, finished, preempted or failed, with the reason."""
-    record = {"state": state, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
-    write_atomic(run / "status.json", json.dumps(record) + "\n")
+from tfm_jax.files import write_atomic, write_status
 
 
 @contextlib.contextmanager
