@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before, saving, finished = _kill_once(killed, chance, want_save, number, flags.kills)
         if finished:
             raise UserError(f"The run ended before kill {number + 1}; raise STEPS or kill sooner.")
-        after = _finished_steps(killed)
+        after = finished_steps(killed)
         # What was whole when the signal was sent must still be there, but for what `keep` had dropped meanwhile.
         newest = max(before, default=0)
         lost += newest > max(after, default=0)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush=True,
         )
     subprocess.run(_command(killed), check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    equal, arrays = _compare(quiet, killed)
+    equal, arrays = same_state(quiet, killed)
     result = {
         "kills": flags.kills,
         "during_save": during_save,
@@ -92,11 +92,11 @@ def _kill_once(
     process = subprocess.Popen(
         _command(run), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    start = max(_finished_steps(run), default=0)
+    start = max(finished_steps(run), default=0)
     # Get a little further each time, so that the kills are spread over the run.
     goal = start + EVERY * chance.randint(1, max(1, (STEPS - start) // (EVERY * (total - number + 1))))
     deadline = time.perf_counter() + 120
-    while process.poll() is None and max(_finished_steps(run), default=0) < goal:
+    while process.poll() is None and max(finished_steps(run), default=0) < goal:
         if time.perf_counter() > deadline:
             raise UserError(f"No checkpoint of step {goal} within two minutes.")
         time.sleep(0.001)
@@ -105,7 +105,7 @@ def _kill_once(
             time.sleep(0.0002)
     else:
         time.sleep(chance.random() * 0.3)
-    before, saving = _finished_steps(run), _saving(run)
+    before, saving = finished_steps(run), _saving(run)
     finished = process.poll() is not None
     if not finished:
         os.killpg(process.pid, signal.SIGKILL)
@@ -113,7 +113,8 @@ def _kill_once(
     return before, saving, finished
 
 
-def _finished_steps(run: Path) -> list[int]:
+def finished_steps(run: Path) -> list[int]:
+    """Steps of the whole checkpoints, oldest first."""
     folder = run / "checkpoints"
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
@@ -123,7 +124,8 @@ def _saving(run: Path) -> bool:
     return folder.is_dir() and any("tmp" in p.name for p in folder.iterdir())
 
 
-def _compare(a: Path, b: Path) -> tuple[bool, int]:
+def same_state(a: Path, b: Path) -> tuple[bool, int]:
+    """Whether the final states of two runs are equal bit for bit, and of how many arrays."""
     import jax
 
     from tfm_jax.paths import flatten

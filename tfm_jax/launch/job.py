@@ -42,9 +42,9 @@ def job(arguments: Sequence[str]) -> Job:
       UserError: no run directory is among them.
     """
     found = None
-    for here, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for i, here in enumerate(arguments):
         if here == "--workdir":
-            found = following
+            found = "".join(arguments[i + 1 : i + 2])
         elif here.startswith("--workdir="):
             found = here.partition("=")[2]
     if not found:

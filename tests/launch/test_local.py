@@ -1,0 +1,104 @@
+"""Processes of this machine: a run that loses one, and the numbers that cannot be."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tfm_jax.launch import local
+from tfm_jax.paths import flatten
+from tfm_jax.train.log import read_metrics
+from tfm_jax.train.restore import load_params
+from tfm_jax.train.run import train
+
+
+def test_a_killed_process_is_named_and_the_run_goes_on_to_the_same_end(
+    start_command, command_env, config_file, make_config, tmp_path
+):
+    """2 processes of 2 devices, then one, beside one process of 8."""
+    changes = {"train.steps": 60, "train.eval_every": 0}
+    run, quiet = tmp_path / "run", tmp_path / "quiet"
+    env = command_env()
+    env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=1 ", "")
+    launcher = start_command(
+        "launch", "--backend=local", "--processes=2", "--devices=2", "--elastic=1", "--restarts=1", "--json", "--",
+        f"--config={config_file}", f"--workdir={run}", *(f"--config.{key}={value}" for key, value in changes.items()),
+        env=env,
+    )  # fmt: skip
+    pids = [int(pid) for pid in re.findall(r"\d+", launcher.stderr.readline().partition("pid")[2])]
+    assert len(pids) == 2
+    until = time.monotonic() + 120
+    while not (newest := steps(run)) or max(newest) < 8:
+        assert launcher.poll() is None and time.monotonic() < until, launcher.communicate()
+        time.sleep(0.01)
+    os.kill(pids[1], signal.SIGKILL)
+    began = time.monotonic()
+    train(make_config(changes), quiet)  # meanwhile
+    out, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0 and json.loads(out.splitlines()[-1]) == {"exit_code": 0}, errors
+    assert time.monotonic() - began < 60
+    assert re.search(rf"launch: Process 1 \(\S+ pid {pids[1]}\) died\.\n", errors), errors
+    again = re.search(r"launch: starting again from the checkpoint of step (\d+); 0 restarts are left\.", errors)
+    assert again and int(again[1]) >= max(newest) and f"continued at step {again[1]}." in errors, errors
+    assert "launch: going on with 1 of 2 processes." in errors
+    losses, wanted = (
+        [(r["step"], r["train/loss"]) for r in read_metrics(r) if "train/loss" in r] for r in (run, quiet)
+    )
+    assert [step for step, _ in losses] == [step for step, _ in wanted] == list(range(1, 61))
+    np.testing.assert_allclose([x for _, x in losses], [x for _, x in wanted], rtol=1e-5)
+    ours, theirs = (flatten(load_params(r)[0]) for r in (run, quiet))
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def steps(run):
+    folder = run / "checkpoints"
+    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+
+
+def test_numbers_that_cannot_be(a_job, says, monkeypatch):
+    with says("--processes=0: must be at least 1."):
+        local.launch(a_job, processes=0)
+    with says("--elastic=3 is more than --processes=2."):
+        local.launch(a_job, processes=2, elastic=3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with says("--processes times --devices is 4 GPUs, but CUDA_VISIBLE_DEVICES=4,5,6 has 3."):
+        local.launch(a_job, processes=2, devices=2, platform="cuda")
+
+
+def test_dry_run_shows_each_process(a_job, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert local.launch(a_job, processes=2, devices=2, platform="cuda", host_timeout=20, dry_run=True) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    for line, index, gpus in ((first, 0, "4,5"), (second, 1, "6,7")):
+        assert line.startswith(
+            f"TFM_JAX_HOST_TIMEOUT=20 JAX_PLATFORMS=cuda CUDA_VISIBLE_DEVICES={gpus} JAX_COORDINATOR_ADDRESS=127.0.0.1:12355"
+            f" JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={index} "
+        )
+        assert line.endswith(f"-m experiments.train --config=configs/gpt_stdlib.py --workdir={a_job.run}")
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "reason"),
+    [
+        ([0, 0], 0, "finished."),
+        ([75, 75], 75, "told to stop, and saved."),
+        ([75, 2], 2, "stopped by a mistake that starting again would repeat; see above."),
+        ([75, -9], 1, "Process 1 of 2 was ended by SIGKILL."),
+        ([75, 3], 1, "Process 1 of 2 ended with exit code 3."),
+    ],
+)
+def test_how_an_attempt_ended(a_job, codes, code, reason):
+    assert local._ended(a_job, codes, 1, False, time.time()) == (code, reason, False)
+
+
+def test_the_reason_is_the_watchdogs_where_there_is_one(a_job):
+    a_job.run.mkdir()
+    (a_job.run / "status.json").write_text('{"state": "failed", "reason": "Process 5 (b pid 7) died."}')
+    assert local._ended(a_job, [75, -9], 1, False, time.time() - 5).reason == "Process 5 (b pid 7) died."
+    assert "SIGKILL" in local._ended(a_job, [75, -9], 1, False, time.time() + 5).reason  # of an earlier attempt

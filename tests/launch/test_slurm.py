@@ -1,0 +1,90 @@
+"""The batch file by itself, with programs that stand for Slurm's, and on a real cluster of one node."""
+
+import subprocess
+
+import pytest
+
+from experiments.reproduce import slurm_cluster
+from experiments.reproduce.kills import same_state
+from experiments.reproduce.slurm import status, submit, tell_to_stop, wait_for
+from tfm_jax.launch import slurm
+
+
+def test_the_batch_file(a_job, capsys, tmp_path):
+    settings = dict(nodes=4, tasks=8, elastic=2, partition="gpu", account="us", time="24:00:00", notice=300)
+    assert slurm.launch(a_job, **settings, sbatch=["--gpus-per-node=8"], dry_run=True) == 0
+    text = (a_job.run / "job.sbatch").read_text()
+    assert capsys.readouterr().out == text
+    lines = text.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    for option in (
+        "job-name=run", "nodes=2-4", "ntasks-per-node=8", f"output={a_job.run}/slurm-%j.log", "open-mode=append",
+        "signal=TERM@300", "partition=gpu", "account=us", "time=24:00:00", "requeue", "gpus-per-node=8",
+    ):  # fmt: skip
+        assert f"#SBATCH --{option}" in lines
+    assert subprocess.run(["bash", "-n", a_job.run / "job.sbatch"]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("codes", "tries", "code", "requeued"),
+    [
+        ("0", 1, 0, False),
+        ("2 0", 1, 2, False),
+        ("137 1 0", 3, 0, False),
+        ("137 137 137", 3, 137, False),
+        ("137 75", 2, 0, True),  # scontrol's own exit code
+    ],
+)
+def test_what_the_batch_file_does_when_tasks_end(a_job, fake, tmp_path, codes, tries, code, requeued):
+    count = tmp_path / "count"
+    fake(
+        "srun",
+        f'set -- {codes}; echo x >> {count}; n=0; while read -r _; do n=$((n + 1)); done < {count}; exit "${{!n}}"',
+    )
+    fake("scontrol", f'[ "$1 $2" = "requeue 17" ] && echo yes > {tmp_path}/requeued')
+    slurm.launch(a_job, restarts=2, dry_run=True)
+    done = subprocess.run(["bash", a_job.run / "job.sbatch"], env={"PATH": str(tmp_path / "bin"), "SLURM_JOB_ID": "17"})
+    assert (done.returncode, len(count.read_text().split())) == (code, tries)
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_submitting(a_job, fake, says, capsys):
+    path = a_job.run / "job.sbatch"
+    with says(
+        f"There is no sbatch here; Slurm's client programs have it (slurm-client on Debian). {path} is written:"
+        " submit it where there is one."
+    ):
+        slurm.launch(a_job)
+    fake("sbatch", f'[ "$1 $2" = "--parsable {path}" ] && echo "41;cluster"')
+    assert slurm.launch(a_job) == 0
+    assert capsys.readouterr().out == f"Job 41;cluster, log {a_job.run}/slurm-41.log\n"
+    fake("sbatch", 'echo "invalid partition" >&2; exit 1')
+    with says(f"sbatch did not take {path}: invalid partition"):
+        slurm.launch(a_job)
+
+
+def test_numbers_that_cannot_be(a_job, says):
+    with says("--elastic=3 is more than --nodes=2."):
+        slurm.launch(a_job, nodes=2, elastic=3)
+    with says("--tasks=0: must be at least 1."):
+        slurm.launch(a_job, tasks=0)
+    with says("--sbatch=gpus=8: an option of sbatch begins with --, for instance --gpus-per-node=8."):
+        slurm.launch(a_job, sbatch=["gpus=8"])
+
+
+@pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"there can be no Slurm: {slurm_cluster.missing()}")
+def test_a_real_job_is_told_to_stop_requeued_and_ends_as_if_nothing_had_happened(
+    config_file, command_env, tmp_path, monkeypatch
+):
+    env = command_env(path=tmp_path)
+    env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=1 ", "")
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    config = [f"--config={config_file}", "--config.train.steps=120", "--config.checkpoint.every=60"]
+    with slurm_cluster.cluster(tmp_path / "cluster") as variables:
+        submit(tmp_path / "quiet", config, variables)
+        told = tell_to_stop(tmp_path / "told", config, variables, step=5)
+        wait_for(lambda: status(tmp_path / "quiet") == "finished", tmp_path / "quiet")
+    assert told["checkpoint_at_stop"] and told["requeued"] and 5 <= told["stopped_at_step"] < 120
+    equal, arrays = same_state(tmp_path / "quiet", tmp_path / "told")
+    assert equal and arrays > 20
