@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help pretrain test lint evaluate generate convert benchmark parity clean reproduce-shakespeare reproduce-kills \
-	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans results
+	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans reproduce-elastic reproduce-slurm results
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9%-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%-]+):[^#]*## (.*)/\1|\2/' | \
@@ -66,6 +66,12 @@ reproduce-shakespeare: $(VENV)/.ready  ## nanoGPT's CPU figure; DATA=path/to/inp
 
 reproduce-kills: $(VENV)/.ready  ## kill a run 20 times and compare with an undisturbed one (about 10 minutes)
 	@$(BIN)/python -m experiments.reproduce.kills $(ARGS)
+
+reproduce-elastic: $(VENV)/.ready  ## 2 and 4 processes: killed, restarted, resumed with other numbers (about 15 minutes)
+	@$(BIN)/python -m experiments.reproduce.elastic $(ARGS)
+
+reproduce-slurm: $(VENV)/.ready  ## a job on a real Slurm here, requeued (root, slurm-wlm and munge; about 3 minutes)
+	@$(BIN)/python -m experiments.reproduce.slurm $(ARGS)
 
 reproduce-minilm: $(VENV)/.ready  ## imported MiniLM on STS-B; MODEL=folder DATA=stsb-en-test.csv.gz (about 20 seconds)
 	@$(BIN)/python -m experiments.reproduce.minilm --model $(or $(MODEL),$(error give MODEL=path/to/model)) \

@@ -58,7 +58,7 @@ def cluster(folder: Path, cpus: int = 8) -> Iterator[dict[str, str]]:
         _wait(lambda: "idle" in _state(env), folder, "slurmctld", "slurmd")
         yield {"SLURM_CONF": env["SLURM_CONF"]}
     finally:
-        subprocess.run(["scancel", "--user=root", "--signal=KILL", "--full"], env=env, capture_output=True)
+        _cancel_all(env)
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -73,6 +73,19 @@ def _find(name: str) -> str | None:
 
 def _state(env: dict[str, str]) -> str:
     return subprocess.run(["sinfo", "--noheader", "--format=%t"], env=env, capture_output=True, text=True).stdout
+
+
+def _cancel_all(env: dict[str, str]) -> None:
+    """What still runs would outlive the daemons."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        shown = subprocess.run(["squeue", "--noheader", "--format=%i"], env=env, capture_output=True, text=True)
+        if not shown.stdout.split():
+            return
+        # Twice: the signal that ends the tasks, and the one that takes the job out of the queue.
+        subprocess.run(["scancel", "--signal=KILL", "--full", *shown.stdout.split()], env=env, capture_output=True)
+        subprocess.run(["scancel", *shown.stdout.split()], env=env, capture_output=True)
+        time.sleep(0.5)
 
 
 def _wait(ready: object, folder: Path, *names: str) -> None:

@@ -19,31 +19,42 @@ from tfm_jax.train.run import train
 def test_a_killed_process_is_named_and_the_run_goes_on_to_the_same_end(
     start_command, command_env, config_file, make_config, tmp_path
 ):
-    """2 processes of 2 devices, then one, beside one process of 8."""
+    """2 processes of 2 devices, one of them told to stop; again 2, one of them killed; then one; beside one of 8 devices."""
     changes = {"train.steps": 60, "train.eval_every": 0}
     run, quiet = tmp_path / "run", tmp_path / "quiet"
     env = command_env()
     env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=1 ", "")
     launcher = start_command(
-        "launch", "--backend=local", "--processes=2", "--devices=2", "--elastic=1", "--restarts=1", "--json", "--",
+        "launch", "--backend=local", "--processes=2", "--devices=2", "--elastic=1", "--restarts=2", "--json", "--",
         f"--config={config_file}", f"--workdir={run}", *(f"--config.{key}={value}" for key, value in changes.items()),
         env=env,
     )  # fmt: skip
-    pids = [int(pid) for pid in re.findall(r"\d+", launcher.stderr.readline().partition("pid")[2])]
-    assert len(pids) == 2
-    until = time.monotonic() + 120
-    while not (newest := steps(run)) or max(newest) < 8:
-        assert launcher.poll() is None and time.monotonic() < until, launcher.communicate()
-        time.sleep(0.01)
+    said = []
+
+    def started():
+        """Process ids of the next attempt."""
+        while "launch: started" not in (line := launcher.stderr.readline()):
+            assert line, said
+            said.append(line)
+        return [int(pid) for pid in re.findall(r"\d+", line.partition("pid")[2])]
+
+    pids = started()
+    wait_for_step(run, launcher, 6)
+    os.kill(pids[1], signal.SIGTERM)
+    pids = started()
+    told = re.search(r"checkpoint of step (\d+); 1 restarts", said[-1])
+    assert said[-2] == "launch: told to stop, and saved.\n" and told, said
+    assert read_status(run) == ("preempted", f"stopped by SIGTERM after step {told[1]}")
+    wait_for_step(run, launcher, int(told[1]) + 6)
     os.kill(pids[1], signal.SIGKILL)
-    began = time.monotonic()
+    newest, began = max(steps(run)), time.monotonic()
     train(make_config(changes), quiet)  # meanwhile
-    out, errors = launcher.communicate(timeout=120)
-    assert launcher.returncode == 0 and json.loads(out.splitlines()[-1]) == {"exit_code": 0}, errors
+    errors, out = launcher.stderr.read(), launcher.stdout.read()
+    assert launcher.wait() == 0 and json.loads(out.splitlines()[-1]) == {"exit_code": 0}, errors
     assert time.monotonic() - began < 60
     assert re.search(rf"launch: Process 1 \(\S+ pid {pids[1]}\) died\.\n", errors), errors
     again = re.search(r"launch: starting again from the checkpoint of step (\d+); 0 restarts are left\.", errors)
-    assert again and int(again[1]) >= max(newest) and f"continued at step {again[1]}." in errors, errors
+    assert again and int(again[1]) >= newest and f"continued at step {again[1]}." in errors, errors
     assert "launch: going on with 1 of 2 processes." in errors
     losses, wanted = (
         [(r["step"], r["train/loss"]) for r in read_metrics(r) if "train/loss" in r] for r in (run, quiet)
@@ -54,6 +65,19 @@ def test_a_killed_process_is_named_and_the_run_goes_on_to_the_same_end(
     assert ours.keys() == theirs.keys()
     for path in ours:
         np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def wait_for_step(run, launcher, step):
+    """Until there is a checkpoint of a step, or a later one."""
+    until = time.monotonic() + 150
+    while max(steps(run), default=0) < step:
+        assert launcher.poll() is None and time.monotonic() < until, launcher.stderr.read()
+        time.sleep(0.01)
+
+
+def read_status(run):
+    status = json.loads((run / "status.json").read_text())
+    return status["state"], status["reason"]
 
 
 def steps(run):

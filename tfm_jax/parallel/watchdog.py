@@ -250,7 +250,8 @@ class _Loop:
         self.cause, self.concluded = cause, time.monotonic()
         self._tell_all(end=cause)
         if self.run:
-            write_status(Path(self.run), "failed", cause)
+            with contextlib.suppress(OSError):  # a full disk; it is said on standard error too
+                write_status(Path(self.run), "failed", cause)
         self._say(cause=cause)
 
     def _say_alone(self) -> None:
