@@ -28,7 +28,7 @@ from tfm_jax.train.log import read_metrics
 EXAMPLES = """\
   python -m experiments.reproduce.elastic"""
 STEPS, EVERY, RESUMED = 60, 10, 30
-SECONDS = 900  # of a run, before it counts as hanging
+SECONDS = 3600  # of a run, before it counts as hanging
 
 
 def main(argv: Sequence[str] | None = None) -> int:

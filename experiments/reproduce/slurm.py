@@ -102,7 +102,7 @@ def status(run: Path) -> str | None:
     return str(json.loads(path.read_text())["state"]) if path.is_file() else None
 
 
-def wait_for(true: Callable[[], bool], run: Path, seconds: float = 600) -> None:
+def wait_for(true: Callable[[], bool], run: Path, seconds: float = 1800) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:

@@ -66,7 +66,8 @@ def test_a_killed_process_is_named_and_the_run_goes_on_to_the_same_end(
     np.testing.assert_allclose([x for _, x in losses], [x for _, x in wanted], rtol=1e-5)
     ours, theirs = (flatten(load_params(r)[0]) for r in (run, quiet))
     assert ours.keys() == theirs.keys()
-    for path in ours:
+    # A key's bias moves all scores of a row alike: its gradient is rounding, which Adam makes as large as any.
+    for path in [path for path in ours if not path.endswith("attention/key/bias")]:
         np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
 
