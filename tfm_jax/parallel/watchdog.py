@@ -216,7 +216,8 @@ class _Loop:
         if failed:
             self.failed = True
             if not self.cause:
-                self._tell_all(end=f"{self.me} failed: {failed}")
+                self.cause = f"{self.me} failed: {failed}"  # what the others come to is a consequence
+                self._tell_all(end=self.cause)
             self._say_alone()
 
     def _hear(self, line: _Line) -> None:
