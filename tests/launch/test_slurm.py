@@ -2,12 +2,14 @@
 
 import subprocess
 
+import numpy as np
 import pytest
 
 from experiments.reproduce import slurm_cluster
-from experiments.reproduce.kills import same_state
-from experiments.reproduce.slurm import status, submit, tell_to_stop, wait_for
+from experiments.reproduce.slurm import tell_to_stop
 from tfm_jax.launch import slurm
+from tfm_jax.train.log import read_metrics
+from tfm_jax.train.run import train
 
 
 def test_the_batch_file(a_job, capsys, tmp_path):
@@ -74,17 +76,21 @@ def test_numbers_that_cannot_be(a_job, says):
 
 @pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"there can be no Slurm: {slurm_cluster.missing()}")
 def test_a_real_job_is_told_to_stop_requeued_and_ends_as_if_nothing_had_happened(
-    config_file, command_env, tmp_path, monkeypatch
+    config_file, make_config, command_env, tmp_path, monkeypatch
 ):
     env = command_env(path=tmp_path)
     env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=1 ", "")
     for key, value in env.items():
         monkeypatch.setenv(key, value)
-    config = [f"--config={config_file}", "--config.train.steps=120", "--config.checkpoint.every=60"]
+    changes = {"train.steps": 60, "checkpoint.every": 30, "train.eval_every": 0}
+    config = [f"--config={config_file}", *(f"--config.{key}={value}" for key, value in changes.items())]
+    run, quiet = tmp_path / "run", tmp_path / "quiet"
     with slurm_cluster.cluster(tmp_path / "cluster") as variables:
-        submit(tmp_path / "quiet", config, variables)
-        told = tell_to_stop(tmp_path / "told", config, variables, step=5)
-        wait_for(lambda: status(tmp_path / "quiet") == "finished", tmp_path / "quiet")
-    assert told["checkpoint_at_stop"] and told["requeued"] and 5 <= told["stopped_at_step"] < 120
-    equal, arrays = same_state(tmp_path / "quiet", tmp_path / "told")
-    assert equal and arrays > 20
+        told = tell_to_stop(run, config, variables, step=5)
+    assert told["checkpoint_at_stop"] and told["requeued"] and 5 <= told["stopped_at_step"] < 60
+    train(make_config(changes), quiet)
+    losses, wanted = (
+        [(r["step"], r["train/loss"]) for r in read_metrics(r) if "train/loss" in r] for r in (run, quiet)
+    )
+    assert [step for step, _ in losses] == [step for step, _ in wanted] == list(range(1, 61))
+    np.testing.assert_allclose([x for _, x in losses], [x for _, x in wanted], rtol=1e-5)
