@@ -27,8 +27,8 @@ from tfm_jax.train.log import read_metrics
 EXAMPLES = """\
   python -m experiments.reproduce.slurm"""
 CONFIG = [
-    "--config=configs/gpt_stdlib.py:smoke", "--config.train.steps=60", "--config.train.eval_every=0",
-    "--config.checkpoint.every=20", "--config.model.dropout=0.1", "--config.log.every=1", "--config.log.tensorboard=False",
+    "--config=configs/gpt_stdlib.py:smoke", "--config.train.steps=200", "--config.train.eval_every=0",
+    "--config.checkpoint.every=10", "--config.model.dropout=0.1", "--config.log.every=1", "--config.log.tensorboard=False",
 ]  # fmt: skip
 
 

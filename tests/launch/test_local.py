@@ -21,7 +21,7 @@ def test_a_killed_process_is_named_and_the_run_goes_on_to_the_same_end(
     start_command, command_env, config_file, make_config, tmp_path
 ):
     """2 processes of 2 devices, one of them told to stop; again 2, one of them killed; then one; beside one of 8 devices."""
-    changes = {"train.steps": 60, "train.eval_every": 0}
+    changes = {"train.steps": 100, "train.eval_every": 0}
     run, quiet = tmp_path / "run", tmp_path / "quiet"
     env = command_env()
     env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=1 ", "")
@@ -62,7 +62,7 @@ def test_a_killed_process_is_named_and_the_run_goes_on_to_the_same_end(
     losses, wanted = (
         [(r["step"], r["train/loss"]) for r in read_metrics(r) if "train/loss" in r] for r in (run, quiet)
     )
-    assert [step for step, _ in losses] == [step for step, _ in wanted] == list(range(1, 61))
+    assert [step for step, _ in losses] == [step for step, _ in wanted] == list(range(1, 101))
     np.testing.assert_allclose([x for _, x in losses], [x for _, x in wanted], rtol=1e-5)
     ours, theirs = (flatten(load_params(r)[0]) for r in (run, quiet))
     assert ours.keys() == theirs.keys()
