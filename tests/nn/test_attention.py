@@ -11,6 +11,7 @@ import pytest
 
 from tfm_jax.errors import UserError
 from tfm_jax.nn import attention as module
+from tfm_jax.nn import splash
 from tfm_jax.nn.attention import Attention, Cache, Context, attention, choose
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.positions import Rope, rotation
@@ -181,7 +182,7 @@ def test_choose_refuses(fields, platform, message):
         (dict(dtype="bfloat16"), "gpu", False, "xla"),
         (dict(dtype="float32"), "gpu", True, "xla"),
         (dict(dtype="bfloat16", attention_dropout=0.1), "gpu", True, "xla"),
-        (dict(dtype="bfloat16"), "tpu", False, "xla"),
+        (dict(dtype="bfloat16"), "tpu", False, "splash"),
         (dict(attention="xla"), "cpu", False, "xla"),
         (dict(attention="chunked", dtype="bfloat16"), "gpu", True, "chunked"),
         (dict(attention="cudnn", dtype="bfloat16"), "gpu", False, "cudnn"),
@@ -190,6 +191,13 @@ def test_choose_refuses(fields, platform, message):
 def test_choose(monkeypatch, fields, platform, hopper, choice):
     monkeypatch.setattr(module, "_hopper", lambda: hopper)
     assert choose(BlockSpec(**fields), platform) == choice
+
+
+def test_auto_leaves_to_the_compiler_what_splash_cannot_do(caplog):
+    q = jnp.zeros((B, T, H, K))
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        assert choose(BlockSpec(), "tpu", unfit=splash.unfit(q, q, Mask())) == "xla"
+    assert caplog.messages == ["attention: auto chose xla (splash wants lengths in multiples of 128, and one is 70)."]
 
 
 def test_auto_says_once_what_it_chose(caplog):

@@ -1,6 +1,6 @@
 """Softmax cross-entropy over a vocabulary, with the logits made a chunk at a time if asked.
 
-N positions, D width, V vocabulary, C chunk of the vocabulary.
+N positions, in as many dimensions as one likes, D width, V vocabulary, C chunk of the vocabulary.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def linear_cross_entropy(
     and once more in the backward pass, which costs a third more arithmetic in this layer.
 
     Args:
-      hidden_ND: its dtype is that of the matrix products; sums are float32.
+      hidden_ND: (..., D); its dtype is that of the matrix products; sums are float32.
       unembedding_VD: float32 table.
-      targets_N: int ids in [0, V).
+      targets_N: (...) int ids in [0, V).
       chunk: C, or 0 for the whole vocabulary.
       label_smoothing, z_loss: as in `cross_entropy`.
 
@@ -63,7 +63,8 @@ def linear_cross_entropy(
 
 def _one_hot(targets_N: jax.Array, size: int) -> jax.Array:
     # A comparison fuses into the reductions and splits over a sharded vocabulary; a gather does neither.
-    return jax.lax.broadcasted_iota(targets_N.dtype, (targets_N.shape[0], size), 1) == targets_N[:, None]
+    shape = (*targets_N.shape, size)
+    return jax.lax.broadcasted_iota(targets_N.dtype, shape, targets_N.ndim) == targets_N[..., None]
 
 
 def _combine(lse: jax.Array, target: jax.Array, mean: jax.Array, label_smoothing: float, z_loss: float) -> jax.Array:
@@ -72,7 +73,7 @@ def _combine(lse: jax.Array, target: jax.Array, mean: jax.Array, label_smoothing
 
 
 def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(hidden, table.astype(hidden.dtype), (((1,), (1,)), ((), ())))
+    return jax.lax.dot_general(hidden, table.astype(hidden.dtype), (((hidden.ndim - 1,), (1,)), ((), ())))
 
 
 def _split(table_VD: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -104,7 +105,7 @@ def _forward(
         kept = _logits(hidden, table)
         logits = kept.astype(jnp.float32)
         top = jnp.max(logits, axis=-1)
-        lse = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+        lse = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
         target = jnp.sum(jnp.where(_one_hot(targets, vocab), logits, 0.0), axis=-1)
         mean = jnp.sum(logits, axis=-1) / vocab
     else:
@@ -114,11 +115,12 @@ def _forward(
             top, total, target, summed = carry
             rows, ids = xs
             logits = _logits(hidden, rows).astype(jnp.float32)
-            real = (ids >= 0)[None, :]
+            ids = _last(ids, targets.ndim)
+            real = ids >= 0
             new_top = jnp.maximum(top, jnp.max(jnp.where(real, logits, -jnp.inf), axis=-1))
-            weights = jnp.where(real, jnp.exp(logits - new_top[:, None]), 0.0)
+            weights = jnp.where(real, jnp.exp(logits - new_top[..., None]), 0.0)
             total = total * jnp.exp(top - new_top) + jnp.sum(weights, axis=-1)
-            hit = ids[None, :] == targets[:, None]
+            hit = ids == targets[..., None]
             target = target + jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
             return (new_top, total, target, summed + jnp.sum(jnp.where(real, logits, 0.0), axis=-1)), None
 
@@ -133,22 +135,23 @@ def _backward(
     chunk: int, label_smoothing: float, z_loss: float, residuals: Any, cotangents: tuple[jax.Array, Any]
 ) -> tuple[jax.Array, jax.Array, None]:
     hidden, table, targets, lse, kept = residuals
-    scale, vocab = cotangents[0][:, None], table.shape[0]
+    scale, vocab = cotangents[0][..., None], table.shape[0]
 
     def logit_gradient(logits: jax.Array, hit: jax.Array, real: jax.Array | None) -> jax.Array:
-        p = jnp.exp(logits.astype(jnp.float32) - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
+        p = jnp.exp(logits.astype(jnp.float32) - lse[..., None]) * (1 + 2 * z_loss * lse)[..., None]
         gradient = (p - (1 - label_smoothing) * hit - label_smoothing / vocab) * scale
         return (gradient if real is None else jnp.where(real, gradient, 0.0)).astype(hidden.dtype)
 
     if chunk == 0:
         d_logits = logit_gradient(kept, _one_hot(targets, vocab), None)
-        d_hidden = jax.lax.dot(d_logits, table.astype(hidden.dtype))
+        d_hidden = _times(d_logits, table.astype(hidden.dtype))
         return d_hidden, _outer(d_logits, hidden), None
 
     def body(d_hidden: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
         rows, ids = xs
-        d_logits = logit_gradient(_logits(hidden, rows), ids[None, :] == targets[:, None], (ids >= 0)[None, :])
-        d_hidden = d_hidden + jax.lax.dot(d_logits, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        ids = _last(ids, targets.ndim)
+        d_logits = logit_gradient(_logits(hidden, rows), ids == targets[..., None], ids >= 0)
+        d_hidden = d_hidden + _times(d_logits, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
         return d_hidden, _outer(d_logits, hidden)
 
     start = jnp.zeros(hidden.shape, jnp.float32)
@@ -158,7 +161,17 @@ def _backward(
 
 
 def _outer(d_logits: jax.Array, hidden: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(d_logits, hidden, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    over = tuple(range(hidden.ndim - 1))
+    return jax.lax.dot_general(d_logits, hidden, ((over, over), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _times(d_logits: jax.Array, table: jax.Array, **options: Any) -> jax.Array:
+    return jax.lax.dot_general(d_logits, table, (((d_logits.ndim - 1,), (0,)), ((), ())), **options)
+
+
+def _last(ids_C: jax.Array, ndim: int) -> jax.Array:
+    """Beside positions in so many dimensions."""
+    return ids_C.reshape((1,) * ndim + (-1,))
 
 
 _linear_cross_entropy.defvjp(_forward, _backward)

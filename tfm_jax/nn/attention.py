@@ -5,8 +5,10 @@ B batch, T query length, S key length, H query heads, G key/value heads, R = H /
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -15,17 +17,16 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.nn import ring, splash
 from tfm_jax.nn.capture import say
 from tfm_jax.nn.linear import Dense, HeadNorm
-from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.masks import NEG, Mask
 from tfm_jax.nn.positions import rotate
 from tfm_jax.nn.spec import BlockSpec, Role
 from tfm_jax.parallel.devices import platform
-from tfm_jax.parallel.sharding import constrain
+from tfm_jax.parallel.sharding import constrain, on_parts, spec_of, ways
 
 log = logging.getLogger(__name__)
-# Finite, so that a query with no allowed key gives a mean over keys and not a NaN.
-NEG = -1e30
 # Blocks of queries in `chunked`: the masked half is left out at this grain, and each costs compile time.
 MIN_BLOCK, MAX_BLOCKS = 64, 8
 
@@ -131,7 +132,11 @@ def _chunked(
 def _cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, dropout: Callable[[jax.Array], jax.Array] | None
 ) -> jax.Array:
-    """cuDNN's fused attention; the causal mask alone stays inside the kernel, anything else becomes an array."""
+    """cuDNN's fused attention; the causal mask alone stays inside the kernel, anything else becomes an array.
+
+    Its layout of packed documents (offsets of segments) is in no public function of JAX: `jax.nn.dot_product_attention` passes on
+    lengths alone.
+    """
     if dropout is not None:
         raise UserError("model.attention='cudnn' has no attention dropout here. Use 'xla', or attention_dropout=0.")
     plain = Mask(causal=mask.causal, bias=mask.bias) == mask
@@ -144,46 +149,128 @@ def _cudnn(
     )
 
 
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, dropout: Callable[[jax.Array], jax.Array] | None
+) -> jax.Array:
+    """JAX's own kernel for TPUs, on each device's rows and heads; see `nn.splash`."""
+    if dropout is not None:
+        raise UserError("model.attention='splash' has no attention dropout. Use 'xla', or attention_dropout=0.")
+    if reason := splash.unfit(q, k, mask):
+        raise UserError(f"model.attention='splash' is not for this: {reason}. Use 'auto'.")
+    q = q * jnp.asarray(scale, q.dtype)
+    return _by_device(functools.partial(splash.attend, interpret=platform() != "tpu"), q, k, v, mask)
+
+
+def _ring(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, dropout: Callable[[jax.Array], jax.Array] | None
+) -> jax.Array:
+    """Ring attention, for a length that the mesh splits; see `nn.ring`."""
+    where = f"mesh.context={ways('length')} splits the length, and ring attention has no"
+    if dropout is not None:
+        raise UserError(f"{where} attention dropout. Set model.attention_dropout=0.")
+    if mask.bias is not None:
+        raise UserError(f"{where} bias of scores, as relative positions are (T5). Use mesh.fsdp or mesh.tensor.")
+    if mask.query_positions is not None or mask.offset:
+        raise UserError(f"{where} queries that stand behind others' keys. Use mesh.fsdp or mesh.tensor.")
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        return _ungrouped(ring.attend(*_grouped(q, k, v, scale), mask))
+
+    return _by_device(attend, q, k, v, mask)
+
+
+def _by_device(attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    """`attend(q, k, v, mask)` on each device's rows, part of the length and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attend(q, k, v, mask)
+    heads_, groups, split = q.shape[2], k.shape[2], ways("heads")
+    if heads_ % split == 0 and groups % split:
+        # Each device wants the key heads of its own query heads, which are fewer than devices.
+        k, v = (jnp.repeat(x, split // math.gcd(groups, split), axis=2) for x in (k, v))
+    rows, whole = ("batch", "length"), ("batch", "length", "heads", None)
+    masks: dict[str, Any] = {
+        name: None if x is None else spec_of(rows[: x.ndim], x.shape) for name, x in mask.arrays().items()
+    }
+    places = (*(spec_of(whole, x.shape) for x in (q, k, v)), dataclasses.replace(mask, **masks))
+    out: jax.Array = on_parts(attend, places, places[0])(q, k, v, mask)
+    return out
+
+
 # A kernel for another platform is one more row here and one more case in `choose`.
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn}
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": _xla,
+    "chunked": _chunked,
+    "cudnn": _cudnn,
+    "splash": _splash,
+    "ring": _ring,
+}
+_ONLY_ON = {"cudnn": "gpu", "splash": "tpu"}
 
 
 def available(platform: str) -> tuple[str, ...]:
-    return ("xla", "chunked", "cudnn") if platform == "gpu" else ("xla", "chunked")
+    """What a config may name; `ring` is what `auto` is where the length is split."""
+    return tuple(name for name in IMPLEMENTATIONS if name != "ring" and _ONLY_ON.get(name, platform) == platform)
 
 
-def choose(spec: BlockSpec, where: str, *, biased: bool = False) -> str:
+def check(spec: BlockSpec, where: str, *, split: int = 1) -> None:
+    """Refuse an implementation that does not exist, or that this platform or this spec cannot have.
+
+    Args:
+      split: over how many devices the length is split.
+
+    Raises:
+      UserError: naming the nearest that there is.
+    """
+    name, here = spec.attention, available(where)
+    if name != "auto":
+        if name not in IMPLEMENTATIONS or name == "ring":
+            raise UserError(f"model.attention={name!r} does not exist.{nearest(name, ['auto', *here])}")
+        if name not in here:
+            raise UserError(
+                f"model.attention={name!r} is not available on {where}. Available here: auto, {', '.join(here)}."
+            )
+        if split > 1:
+            raise UserError(
+                f"mesh.context={split} splits the length, and model.attention={name!r} needs it whole. Use model.attention='auto',"
+                " which is ring attention there."
+            )
+        if name == "cudnn" and spec.dtype == "float32":
+            raise UserError("model.attention='cudnn' needs model.dtype='bfloat16' or 'float16'; it is 'float32'.")
+        if name != "xla" and spec.attention_dropout:
+            raise UserError(
+                f"model.attention={name!r} has no attention dropout, but model.attention_dropout="
+                f"{spec.attention_dropout}. Use model.attention='xla'."
+            )
+    elif split > 1 and spec.attention_dropout:
+        raise UserError(
+            f"mesh.context={split} splits the length, and ring attention has no attention dropout, but"
+            f" model.attention_dropout={spec.attention_dropout}. Set it to 0."
+        )
+
+
+def choose(spec: BlockSpec, where: str, *, biased: bool = False, split: int = 1, unfit: str | None = None) -> str:
     """The implementation for a spec on a platform; `auto` is resolved and logged.
 
     Args:
       biased: whether the scores get a bias, for whose gradient cuDNN wants even lengths: `auto` leaves it to the compiler.
+      split: over how many devices the length is split.
+      unfit: why `splash` cannot be.
 
     Raises:
-      UserError: a name that does not exist, or one that this platform or this spec cannot have.
+      UserError: see `check`.
     """
-    here = available(where)
+    check(spec, where, split=split)
     if spec.attention != "auto":
-        if spec.attention not in IMPLEMENTATIONS:
-            raise UserError(
-                f"model.attention={spec.attention!r} does not exist.{nearest(spec.attention, ['auto', *here])}"
-            )
-        if spec.attention not in here:
-            raise UserError(
-                f"model.attention={spec.attention!r} is not available on {where}."
-                f" Available here: auto, {', '.join(here)}."
-            )
-        if spec.attention == "cudnn" and spec.dtype == "float32":
-            raise UserError("model.attention='cudnn' needs model.dtype='bfloat16' or 'float16'; it is 'float32'.")
-        if spec.attention != "xla" and spec.attention_dropout:
-            raise UserError(
-                f"model.attention={spec.attention!r} has no attention dropout, but model.attention_dropout="
-                f"{spec.attention_dropout}. Use model.attention='xla'."
-            )
         return spec.attention
-    if spec.attention_dropout:
+    if split > 1:
+        choice, reason = "ring", f"mesh.context={split} splits the length"
+    elif spec.attention_dropout:
         choice, reason = "xla", "attention_dropout needs the materialised weights"
     elif where == "cpu":
         choice, reason = "chunked", "on CPU it leaves out the masked half"
+    elif where == "tpu":
+        choice, reason = ("splash", "the kernel never writes the scores to memory") if unfit is None else ("xla", unfit)
     elif where == "gpu" and spec.dtype != "float32" and not biased and _hopper():
         choice, reason = "cudnn", "fused attention wins on compute capability 9.0 and newer"
     else:
@@ -230,6 +317,8 @@ def attention(
 def scores(q: jax.Array, k: jax.Array, spec: BlockSpec, mask: Mask) -> jax.Array:
     """Scaled q k^T of (B, T, H, K) and (B, S, G, K), (B, H, T, S) float32, without bias; 0 where the mask hides the key."""
     b, t, h, size = q.shape
+    if (split := ring.parts(t)) > 1:
+        raise UserError(f"mesh.context={split} splits the length, so nobody has all attention scores. Use mesh.fsdp.")
     grouped = (q * (size**-0.5 if spec.attention_scale == "sqrt" else 1.0)).reshape(b, t, k.shape[2], -1, size)
     found = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=jnp.float32)
     found, allowed = found.reshape(b, h, t, k.shape[1]), mask.block(slice(0, t), slice(0, k.shape[1]))
@@ -310,7 +399,8 @@ def mixed(module: AttentionModule, q: jax.Array, k: jax.Array, v: jax.Array, mas
     weight_dropout: Any = None
     if module.train and spec.attention_dropout:
         weight_dropout = nn.Dropout(spec.attention_dropout, deterministic=False)
-    implementation = choose(spec, platform(), biased=mask.bias is not None)
+    split, biased = ring.parts(q.shape[1]), mask.bias is not None
+    implementation = choose(spec, platform(), biased=biased, split=split, unfit=splash.unfit(q, k, mask))
     scale = None if spec.attention_scale == "sqrt" else 1.0
     out = attention(q, k, v, mask, scale=scale, implementation=implementation, dropout=weight_dropout)
     out = out.reshape(*q.shape[:2], spec.heads * spec.key_size)

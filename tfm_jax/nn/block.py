@@ -13,6 +13,7 @@ from tfm_jax.nn.attention import Attention, Cache, Context, CrossAttention, dens
 from tfm_jax.nn.capture import say
 from tfm_jax.nn.linear import ACTIVATIONS, Norm
 from tfm_jax.nn.moe import MoE
+from tfm_jax.nn.ring import restored
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import Rule, constrain
 
@@ -94,5 +95,5 @@ class Block(nn.Module):
             x, cross = around(x, lambda y: look(y, context, cross), "cross_attention_norm")
         mlp = (MoE if spec.experts else MLP)(spec, self.layers, self.train, name="mlp")
         x, _ = around(x, lambda y: (mlp(y), None), "mlp_norm")
-        say(self, "states", x)
+        say(self, "states", lambda: restored(x))
         return x, None if cache is None else LayerCache(own, cross)

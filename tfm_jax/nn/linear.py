@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.nn.spec import BlockSpec
-from tfm_jax.parallel.sharding import constrain
+from tfm_jax.parallel.sharding import constrain, merged
 
 Init = Callable[..., jax.Array]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -27,7 +27,8 @@ def matmul(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
     Leading dimensions are merged first: with them apart, XLA's CPU backend transposes the kernel's gradient, and a
     whole train step takes 1.1 to 1.4 times as long (`experiments/benchmark.py` has the shapes).
     """
-    y = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel_DF)
+    rows = merged(x)
+    y = jax.lax.dot_general(rows, kernel_DF, (((rows.ndim - 1,), (0,)), ((), ())))
     return y.reshape(*x.shape[:-1], kernel_DF.shape[-1])
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
-from tfm_jax.nn.attention import NEG, Cache, Context, dense, heads
-from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.attention import Cache, Context, dense, heads
+from tfm_jax.nn.masks import NEG, Mask
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import Rule, constrain
 

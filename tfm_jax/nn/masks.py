@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+# The score of a key that is not allowed. Finite, so that a query with no allowed key gives a mean over keys and not a NaN.
+NEG = -1e30
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -72,6 +75,11 @@ class Mask:
         for part in parts[1:]:
             allowed = jnp.logical_and(*_equal_shapes(allowed, part))
         return allowed
+
+    def arrays(self) -> dict[str, jax.Array | None]:
+        """What it has by row, and by position: a bias and positions of queries apart."""
+        names = ("prefix", "key_valid", "query_segments", "key_segments")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def skips_future(self) -> bool:

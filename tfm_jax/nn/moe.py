@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from tfm_jax.nn.capture import auxiliary
 from tfm_jax.nn.linear import ACTIVATIONS
+from tfm_jax.nn.ring import balanced, restored
 from tfm_jax.nn.spec import BlockSpec
-from tfm_jax.parallel.sharding import BATCH_AXES, Rule, constrain
+from tfm_jax.parallel.sharding import Rule, constrain, on_parts, spec_of
 
 # Each expert lives on one device of `expert`, and there like any other MLP.
 RULES: tuple[Rule, ...] = (
@@ -119,8 +119,11 @@ def _in_slots(
     assert spec.expert_capacity is not None
     slots = min(length, math.ceil(spec.expert_capacity * count * length / spec.experts))
     # First choices of all tokens stand before second ones.
-    order = jax.nn.one_hot(chosen.swapaxes(1, 2).reshape(batch, count * length), spec.experts, dtype=jnp.int32)
+    order = jax.nn.one_hot(
+        restored(chosen).swapaxes(1, 2).reshape(batch, count * length), spec.experts, dtype=jnp.int32
+    )
     place = jnp.sum((jnp.cumsum(order, axis=1) - 1) * order, axis=-1).reshape(batch, count, length).swapaxes(1, 2)
+    place = balanced(place)
     kept = place < slots
     # (B, T, E, C): how much of a slot's output a token takes.
     taken = jnp.einsum(
@@ -128,11 +131,11 @@ def _in_slots(
         jax.nn.one_hot(chosen, spec.experts, dtype=x.dtype) * (weights * kept).astype(x.dtype)[..., None],
         jax.nn.one_hot(jnp.where(kept, place, slots), slots, dtype=x.dtype),
     )
-    given = constrain(jnp.einsum("btec,btd->ebcd", (taken > 0).astype(x.dtype), x), ("expert", "group", None, None))
+    given = constrain(jnp.einsum("btec,btd->ebcd", (taken > 0).astype(x.dtype), x), ("expert", "group", "slot", None))
     up = jnp.einsum("ebcd,edf->ebcf", given, kernels["up"])
     gate = jnp.einsum("ebcd,edf->ebcf", given, kernels["gate"]) if "gate" in kernels else None
-    hidden = constrain(_hidden(spec, up, gate), ("expert", "group", None, "mlp"))
-    made = constrain(jnp.einsum("ebcf,efd->ebcd", hidden, kernels["down"]), ("expert", "group", None, None))
+    hidden = constrain(_hidden(spec, up, gate), ("expert", "group", "slot", "mlp"))
+    made = constrain(jnp.einsum("ebcf,efd->ebcd", hidden, kernels["down"]), ("expert", "group", "slot", None))
     out = constrain(jnp.einsum("btec,ebcd->btd", taken, made), ("batch", "length", "embed"))
     return out, 1.0 - jnp.mean(kept.astype(jnp.float32))
 
@@ -145,8 +148,7 @@ def _everywhere(
     run = functools.partial(_sorted, spec=spec, count=chosen.shape[-1])
     if mesh.empty or mesh.size == 1:
         return run(x, weights, chosen, kernels)
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    rows = P(BATCH_AXES) if x.shape[0] % ways == 0 else P()
+    rows = spec_of(("batch", "length", None), x.shape)
     split = "tensor" if spec.hidden % mesh.shape["tensor"] == 0 else None
     places = {name: P(None, split) if name == "down" else P(None, None, split) for name in kernels}
 
@@ -154,8 +156,7 @@ def _everywhere(
         out = run(x, weights, chosen, kernels)
         return out if split is None else jax.lax.psum(out, split)
 
-    mapped: Any = jax.shard_map(local, in_specs=(rows, rows, rows, places), out_specs=rows, check_vma=False)
-    out: jax.Array = mapped(x, weights, chosen, kernels)
+    out: jax.Array = on_parts(local, (rows, rows, rows, places), rows)(x, weights, chosen, kernels)
     return out
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tfm_jax.errors import UserError
 from tfm_jax.nn.attention import Attention, Cache, Context
 from tfm_jax.nn.block import Block, LayerCache
 from tfm_jax.nn.capture import AUXILIARY, SAID, say
 from tfm_jax.nn.linear import Norm
+from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.ring import balanced, parts, restored
 from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.parallel.sharding import constrain
 
 LayerLoop = Literal["loop", "scan"]
 Remat = Literal["none", "full", "dots", "dots_batched"]
@@ -56,6 +61,7 @@ class Stack(nn.Module):
         it returns, and of `Attention` its `scores` (B, H, T, S) float32, before softmax and 0 where masked.
         """
         say(self, "inputs", x)
+        x, context = self._balanced(x, context, caches)
         block: Any = Block
         if self.remat != "none":
             # Inside a scan the barrier against common-subexpression elimination only costs time.
@@ -83,7 +89,31 @@ class Stack(nn.Module):
                 x, cache = layer(x, None if caches is None else caches[i], context)
                 after.append(cache)
             caches = None if caches is None else tuple(after)  # type: ignore[arg-type]
+        x = constrain(restored(x), ("batch", "length", "embed"))
         return (Norm(self.spec, name="final_norm")(x) if self.spec.norm_position == "pre" else x), caches
+
+    def _balanced(self, x: jax.Array, context: Context, caches: Caches | None) -> tuple[jax.Array, Context]:
+        """What the blocks are given where the mesh splits the length: positions in the order of `nn.ring`."""
+        split = parts(x.shape[1])
+        if split == 1:
+            return x, context
+        why = f"mesh.context={split} splits the length of a sequence, and"
+        if caches is not None:
+            raise UserError(
+                f"{why} neither a cache of keys and values (decoding) nor a memory of earlier segments (Transformer-XL) is split with"
+                " it. Use mesh.fsdp or mesh.tensor."
+            )
+        if self.attention is not Attention:
+            raise UserError(
+                f"{why} {self.attention.__name__} finds keys by their place in the whole of it. Use mesh.fsdp or mesh.tensor."
+            )
+
+        def mask(mask: Mask) -> Mask:
+            by_position = {name: a for name, a in mask.arrays().items() if a is not None and a.ndim == 2}
+            return dataclasses.replace(mask, **jax.tree.map(balanced, by_position))
+
+        shared, source = jax.tree.map(balanced, (context.shared, context.source))
+        return balanced(x), Context(mask(context.mask), shared, source, mask(context.source_mask))
 
     def init_caches(self, batch: int, length: int) -> Caches:
         """Empty caches for `length` positions."""

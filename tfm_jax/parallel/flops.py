@@ -48,6 +48,9 @@ def _of(equation: Any, weights: bool) -> float:
     times = 1.0
     if name == "scan":
         times = params["length"]
+    elif name == "pallas_call":
+        # Attention, in each place of its grid; blocks that a mask leaves out count too, since it is not halved.
+        weights, times = True, math.prod(params["grid_mapping"].grid)
     elif name == "shard_map":
         # Inside, shapes are one device's.
         mesh = params["mesh"]

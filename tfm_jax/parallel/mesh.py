@@ -20,6 +20,7 @@ def make(
     fsdp: int = 1,
     tensor: int = 1,
     expert: int = 1,
+    context: int = 1,
     rules: Sequence[Any] = (),
     devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
@@ -30,6 +31,8 @@ def make(
       fsdp: ways in which the batch *and* the parameters are split; parameters are gathered when used.
       tensor: ways in which heads, MLP width and vocabulary are split within one copy.
       expert: ways in which a mixture's experts are split; outside of them, ways in which the batch is.
+      context: ways in which the length of a sequence is split; attention goes round a ring of them (`nn.ring`), and parameters
+        are copied along it.
       rules: `(regex, axes of the last dimensions)` tried before the model family's own.
       devices: all of them by default.
 
@@ -37,7 +40,7 @@ def make(
       UserError: the sizes do not multiply to the number of devices.
     """
     found = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert, "context": context}
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             raise UserError(f"mesh.{axis}={size}: an axis has a size of at least 1, or -1 for what is left.")

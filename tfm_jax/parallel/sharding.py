@@ -10,12 +10,12 @@ rule is split over `fsdp` on its largest divisible dimension (ZeRO-3, Rajbhandar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tfm_jax.paths import compile_patterns, flatten, map_with_path
@@ -27,12 +27,14 @@ BATCH_AXES = ("data", "fsdp", "expert")
 # Activation dimensions by their meaning; a name that is not here is not split.
 ACTIVATION_AXES: dict[str, Axis] = {
     "batch": BATCH_AXES,
+    "length": "context",
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
     # Where tokens are with their experts, `expert` has split those, and the rest splits the rows.
     "expert": "expert",
     "group": ("data", "fsdp"),
+    "slot": "context",
 }
 # Below this many elements (256 KiB in float32) gathering an array costs more latency than holding it costs memory.
 FALLBACK_MIN_SIZE = 2**16
@@ -54,13 +56,41 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    if len(names) != x.ndim:
-        raise ValueError(f"constrain: {len(names)} names {tuple(names)} for an array of shape {x.shape}.")
+    return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape))
+
+
+def spec_of(names: Sequence[str | None], shape: tuple[int, ...]) -> P:
+    """How an activation of this shape is split over the current mesh, by the meaning of its dimensions."""
+    if len(names) != len(shape):
+        raise ValueError(f"constrain: {len(names)} names {tuple(names)} for an array of shape {shape}.")
     axes = [ACTIVATION_AXES.get(name) if name else None for name in names]
-    sizes = dict(mesh.shape)
-    return jax.lax.with_sharding_constraint(
-        x, P(*(_fitting(a, d, sizes)[0] for a, d in zip(axes, x.shape, strict=True)))
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return P(*(_fitting(a, d, sizes)[0] for a, d in zip(axes, shape, strict=True)))
+
+
+def ways(name: str) -> int:
+    """Over how many devices of the current mesh an activation's dimension of this meaning is split."""
+    axis, sizes = ACTIVATION_AXES[name], dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(each, 1) for each in ((axis,) if isinstance(axis, str) else axis or ()))
+
+
+def on_parts(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """The function of arrays as one of the parts that each device of the current mesh holds; inside, collectives are its own.
+
+    An axis over which the caller has taken the parts already stays as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    mapped: Callable[..., Any] = jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False
     )
+    return mapped
+
+
+def merged(x: jax.Array, *, keep: int = 1) -> jax.Array:
+    """(B, T, D) to (B*T, D), keeping so many last dimensions; as it is where T is split over devices, which rows and positions in
+    one dimension could not be."""
+    return x if ways("length") > 1 else x.reshape(-1, *x.shape[x.ndim - keep :])
 
 
 def _fitting(axis: Axis, dim: int, sizes: dict[str, int]) -> tuple[Axis, str]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
 from tfm_jax.losses.cross_entropy import linear_cross_entropy
+from tfm_jax.parallel.sharding import merged
 from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
 
 # Evaluation draws the same replacements every time.
@@ -51,8 +52,8 @@ def make(*, discriminator_weight: float = 50.0, vocab_chunk: int = 0) -> Task:
         del inputs["tokens"]
         found = apply(params, corrupted=corrupted, **inputs, train=train, rngs=rngs[1])["replaced_logits"]
 
-        hidden = guess["hidden"].reshape(-1, guess["hidden"].shape[-1])
-        nll, correct = linear_cross_entropy(hidden, guess["unembedding"], targets.reshape(-1), chunk=vocab_chunk)
+        hidden, wanted = merged(guess["hidden"]), merged(targets, keep=0)
+        nll, correct = linear_cross_entropy(hidden, guess["unembedding"], wanted, chunk=vocab_chunk)
         nll = jnp.where(masked, nll.reshape(targets.shape) * weights, 0.0)
         shown = jnp.broadcast_to(jnp.any(masked, axis=1, keepdims=True), targets.shape)
         if "valid" in inputs:

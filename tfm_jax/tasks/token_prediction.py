@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
 from tfm_jax.losses.cross_entropy import cross_entropy, linear_cross_entropy
+from tfm_jax.parallel.sharding import merged
 from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
 
 
@@ -35,7 +36,7 @@ def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 
         if batch["targets"].ndim != 2:
             shape = batch["targets"].shape
             raise UserError(f"task.name=token_prediction wants a token a position; this data's targets are {shape}.")
-        targets, weights = batch["targets"].reshape(-1), batch["weights"].reshape(-1)
+        targets, weights = merged(batch["targets"], keep=0), merged(batch["weights"], keep=0)
         smoothing, z = (label_smoothing, z_loss) if train else (0.0, 0.0)
         if "logits" not in out:
             raise UserError(
@@ -43,7 +44,7 @@ def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 
                 " (task.name), or take its parameters into a model that does (checkpoint.init_from)."
             )
         if "unembedding" in out:
-            hidden = out["hidden"].reshape(-1, out["hidden"].shape[-1])
+            hidden = merged(out["hidden"])
             nll, correct = linear_cross_entropy(
                 hidden, out["unembedding"], targets, chunk=vocab_chunk, label_smoothing=smoothing, z_loss=z
             )
@@ -53,7 +54,7 @@ def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 
                 f" this one returns {', '.join(sorted(out))}."
             )
         else:
-            logits = out["logits"].reshape(-1, out["logits"].shape[-1])
+            logits = merged(out["logits"])
             nll = cross_entropy(logits, targets, label_smoothing=smoothing, z_loss=z)
             correct = jnp.argmax(logits, axis=-1) == targets
         # A padded position may hold anything, infinities included; weight 0 must silence it.

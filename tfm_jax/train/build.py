@@ -16,11 +16,12 @@ import flax.linen as nn
 import jax
 
 from tfm_jax import config as configs
+from tfm_jax.data.rows import Training as OfManyLengths
 from tfm_jax.data.tokenizers import reads_others
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.evals.base import Context, Evaluate
 from tfm_jax.names import resolve
-from tfm_jax.nn.attention import choose
+from tfm_jax.nn.attention import check as check_attention
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel import mesh
 from tfm_jax.parallel.multihost import global_batch
@@ -137,6 +138,11 @@ def build(
     if for_training:
         check_batch(config, layout)
     data = _open_data(config["data"], tokenizer_dir)
+    if (split := layout.mesh.shape["context"]) > 1 and isinstance(data.train, OfManyLengths):
+        raise UserError(
+            f"mesh.context={split} splits sequences of one length, and data.name={config['data']['name']!r} has rows of many."
+            " Use mesh.fsdp."
+        )
     config = _filled_in(config, data)
     model = build_model(config["model"])
     layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
@@ -146,9 +152,12 @@ def build(
             raise UserError(f"{run} reads other ids than this data gives: set data.tokenizer=run:{run}.")
     inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
     _check_inputs(config, model, inputs)
-    shapes = jax.eval_shape(
-        lambda key: task.init_params(model.init(key, **inputs, train=False)["params"], key), jax.random.key(0)
-    )
+    key = jax.random.key(0)
+    # On the mesh, so that what a model cannot do there is found now.
+    with jax.set_mesh(layout.mesh):
+        shapes = jax.eval_shape(
+            lambda key: task.init_params(model.init(key, **inputs, train=False)["params"], key), key
+        )
     frozen = [*config["optim"]["freeze"], *task.frozen]
     optimizer = optim.make(shapes, steps=train.steps, **{**config["optim"], "freeze": frozen})
     return Experiment(
@@ -217,7 +226,7 @@ def check(config: configs.Config, layout: Layout) -> None:
         )
     block = getattr(build_model(config["model"]), "block", None)
     if isinstance(block, BlockSpec):
-        choose(block, layout.mesh.devices.flat[0].platform)
+        check_attention(block, layout.mesh.devices.flat[0].platform, split=layout.mesh.shape["context"])
     if (ways := layout.mesh.shape["expert"]) > 1:
         if not isinstance(block, BlockSpec) or not block.experts:
             name = config["model"]["name"]
