@@ -5,8 +5,8 @@ to do in every turn (the balance of Brandon et al. 2023, arXiv 2311.09431, with 
 a stack's input into that order and `restored` its output out of it, so that neither data nor model nor loss ever sees it, and
 that costs two exchanges a stack where permuting inside attention would cost four a layer.
 
-B batch, T queries and S keys of a block, G key heads, R query heads of each, K head size; arrays of a device have its two blocks
-in front: `q_2BGRTK`.
+B batch, T queries and S keys of a block, G key heads, R query heads of each, K head size; a 2 in front stands for the two blocks
+of a device.
 """
 
 from __future__ import annotations

@@ -123,7 +123,8 @@ class Layout:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def batch(self) -> NamedSharding:
-        """Rows over `BATCH_AXES`, the other dimensions whole."""
+        """Rows over `BATCH_AXES`, the other dimensions whole: ids are a few bytes a position, and `context` splits what is made of
+        them."""
         return NamedSharding(self.mesh, P(BATCH_AXES))
 
     def place(self, tree: Any) -> Any:
