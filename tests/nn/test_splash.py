@@ -12,6 +12,7 @@ from tfm_jax.nn import splash
 from tfm_jax.nn.attention import attention
 from tfm_jax.nn.masks import Mask
 from tfm_jax.parallel import mesh
+from tfm_jax.parallel.flops import count
 
 B, T, H, G, K = 2, 256, 4, 2, 16
 VALID = jnp.arange(T)[None] < jnp.array([[T], [150]])
@@ -62,3 +63,14 @@ def test_what_it_is_not_for(length, mask, reason):
     q = jnp.zeros((B, length, H, K))
     with says(f"model.attention='splash' is not for this: {reason}. Use 'auto'."):
         attention(q, q, q, mask, implementation="splash")
+
+
+@pytest.mark.parametrize(("length", "tiles"), [(1024, 2), (640, 5), (128, 1)])
+def test_its_flops(length, tiles):
+    """Forward two products of all queries with all keys, of which a causal mask leaves the tiles on and below the diagonal."""
+    q, k = jnp.zeros((B, length, H, K)), jnp.zeros((B, length, G, K))
+    mask = Mask(causal=True)
+    traced = jax.make_jaxpr(functools.partial(attention, mask=mask, implementation="splash"))(q, k, k)
+    whole = 2 * 2 * B * H * length**2 * K
+    assert count(traced) == count(traced, weights=False) == whole
+    assert count(traced, seen=splash.seen(length)) == pytest.approx(whole * tiles * (tiles + 1) / 2 / tiles**2)

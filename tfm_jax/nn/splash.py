@@ -83,6 +83,12 @@ def _kernel(queries: int, keys: int, heads: int, causal: bool, window: int | Non
     )
 
 
+def seen(length: int) -> float:
+    """The share of its tiles that a causal mask leaves."""
+    tiles = length // _tile(length)
+    return (tiles + 1) / (2 * tiles)
+
+
 def _tile(length: int) -> int:
-    """The largest that divides a length."""
-    return next(size for size in range(TILE, 0, -LANES) if length % size == 0)
+    """The largest that divides a length; all of one that none does."""
+    return next((size for size in range(TILE, 0, -LANES) if length % size == 0), length)

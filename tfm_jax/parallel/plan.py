@@ -21,6 +21,7 @@ import numpy as np
 from tfm_jax import config as configs
 from tfm_jax.data.synthetic import in_place_of
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.nn import splash
 from tfm_jax.parallel import flops, hbm, hlo
 from tfm_jax.parallel.chips import CHIPS, Chip, of, seconds
 from tfm_jax.parallel.sharding import Placement
@@ -153,22 +154,23 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
     """
     config = drawn(config)
     experiment = build(config, devices=where.devices)
-    plain = {**config["model"], **({"remat": "none"} if "remat" in config["model"] else {})}
-    once = build({**config, "model": plain}, devices=where.devices)
-    rows = experiment.data.train.batch_size
+    causal, rows = _causal(experiment), experiment.data.train.batch_size
+    once = _plainly(config, experiment, where)
+    with jax.set_mesh(once.layout.mesh):
+        own: Any = once.jitted_step().trace(once.abstract_state(), _batch(once, rows)).jaxpr
+    model = flops.count(own)
+    halved = model - flops.count(own, weights=False) / 2 if causal else model
     with jax.set_mesh(experiment.layout.mesh):
         state, batch = experiment.abstract_state(), _batch(experiment, rows)
         traced: Any = experiment.jitted_step().trace(state, batch)
-        own: Any = once.jitted_step().trace(once.abstract_state(), batch).jaxpr
-        hardware, model = flops.count(traced.jaxpr), flops.count(own)
-        causal = model - flops.count(own, weights=False) / 2 if _causal(experiment) else model
+        hardware = flops.count(traced.jaxpr, seen=splash.seen(batch["inputs"]["tokens"].shape[1]) if causal else 1.0)
         began = time.perf_counter()
         compiled, needed = _compiled(traced, where.devices[0].platform)
         took = time.perf_counter() - began
     base = Plan(
         topology=where.name, chips=len(where.devices), params=experiment.parameter_count,
         tokens=math.prod(batch["weights"].shape), hbm=needed, fits=compiled is not None and needed <= where.chip.hbm,
-        model_flops=model, causal_flops=causal, hardware_flops=hardware,
+        model_flops=model, causal_flops=halved, hardware_flops=hardware,
         compute=hardware / len(where.devices) / where.chip.flops, memory=0.0, traffic=[], step=math.inf, mfu=0.0,
         bottleneck="memory does not suffice", compile_seconds=took, endless_loops=0,
         table=experiment.layout.table(state),
@@ -192,6 +194,13 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
         bottleneck=max(rivals, key=lambda name: rivals[name]),
         endless_loops=program.endless,
     )
+
+
+def _plainly(config: configs.Config, experiment: Experiment, where: Topology) -> Experiment:
+    """The same step as its formulas have it: nothing computed again, attention in full, all on one device."""
+    plain = {name: value for name, value in (("remat", "none"), ("attention", "xla")) if name in config["model"]}
+    sizes = {**config["mesh"], **dict.fromkeys(experiment.layout.mesh.shape, 1)}
+    return build({**config, "model": {**config["model"], **plain}, "mesh": sizes}, devices=where.devices[:1])
 
 
 def drawn(config: configs.Config) -> configs.Config:
