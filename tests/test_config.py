@@ -36,7 +36,7 @@ def test_defaults_are_those_of_the_signatures(make_config):
     assert config["evals"]["validation"] == {
         "name": "loss", "data": None, "split": "validation", "batch_size": None, "max_batches": None,
     }  # fmt: skip
-    assert not {"params", "devices", "context", "tokenizer_dir"} & {k.split(".")[-1] for k in configs.flat(config)}
+    assert not {"params", "devices", "tokenizer_dir"} & {k.split(".")[-1] for k in configs.flat(config)}
     assert json.loads(configs.to_json(config)) == config
 
 
