@@ -10,6 +10,7 @@
               without a GPU.
 `overhead`    the whole loop (logging, prefetch, checkpoints due) beside the bare compiled step, and the data wait.
 `checkpoint`  how long a save of 124 M parameters with Adam's moments blocks the loop, asynchronous beside synchronous.
+`memory`      bytes of the optimizer's state and of kept activations by the settings that change them; of shapes.
 `startup`     seconds from start to the first step, with the compile cache cold and warm, the data being built.
 
 Writes `benchmark-PART.json` for each part, with the revision that was measured.
@@ -51,7 +52,8 @@ STEPS_A_TURN = 5
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     parts: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "step": _steps, "families": _families, "generate": _generate, "beam": _beam, "student": _student, "gpu": _gpu, "overhead": _overhead, "checkpoint": _checkpoint, "startup": _startup,
+        "step": _steps, "families": _families, "generate": _generate, "beam": _beam, "student": _student, "gpu": _gpu,
+        "overhead": _overhead, "checkpoint": _checkpoint, "memory": _memory, "startup": _startup,
     }  # fmt: skip
     made.add_argument("--only", nargs="+", default=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
     made.add_argument("--families", action="store_const", dest="only", const=["families"], help="only that part")
@@ -332,6 +334,22 @@ def _checkpoint(flags: Any) -> dict[str, Any]:
         f" {medians['synchronous']:.2f} s synchronous: ratio {ratio:.3f}"
     )
     return {"checkpoint/blocking_ratio": ratio, **{f"checkpoint/{k}_s": v for k, v in medians.items()}}
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def _memory(flags: Any) -> dict[str, Any]:
+    """GPT-2 of 124 M, bfloat16, layers scanned."""
+    from experiments.reproduce import memory
+
+    states, activations = memory.states(), memory.activations()
+    rows = [("optimizer's state", "bytes a parameter", "on the host")]
+    rows += [(name, f"{found['device']:.2f}", f"{found['host']:.2f}") for name, found in states.items()]
+    print(cli.table(rows), end="\n\n")
+    kept = [("model.remat", "bytes kept a token and layer")]
+    print(cli.table(kept + [(name, f"{size:,.0f}") for name, size in activations.items()]))
+    return {"memory/state": states, "memory/activations": activations}
 
 
 # ---- start-up ------------------------------------------------------------------------------------------------------

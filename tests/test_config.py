@@ -28,9 +28,11 @@ def test_defaults_are_those_of_the_signatures(make_config):
     assert config["model"]["mlp_width"] is None and config["model"]["norm_eps"] == BlockSpec().norm_eps
     assert "block" not in config["model"]
     assert config["task"] == {"name": "token_prediction", "vocab_chunk": 0, "label_smoothing": 0.0, "z_loss": 0.0}
-    assert config["mesh"] == {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "context": 1, "rules": []}
+    assert config["mesh"] == {
+        "data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "context": 1, "rules": [], "optimizer_memory": "device",
+    }  # fmt: skip
     assert config["train"] == {
-        "steps": 8, "seed": 0, "accum": 1, "ema": None, "adapter": None, "eval_every": 0, "stop_metric": None,
+        "steps": 8, "seed": 0, "accum": 1, "ema": None, "adapter": None, "quantize": [], "eval_every": 0, "stop_metric": None,
         "stop_patience": 3, "stop_goal": "lower", "max_bad_steps": 10,
     }  # fmt: skip
     assert config["evals"]["validation"] == {

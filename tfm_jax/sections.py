@@ -115,7 +115,9 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     try:
         typeguard.check_type(probe, hint)
     except typeguard.TypeCheckError:
-        choices = [c for c in options if isinstance(c, str)] or [c for o in options for c in typing.get_args(o)]
+        choices = [c for c in options if isinstance(c, str)] or [
+            c for o in options for c in typing.get_args(o) if isinstance(c, str)
+        ]
         hint_text = nearest(value, choices) if choices and isinstance(value, str) else ""
         raise UserError(
             f"config: {key}={value!r} has the wrong type or value; expected {_describe(hint)}.{hint_text}"
@@ -173,12 +175,16 @@ def build_model(section: Mapping[str, Any]) -> Any:
         own = _dataclass_fields(cls)["block"].default
         defaults = {name: getattr(own, name) for name in names} if isinstance(own, inlined) else {}
         values["block"] = inlined(**defaults | {k: values.pop(k) for k in names if k in values})
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return cls(**{k: _hashable(v) for k, v in values.items()})
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(v) for v in value) if isinstance(value, list) else value
 
 
 # Fields of a model, or of its blocks, that do not change what it computes with its parameters.
 _IDLE = (
-    "parent", "name", "block", "layer_loop", "remat", "dtype", "attention", "init", "init_std", "max_global", "dropout",
+    "parent", "name", "block", "layer_loop", "remat", "dtype", "gradient_dtype", "attention", "init", "init_std", "max_global", "dropout",
     "attention_dropout", "mlp_dropout",
 )  # fmt: skip
 

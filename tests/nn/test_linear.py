@@ -34,6 +34,27 @@ def test_dense(bias):
     np.testing.assert_allclose(dense.apply({"params": params}, X), want, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_kernels_in_float32():
+    """The exact product of bfloat16 numbers, where bfloat16 leaves three digits; nothing else changes."""
+    x, out = (jax.random.normal(jax.random.key(i), (512, n)).astype(jnp.bfloat16) for i, n in ((4, D), (5, F)))
+    kernel = jax.random.normal(jax.random.key(6), (D, F))
+
+    def gradients(dtype):
+        both = jax.value_and_grad(lambda x, w: jnp.sum((matmul(x, w, dtype) * out).astype(jnp.float32)), argnums=(0, 1))
+        program = jax.make_jaxpr(both)(x, kernel)
+        products = {e.outvars[0].aval.str_short() for e in program.eqns if e.primitive.name == "dot_general"}
+        return (*both(x, kernel), products)
+
+    value, (d_x, d_kernel), products = gradients(None)
+    wide_value, (wide_d_x, wide_d_kernel), wide_products = gradients(jnp.dtype("float32"))
+    exact = np.asarray(x, np.float64).T @ np.asarray(out, np.float64)
+    np.testing.assert_allclose(wide_d_kernel, exact, rtol=1e-4, atol=1e-3)
+    assert np.max(np.abs(d_kernel - exact)) > 20 * np.max(np.abs(wide_d_kernel - exact))
+    assert value == wide_value and np.array_equal(d_x, wide_d_x) and wide_d_x.dtype == jnp.bfloat16
+    # What devices add up is what this product gives.
+    assert f"float32[{D},{F}]" in wide_products and not any(p.startswith("float32") for p in products)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dense_computes_in_its_dtype_and_keeps_float32_parameters(dtype):
     dense = Dense(F, "all", jnp.dtype(dtype), NORMAL)

@@ -42,6 +42,14 @@ def test_a_spec_is_frozen_and_hashable():
             "model.heads=6 does not divide model.width=256. Nearest that do: 4, 8; or set model.head_dim.",
         ),
         (dict(heads=8, kv_heads=3), "model.kv_heads=3 does not divide model.heads=8. Nearest that do: 2, 4."),
+        (
+            dict(gradient_dtype="bfloat16"),
+            "model.gradient_dtype='bfloat16': products in model.dtype='float32' give gradients in it or in float32.",
+        ),
+        (
+            dict(dtype="bfloat16", gradient_dtype="float32", experts=2, bias="none"),
+            "model.gradient_dtype='float32': the gradients of experts are added up in model.dtype='bfloat16'.",
+        ),
         (dict(dropout=1.0), "model.dropout=1.0: a probability in [0, 1)."),
         (dict(attention_dropout=-0.1), "model.attention_dropout=-0.1: a probability in [0, 1)."),
     ],

@@ -10,8 +10,9 @@ import pytest
 from tfm_jax.nn.attention import Context
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.positions import Rope, rotation
+from tfm_jax.nn.remat import POLICIES
 from tfm_jax.nn.spec import BlockSpec
-from tfm_jax.nn.stack import REMAT_POLICIES, Stack
+from tfm_jax.nn.stack import Stack
 
 B, T, D, L = 2, 6, 16, 3
 SPEC = BlockSpec(width=D, heads=4, kv_heads=2, init_std=0.3)
@@ -53,7 +54,10 @@ def value_and_gradients(layer_loop: str, remat: str):
     return out, d_x, stacked(d_params) if layer_loop == "loop" else d_params
 
 
-@pytest.mark.parametrize("remat", ["none", *REMAT_POLICIES])
+RULES = (("attention/residual", "offload"), ("mixed$|mlp/up", "save"))
+
+
+@pytest.mark.parametrize("remat", ["none", *POLICIES, RULES], ids=str)
 @pytest.mark.parametrize("layer_loop", ["loop", "scan"])
 def test_every_combination_is_the_plain_loop(layer_loop, remat):
     got, want = value_and_gradients(layer_loop, remat), value_and_gradients("loop", "none")
@@ -74,7 +78,7 @@ def test_policies_keep_ever_less(layer_loop):
 
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
 
-    count = {remat: products(remat) for remat in ("none", *REMAT_POLICIES)}
+    count = {remat: products(remat) for remat in ("none", *POLICIES)}
     assert count["none"] == count["dots_batched"] < count["dots"] < count["full"]
 
 

@@ -16,8 +16,9 @@ from tfm_jax.nn import block, embeddings, heads
 from tfm_jax.nn.attention import Context
 from tfm_jax.nn.embeddings import TextEmbedding
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
-from tfm_jax.nn.stack import LayerLoop, Remat, Stack
+from tfm_jax.nn.stack import LayerLoop, Stack
 from tfm_jax.parallel.sharding import Rule
 
 SPEC = BlockSpec(

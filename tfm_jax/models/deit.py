@@ -19,8 +19,9 @@ from tfm_jax.nn.attention import Context
 from tfm_jax.nn.heads import Classifier, classes_of
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.patches import PatchEmbedding
+from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec
-from tfm_jax.nn.stack import LayerLoop, Remat, Stack
+from tfm_jax.nn.stack import LayerLoop, Stack
 
 VARIANTS: dict[str, dict[str, Any]] = {
     f"deit-{size}-distilled-patch16-224": dict(image_size=224, patch=16) | vit.SIZES[size]

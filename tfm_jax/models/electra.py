@@ -21,8 +21,9 @@ from tfm_jax.nn.embeddings import TextEmbedding
 from tfm_jax.nn.heads import TokenHead
 from tfm_jax.nn.linear import ACTIVATIONS, Dense
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
-from tfm_jax.nn.stack import LayerLoop, Remat, Stack
+from tfm_jax.nn.stack import LayerLoop, Stack
 from tfm_jax.parallel.sharding import Rule
 
 SPEC = BlockSpec(width=256, heads=4, norm_position="post", activation="gelu", norm_eps=1e-12, init="normal")

@@ -19,8 +19,9 @@ from tfm_jax.nn.heads import unembed
 from tfm_jax.nn.linear import Embedding
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.positions import Rope, rotation
+from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
-from tfm_jax.nn.stack import Caches, LayerLoop, Remat, Stack
+from tfm_jax.nn.stack import Caches, LayerLoop, Stack
 from tfm_jax.parallel.sharding import Rule, constrain
 
 _GPT2 = dict(vocab_size=50257, max_len=1024)

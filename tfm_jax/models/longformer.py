@@ -18,8 +18,9 @@ from tfm_jax.nn.attention import Context
 from tfm_jax.nn.embeddings import TextEmbedding
 from tfm_jax.nn.longformer import LongformerAttention, find_globals
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
-from tfm_jax.nn.stack import LayerLoop, Remat, Stack
+from tfm_jax.nn.stack import LayerLoop, Stack
 from tfm_jax.parallel.sharding import Rule
 
 SPEC = BlockSpec(width=768, heads=12, norm_position="post", activation="gelu", norm_eps=1e-5, init="normal")

@@ -19,8 +19,9 @@ from tfm_jax.nn.linear import Embedding
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.positions import sinusoids
 from tfm_jax.nn.relative import Memory, Relative, RelativeAttention, layer_caches, layer_states
+from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec
-from tfm_jax.nn.stack import Caches, LayerLoop, Remat, Stack
+from tfm_jax.nn.stack import Caches, LayerLoop, Stack
 from tfm_jax.parallel.sharding import Rule, constrain
 
 # Sizes from the paper's released code. `base` and `large` are those of WikiText-103 (V = 267,735) without the adaptive

@@ -22,6 +22,7 @@ from tfm_jax.nn.capture import say
 from tfm_jax.nn.linear import Dense, HeadNorm
 from tfm_jax.nn.masks import NEG, Mask
 from tfm_jax.nn.positions import rotate
+from tfm_jax.nn.remat import named
 from tfm_jax.nn.spec import BlockSpec, Role
 from tfm_jax.parallel.devices import platform
 from tfm_jax.parallel.sharding import constrain, on_parts, spec_of, ways
@@ -328,7 +329,8 @@ def scores(q: jax.Array, k: jax.Array, spec: BlockSpec, mask: Mask) -> jax.Array
 def dense(spec: BlockSpec, features: int, role: Role, fan_in: int, layers: int, name: str) -> Dense:
     """A projection of a block, initialised as its spec says."""
     std = spec.std(role, fan_in, features, layers)
-    return Dense(features, spec.bias, spec.compute_dtype, nn.initializers.normal(std), name=name)
+    gradient_dtype = None if spec.gradient_dtype is None else jnp.dtype(spec.gradient_dtype)
+    return Dense(features, spec.bias, spec.compute_dtype, nn.initializers.normal(std), gradient_dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -403,5 +405,5 @@ def mixed(module: AttentionModule, q: jax.Array, k: jax.Array, v: jax.Array, mas
     implementation = choose(spec, platform(), biased=biased, split=split, unfit=splash.unfit(q, k, mask))
     scale = None if spec.attention_scale == "sqrt" else 1.0
     out = attention(q, k, v, mask, scale=scale, implementation=implementation, dropout=weight_dropout)
-    out = out.reshape(*q.shape[:2], spec.heads * spec.key_size)
+    out = named(module, out.reshape(*q.shape[:2], spec.heads * spec.key_size), "mixed")
     return dense(spec, width, "residual", out.shape[-1], module.layers, "out")(out)

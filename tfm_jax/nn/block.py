@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from tfm_jax.nn import moe
 from tfm_jax.nn.attention import Attention, Cache, Context, CrossAttention, dense
@@ -84,7 +85,7 @@ class Block(nn.Module):
             y, kept = sublayer(norm(x) if pre else x)
             if spec.dropout:
                 y = nn.Dropout(spec.dropout, deterministic=not self.train)(y)
-            x = x + y
+            x = checkpoint_name(x + y, f"{name.removesuffix('_norm')}/residual")
             return constrain(x if pre else norm(x), ("batch", "length", "embed")), kept
 
         own, cross = (None, None) if cache is None else cache

@@ -15,8 +15,9 @@ from tfm_jax.nn.block import LayerCache
 from tfm_jax.nn.heads import unembed
 from tfm_jax.nn.linear import Embedding
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
-from tfm_jax.nn.stack import Caches, LayerLoop, Remat, Stack
+from tfm_jax.nn.stack import Caches, LayerLoop, Stack
 from tfm_jax.parallel.sharding import Rule, constrain
 
 Side = Literal["encoder", "decoder"]

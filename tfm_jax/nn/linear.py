@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import constrain, merged
@@ -21,33 +23,69 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def matmul(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-    """`x @ kernel` over the last dimension, (..., D) x (D, F) -> (..., F).
+def matmul(x: jax.Array, kernel_DF: jax.Array, gradient_dtype: jnp.dtype | None = None) -> jax.Array:
+    """`x @ kernel` over the last dimension, (..., D) x (D, F) -> (..., F), in the dtype of x.
 
     Leading dimensions are merged first: with them apart, XLA's CPU backend transposes the kernel's gradient, and a
     whole train step takes 1.1 to 1.4 times as long (`experiments/benchmark.py` has the shapes).
+
+    Args:
+      gradient_dtype: in which the product for the kernel's gradient is given, and so summed over devices; that of x if None.
     """
     rows = merged(x)
-    y = jax.lax.dot_general(rows, kernel_DF, (((rows.ndim - 1,), (0,)), ((), ())))
+    if gradient_dtype is None or gradient_dtype == x.dtype:
+        y = _dot(rows, kernel_DF.astype(x.dtype), [rows.ndim - 1], [0])
+    else:
+        y = _wide(rows, kernel_DF, gradient_dtype)
     return y.reshape(*x.shape[:-1], kernel_DF.shape[-1])
 
 
+def _dot(
+    a: jax.Array, b: jax.Array, of_a: Sequence[int], of_b: Sequence[int], dtype: jnp.dtype | None = None
+) -> jax.Array:
+    # By this name, and not as `jax.lax.dot`, quantisation finds it: `train.quantize`.
+    return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _wide(x: jax.Array, kernel_DF: jax.Array, gradient_dtype: jnp.dtype) -> jax.Array:
+    return _dot(x, kernel_DF.astype(x.dtype), [x.ndim - 1], [0])
+
+
+def _wide_forward(x: jax.Array, kernel_DF: jax.Array, gradient_dtype: jnp.dtype) -> tuple[jax.Array, Any]:
+    return _wide(x, kernel_DF, gradient_dtype), (x, kernel_DF)
+
+
+def _wide_backward(gradient_dtype: jnp.dtype, kept: Any, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel_DF = kept
+    rows = range(x.ndim - 1)
+    d_kernel = _dot(x, d_y, rows, rows, gradient_dtype)
+    return _dot(d_y, kernel_DF.astype(x.dtype), [x.ndim - 1], [1]), d_kernel.astype(kernel_DF.dtype)
+
+
+_wide.defvjp(_wide_forward, _wide_backward)
+
+
 class Dense(nn.Module):
-    """`x W + b` in `dtype`, with float32 parameters `kernel` (D, F) and, if asked for, `bias` (F,)."""
+    """`x W + b` in `dtype`, with float32 parameters `kernel` (D, F) and, if asked for, `bias` (F,).
+
+    The output's name is the module's and that of the one around it: see `nn.remat`.
+    """
 
     features: int
     bias: str
     dtype: jnp.dtype
     kernel_init: Init
+    gradient_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = matmul(x.astype(self.dtype), kernel, self.gradient_dtype)
         if self.bias == "all":
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
+        return checkpoint_name(y, "/".join(self.path[-2:]))
 
 
 class Norm(nn.Module):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from tfm_jax.errors import UserError
 from tfm_jax.nn.attention import Cache, Context, dense, heads
 from tfm_jax.nn.masks import NEG, Mask
+from tfm_jax.nn.remat import named
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import Rule, constrain
 
@@ -186,5 +187,5 @@ class LongformerAttention(nn.Module):
             q = heads(self, _rows(x, globals_), spec.heads, "query_global")
             k, v = heads(self, x, spec.heads, "key_global"), heads(self, x, spec.heads, "value_global")
             out = _replace(out, globals_, from_globals(q * scale, k, v, mask, globals_, dropout))
-        out = constrain(out, ("batch", "length", "heads", None)).reshape(*x.shape[:2], -1)
+        out = named(self, constrain(out, ("batch", "length", "heads", None)).reshape(*x.shape[:2], -1), "mixed")
         return dense(spec, x.shape[-1], "residual", out.shape[-1], self.layers, "out")(out), None

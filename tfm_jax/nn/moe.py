@@ -11,6 +11,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from tfm_jax.nn.capture import auxiliary
@@ -106,7 +107,11 @@ class Kernel(nn.Module):
         return found
 
 
-def _hidden(spec: BlockSpec, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+def _into(kernels: dict[str, jax.Array]) -> list[str]:
+    return [name for name in kernels if name != "down"]
+
+
+def _hidden(spec: BlockSpec, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
     activation = ACTIVATIONS[spec.activation]
     return activation(up) if gate is None else activation(gate) * up
 
@@ -132,9 +137,11 @@ def _in_slots(
         jax.nn.one_hot(jnp.where(kept, place, slots), slots, dtype=x.dtype),
     )
     given = constrain(jnp.einsum("btec,btd->ebcd", (taken > 0).astype(x.dtype), x), ("expert", "group", "slot", None))
-    up = jnp.einsum("ebcd,edf->ebcf", given, kernels["up"])
-    gate = jnp.einsum("ebcd,edf->ebcf", given, kernels["gate"]) if "gate" in kernels else None
-    hidden = constrain(_hidden(spec, up, gate), ("expert", "group", "slot", "mlp"))
+    up, *gate = (
+        checkpoint_name(jnp.einsum("ebcd,edf->ebcf", given, kernels[name]), f"experts/{name}")
+        for name in _into(kernels)
+    )
+    hidden = constrain(_hidden(spec, up, *gate), ("expert", "group", "slot", "mlp"))
     made = constrain(jnp.einsum("ebcf,efd->ebcd", hidden, kernels["down"]), ("expert", "group", "slot", None))
     out = constrain(jnp.einsum("btec,ebcd->btd", taken, made), ("batch", "length", "embed"))
     return out, 1.0 - jnp.mean(kept.astype(jnp.float32))
@@ -167,8 +174,9 @@ def _sorted(
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     sizes = jnp.bincount(chosen.reshape(-1), length=spec.experts).astype(jnp.int32)
     given = jnp.take(x.reshape(tokens, width), order // count, axis=0)
-    up = jax.lax.ragged_dot(given, kernels["up"], sizes)
-    gate = jax.lax.ragged_dot(given, kernels["gate"], sizes) if "gate" in kernels else None
-    made = jax.lax.ragged_dot(_hidden(spec, up, gate), kernels["down"], sizes)
+    up, *gate = (
+        checkpoint_name(jax.lax.ragged_dot(given, kernels[name], sizes), f"experts/{name}") for name in _into(kernels)
+    )
+    made = jax.lax.ragged_dot(_hidden(spec, up, *gate), kernels["down"], sizes)
     made = made * jnp.take(weights.reshape(-1), order)[:, None].astype(made.dtype)
     return jnp.zeros((tokens, width), made.dtype).at[order // count].add(made).reshape(x.shape)

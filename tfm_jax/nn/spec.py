@@ -56,6 +56,8 @@ class BlockSpec:
       mlp_dropout: on the MLP's hidden values.
       attention_dropout: on the attention weights; needs the materialised `xla` attention.
       dtype: of activations and matrix products; parameters, norms, softmax and losses stay in float32.
+      gradient_dtype: in which devices add up the gradients of the layers' kernels: `dtype` if None, or float32, which doubles
+        what bfloat16 sends. Embeddings' are float32, and microbatches' are added up in float32, either way.
       attention: implementation, see `nn.attention.IMPLEMENTATIONS`; `auto` chooses by platform and says what.
       init: `gpt2` is normal with `init_std`, and `init_std / sqrt(2 * layers)` for projections into the residual stream
         (Radford et al. 2019, section 2.3); `normal` is `init_std` throughout (Devlin et al. 2019); `fan_in` is
@@ -86,6 +88,7 @@ class BlockSpec:
     mlp_dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: DType = "float32"
+    gradient_dtype: DType | None = None
     attention: str = "auto"
     init: Literal["gpt2", "normal", "fan_in", "xavier"] = "gpt2"
     init_std: float = 0.02
@@ -103,6 +106,11 @@ class BlockSpec:
                 f" Nearest that do: {_nearest_divisors(self.heads, self.groups)}."
             )
         self._check_experts()
+        if self.gradient_dtype not in (None, "float32", self.dtype):
+            raise UserError(
+                f"model.gradient_dtype={self.gradient_dtype!r}: products in model.dtype={self.dtype!r} give gradients in it or in"
+                " float32."
+            )
         for name in ("dropout", "mlp_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: a probability in [0, 1).")
@@ -119,6 +127,10 @@ class BlockSpec:
         if self.experts and (self.bias == "all" or self.mlp_dropout):
             raise UserError(
                 "model.experts: experts have no biases and no dropout inside: model.bias='none', model.mlp_dropout=0."
+            )
+        if self.experts and self.gradient_dtype not in (None, self.dtype):
+            raise UserError(
+                f"model.gradient_dtype={self.gradient_dtype!r}: the gradients of experts are added up in model.dtype={self.dtype!r}."
             )
 
     @property

@@ -15,18 +15,13 @@ from tfm_jax.nn.block import Block, LayerCache
 from tfm_jax.nn.capture import AUXILIARY, SAID, say
 from tfm_jax.nn.linear import Norm
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.remat import Remat
+from tfm_jax.nn.remat import policy as remat_policy
 from tfm_jax.nn.ring import balanced, parts, restored
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.sharding import constrain
 
 LayerLoop = Literal["loop", "scan"]
-Remat = Literal["none", "full", "dots", "dots_batched"]
-# What the backward pass keeps of a block instead of computing it again.
-REMAT_POLICIES: dict[str, Any] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "dots_batched": jax.checkpoint_policies.dots_saveable,
-}
 # A tuple of L layers' caches when unrolled, one cache with a leading layer axis when scanned.
 Caches = tuple[LayerCache, ...] | LayerCache
 
@@ -39,7 +34,8 @@ class Stack(nn.Module):
       layer_loop: `loop` unrolls, parameters under `block_0`, `block_1`, ...: fastest to run. `scan` compiles one
         block, parameters under `blocks` with a leading layer axis: fastest to compile, and fewest arrays.
       remat: `none` keeps activations, `full` recomputes the block in the backward pass, `dots` keeps products with
-        weights, `dots_batched` keeps the attention scores' products too.
+        weights, `dots_batched` keeps the attention scores' products too; `(regex, "save" | "offload")` pairs keep activations
+        by name, here or in the host's memory, and compute the rest again: see `nn.remat`.
       sharing: `none`, or `all` layers are one block, under `shared_block` (Lan et al. 2020).
       attention: the module of self attention.
     """
@@ -65,7 +61,7 @@ class Stack(nn.Module):
         block: Any = Block
         if self.remat != "none":
             # Inside a scan the barrier against common-subexpression elimination only costs time.
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=self.layer_loop == "loop")
+            block = nn.remat(Block, policy=remat_policy(self.remat), prevent_cse=self.layer_loop == "loop")
 
         def make(name: str, block: Any = block) -> Any:
             return block(self.spec, self.layers, train, self.attention, name=name)

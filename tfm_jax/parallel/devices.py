@@ -33,6 +33,11 @@ def platform() -> str:
     return jax.default_backend() if device is None else str(device.platform)
 
 
+def has_host_memory(device: jax.Device) -> bool:
+    """Whether a program for this device can keep arrays in its host's memory."""
+    return "pinned_host" in {memory.kind for memory in device.addressable_memories()}
+
+
 @functools.cache
 def peak_flops() -> float | None:
     """FLOP/s of one device: the data sheet's, on CPU the measured rate of a float32 product, None if unknown.

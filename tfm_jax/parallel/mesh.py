@@ -11,7 +11,8 @@ from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from tfm_jax.errors import UserError
-from tfm_jax.parallel.sharding import Layout, Rule
+from tfm_jax.parallel.devices import has_host_memory
+from tfm_jax.parallel.sharding import Layout, Memory, Rule
 
 
 def make(
@@ -22,6 +23,7 @@ def make(
     expert: int = 1,
     context: int = 1,
     rules: Sequence[Any] = (),
+    optimizer_memory: Memory = "device",
     devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
     """The config section `mesh`: axis sizes, one of which may be -1 to take what is left.
@@ -34,6 +36,8 @@ def make(
       context: ways in which the length of a sequence is split; attention goes round a ring of them (`nn.ring`), and parameters
         are copied along it.
       rules: `(regex, axes of the last dimensions)` tried before the model family's own.
+      optimizer_memory: where the optimizer's large arrays are between updates: in the `device`'s memory or the `host`'s, from
+        where each update brings them.
       devices: all of them by default.
 
     Raises:
@@ -58,7 +62,11 @@ def make(
     elif fixed != len(found):
         raise UserError(f"mesh: {asked} = {fixed} devices, but there are {len(found)}. Set one axis to -1 to fill up.")
     mesh = _mesh(sizes, found)
-    return Layout(mesh, tuple(_rule(rule, tuple(sizes)) for rule in rules))
+    if optimizer_memory == "host" and not has_host_memory(found[0]):
+        raise UserError(
+            f"mesh.optimizer_memory='host': a program for {found[0].platform} has no access to its host's memory here. Use 'device'."
+        )
+    return Layout(mesh, tuple(_rule(rule, tuple(sizes)) for rule in rules), optimizer_memory)
 
 
 def _mesh(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:

@@ -9,10 +9,11 @@ rule is split over `fsdp` on its largest divisible dimension (ZeRO-3, Rajbhandar
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -22,6 +23,7 @@ from tfm_jax.paths import compile_patterns, flatten, map_with_path
 
 Axis = str | tuple[str, ...] | None
 Rule = tuple[str, tuple[Axis, ...]]
+Memory = Literal["device", "host"]
 
 BATCH_AXES = ("data", "fsdp", "expert")
 # Activation dimensions by their meaning; a name that is not here is not split.
@@ -41,7 +43,7 @@ FALLBACK_MIN_SIZE = 2**16
 
 
 class Placement(NamedTuple):
-    """One row of the sharding table."""
+    """One row of the sharding table; what is in the host's memory takes none of the device's."""
 
     path: str
     shape: tuple[int, ...]
@@ -108,14 +110,15 @@ def _fitting(axis: Axis, dim: int, sizes: dict[str, int]) -> tuple[Axis, str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules that place arrays on it."""
+    """A mesh and the rules that place arrays on it, and where the optimizer's are between updates."""
 
     mesh: Mesh
     rules: tuple[Rule, ...] = field(default=())
+    optimizer_memory: Memory = "device"
 
     def with_rules(self, rules: Sequence[Rule]) -> Layout:
         """A layout that tries these rules after its own: the config's come first, then the family's."""
-        return Layout(self.mesh, (*self.rules, *rules))
+        return dataclasses.replace(self, rules=(*self.rules, *rules))
 
     @property
     def batch_ways(self) -> int:
@@ -132,6 +135,14 @@ class Layout:
         patterns = compile_patterns([pattern for pattern, _ in self.rules], setting="mesh.rules")
         return map_with_path(lambda path, x: NamedSharding(self.mesh, self._spec(path, x.shape, patterns)[0]), tree)
 
+    def at_rest(self, placed: Any, tree: Any) -> Any:
+        """The placement of the optimizer's state between updates: of what is small, that of during them."""
+
+        def move(sharding: NamedSharding, x: Any) -> NamedSharding:
+            return sharding.with_memory_kind("pinned_host") if math.prod(x.shape) >= FALLBACK_MIN_SIZE else sharding
+
+        return placed if self.optimizer_memory == "device" else jax.tree.map(move, placed, tree)
+
     def table(self, tree: Any) -> list[Placement]:
         """Every array's placement and what had to give way, largest first."""
         patterns = compile_patterns([pattern for pattern, _ in self.rules], setting="mesh.rules")
@@ -139,7 +150,9 @@ class Layout:
         for path, x in flatten(tree).items():
             spec, note = self._spec(path, x.shape, patterns)
             shard = NamedSharding(self.mesh, spec).shard_shape(x.shape)
-            rows.append(Placement(path, x.shape, str(x.dtype), spec, math.prod(shard) * _itemsize(x.dtype), note))
+            on_host = getattr(getattr(x, "sharding", None), "memory_kind", None) == "pinned_host"
+            dtype, size = f"{x.dtype}{' on host' * on_host}", math.prod(shard) * _itemsize(x.dtype) * (not on_host)
+            rows.append(Placement(path, x.shape, dtype, spec, size, note))
         return sorted(rows, key=lambda row: -row.bytes_per_device)
 
     def _spec(self, path: str, shape: tuple[int, ...], patterns: Sequence[Any]) -> tuple[P, str]:

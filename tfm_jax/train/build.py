@@ -21,15 +21,17 @@ from tfm_jax.data.tokenizers import reads_others
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.evals.base import Context, Evaluate
 from tfm_jax.names import resolve
+from tfm_jax.nn import remat
 from tfm_jax.nn.attention import check as check_attention
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel import mesh
+from tfm_jax.parallel.devices import has_host_memory
 from tfm_jax.parallel.multihost import global_batch
 from tfm_jax.parallel.sharding import Layout
 from tfm_jax.sections import build_model, family, fill, make_named, section_fields
 from tfm_jax.tasks.base import Task, with_auxiliary
 from tfm_jax.tasks.ema import with_ema
-from tfm_jax.train import optim, schedules, settings
+from tfm_jax.train import optim, quantize, schedules, settings
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.state import TrainState, initialiser
 from tfm_jax.train.step import StepFn, make_train_step
@@ -55,6 +57,7 @@ class Experiment:
         """Shapes, dtypes and shardings of the state; nothing is allocated."""
         shapes = jax.eval_shape(self.init)
         placed = self.layout.place(shapes)
+        placed = placed._replace(opt=self.layout.at_rest(placed.opt, shapes.opt))
         abstract: TrainState = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
         )
@@ -137,6 +140,7 @@ def build(
     check(config, layout)
     if for_training:
         check_batch(config, layout)
+        quantize.check(train.quantize)
     data = _open_data(config["data"], tokenizer_dir)
     if (split := layout.mesh.shape["context"]) > 1 and isinstance(data.train, OfManyLengths):
         raise UserError(
@@ -155,11 +159,13 @@ def build(
     key = jax.random.key(0)
     # On the mesh, so that what a model cannot do there is found now.
     with jax.set_mesh(layout.mesh):
-        shapes = jax.eval_shape(
-            lambda key: task.init_params(model.init(key, **inputs, train=False)["params"], key), key
-        )
+        traced, variables = jax.make_jaxpr(lambda key: model.init(key, **inputs, train=False), return_shape=True)(key)
+        shapes = jax.eval_shape(task.init_params, variables["params"], key)
+    remat.check(config["model"].get("remat", "none"), traced)
     frozen = [*config["optim"]["freeze"], *task.frozen]
+    trains = quantize.quantized(model, train.quantize, variables, inputs) if for_training and train.quantize else model
     optimizer = optim.make(shapes, steps=train.steps, **{**config["optim"], "freeze": frozen})
+    step = make_train_step(task, trains, optimizer.tx, accum=train.accum, seed=train.seed)
     return Experiment(
         config=config,
         train=train,
@@ -171,8 +177,13 @@ def build(
         task=task,
         optimizer=optimizer,
         init=initialiser(model, task, optimizer.tx, inputs, train.seed),
-        step=make_train_step(task, model, optimizer.tx, accum=train.accum, seed=train.seed),
+        step=_from_host(step) if layout.optimizer_memory == "host" else step,
     )
+
+
+def _from_host(step: StepFn) -> StepFn:
+    """The step, which brings the optimizer's state to the devices; when, is for the compiler to decide."""
+    return lambda state, batch: step(state._replace(opt=jax.device_put(state.opt, jax.memory.Space.Device)), batch)
 
 
 def build_task(config: configs.Config) -> Task:
@@ -208,7 +219,7 @@ def check(config: configs.Config, layout: Layout) -> None:
         raise UserError(f"log.wandb={config['log']['wandb']!r} needs Weights & Biases: pip install 'tfm_jax[wandb]'.")
     names = set(inspect.signature(schedules.make).parameters) - {"steps"}
     schedules.make(steps=config["train"]["steps"], **{name: config["optim"][name] for name in names})
-    optim.rule(config["optim"]["name"], config["optim"]["options"] or {})
+    optim.rule(config["optim"]["name"], config["optim"]["options"] or {}, config["optim"].get("moments", "float32"))
     length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
     if length is not None and limit is not None and length > limit:
         raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")
@@ -227,6 +238,19 @@ def check(config: configs.Config, layout: Layout) -> None:
     block = getattr(build_model(config["model"]), "block", None)
     if isinstance(block, BlockSpec):
         check_attention(block, layout.mesh.devices.flat[0].platform, split=layout.mesh.shape["context"])
+        if config["train"].get("quantize") and block.gradient_dtype not in (None, block.dtype):
+            raise UserError(
+                f"model.gradient_dtype={block.gradient_dtype!r}: gradients of products in 8 bits (train.quantize) are in"
+                f" model.dtype={block.dtype!r}. Leave it out."
+            )
+    here = layout.mesh.devices.flat[0]
+    rules = config["model"].get("remat", "none")
+    if rules != "none":
+        remat.policy(rules)
+    if remat.offloads(rules) and not has_host_memory(here):
+        raise UserError(
+            f"model.remat: 'offload': a program for {here.platform} has no access to its host's memory here. Use 'save'."
+        )
     if (ways := layout.mesh.shape["expert"]) > 1:
         if not isinstance(block, BlockSpec) or not block.experts:
             name = config["model"]["name"]

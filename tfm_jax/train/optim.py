@@ -15,6 +15,7 @@ from optax import contrib
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path, values_by_pattern
 from tfm_jax.train import schedules
+from tfm_jax.train.moments import Moments, stored
 
 Name = Literal["adamw", "adafactor", "lion", "muon"]
 
@@ -41,6 +42,7 @@ def make(
     layer_decay: float = 1.0,
     freeze: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    moments: Moments = "float32",
 ) -> Optimizer:
     """The config section `optim` (its `steps` is `train.steps`).
 
@@ -58,6 +60,8 @@ def make(
         full one, embeddings the lowest. 1 for none.
       freeze: regexes; parameters that match get no update and no moments.
       options: further arguments of the update rule, for instance `{"b1": 0.9, "b2": 0.95}`.
+      moments: what the rule's moments are kept in: `float32`, `bfloat16` (2 bytes a number) or `int8` (1.125); see
+        `train.moments`.
 
     Raises:
       UserError: an unknown option, a pattern that matches nothing, a value out of range.
@@ -75,7 +79,7 @@ def make(
     if clip_norm is not None and clip_norm <= 0:
         raise UserError(f"optim.clip_norm={clip_norm}: must be above 0, or None for no clipping.")
     parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    parts += [rule(name, options or {})]
+    parts += [rule(name, options or {}, moments)]
     if weight_decay:
         decayed = values_by_pattern(params, [(decay_pattern, True)], False, setting="optim.decay_pattern")
         # Frozen parameters reach the chain as masked nodes, so the mask is looked up by path and not given as a tree.
@@ -149,7 +153,7 @@ _RULES: dict[str, tuple[Callable[..., optax.GradientTransformation], Callable[..
 }
 
 
-def rule(name: str, options: Mapping[str, Any]) -> optax.GradientTransformation:
+def rule(name: str, options: Mapping[str, Any], moments: Moments = "float32") -> optax.GradientTransformation:
     """The update rule by itself; an unknown name or option is a `UserError` with the nearest valid one."""
     if name not in _RULES:
         raise UserError(f"optim.name={name!r} does not exist.{nearest(name, _RULES)}")
@@ -158,7 +162,9 @@ def rule(name: str, options: Mapping[str, Any]) -> optax.GradientTransformation:
     for key in options:
         if key not in known:
             raise UserError(f"optim.options.{key} is not an option of {name!r}.{nearest(key, known)}")
-    return build(**options)
+    if name == "adafactor" and moments != "float32":
+        raise UserError(f"optim.moments={moments!r}: adafactor's are a row and a column of each kernel. Use 'float32'.")
+    return stored(build(**options), moments)
 
 
 def _pair(rule: Any) -> tuple[str, float]:

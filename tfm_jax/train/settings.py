@@ -22,6 +22,8 @@ class Train:
       ema: decay of an exponential moving average of the parameters, used for evaluation; None for none.
       adapter: train a few numbers beside each kernel and nothing else: the arguments of `tasks.lora.wrap`, for instance
         `{"rank": 8}`, or of what its `name` says (`adalora`); None for all parameters.
+      quantize: `(regex on a kernel's path, "int8" | "fp8")` pairs: products of these kernels in 8 bits while training, and not
+        when evaluating; see `train.quantize`. Needs `pip install 'tfm_jax[quantize]'`.
       eval_every: steps between evaluations; 0 for only at the end.
       stop_metric: end the run before its last step when this metric, `eval/NAME/KEY`, has not become better for
         `stop_patience` evaluations; None for never. To have the best step's checkpoint then, let checkpoint.every be
@@ -36,6 +38,7 @@ class Train:
     accum: int = 1
     ema: float | None = None
     adapter: Annotated[Mapping[str, Any] | None, Inside("adapter")] = None
+    quantize: Sequence[Any] = ()
     eval_every: int = 0
     stop_metric: str | None = None
     stop_patience: int = 3
