@@ -385,6 +385,7 @@ class AttentionModule(Protocol):
     spec: BlockSpec
     layers: int
     train: bool
+    name: str | None
 
 
 def heads(module: AttentionModule, x: jax.Array, count: int, name: str) -> jax.Array:

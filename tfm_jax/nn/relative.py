@@ -86,7 +86,7 @@ class RelativeAttention(nn.Module):
         self, x: jax.Array, context: Context, kept: jax.Array | Cache | None
     ) -> tuple[jax.Array, jax.Array | Cache | None]:
         """(B, T, D) to (B, T, D), and what is kept: the last M states (B, M, D) of memory and segment, or a cache."""
-        module = _Projecting(dataclasses.replace(self.spec, bias="none"), self.layers, self.train)
+        module = _Projecting(dataclasses.replace(self.spec, bias="none"), self.layers, self.train, self.name)
         spec, relative, mask = self.spec, context.shared, context.mask
         # No gradient goes into earlier segments (section 3.2); u and v get theirs from all layers.
         memory = None if kept is None or isinstance(kept, Cache) else jax.lax.stop_gradient(kept).astype(x.dtype)
@@ -114,6 +114,7 @@ class _Projecting:
     spec: BlockSpec
     layers: int
     train: bool
+    name: str | None
 
 
 def layer_caches(states_BLMD: jax.Array, layer_loop: LayerLoop) -> Caches:
