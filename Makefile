@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help pretrain test lint evaluate generate convert benchmark parity clean reproduce-shakespeare reproduce-kills \
-	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans reproduce-elastic reproduce-slurm results
+	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans reproduce-parallel reproduce-elastic reproduce-slurm results
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9%-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%-]+):[^#]*## (.*)/\1|\2/' | \
@@ -96,6 +96,9 @@ $(VENV)-tpu/.ready: pyproject.toml
 
 reproduce-plans: $(VENV)-tpu/.ready  ## plan eight models on pods with the TPU compiler (about an hour)
 	@$(VENV)-tpu/bin/python -m experiments.reproduce.plans $(ARGS)
+
+reproduce-parallel: $(VENV)/.ready  ## losses and gradients on every kind of mesh beside one device (about 5 minutes)
+	@$(BIN)/python -m experiments.reproduce.parallel $(ARGS)
 
 reproduce-longformer: $(VENV)/.ready  ## Longformer's time and memory at 2,048, 4,096 and 8,192 tokens
 	@$(BIN)/python -m experiments.reproduce.longformer_cost $(ARGS)

@@ -29,7 +29,8 @@ def test_defaults_are_those_of_the_signatures(make_config):
     assert "block" not in config["model"]
     assert config["task"] == {"name": "token_prediction", "vocab_chunk": 0, "label_smoothing": 0.0, "z_loss": 0.0}
     assert config["mesh"] == {
-        "data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "context": 1, "rules": [], "optimizer_memory": "device",
+        "data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "context": 1, "stage": 1, "microbatches": None, "across": "data", "rules": [],
+        "optimizer_memory": "device",
     }  # fmt: skip
     assert config["train"] == {
         "steps": 8, "seed": 0, "accum": 1, "ema": None, "adapter": None, "quantize": [], "eval_every": 0, "stop_metric": None,
@@ -199,11 +200,11 @@ def test_mistakes_on_the_command_line(raw_config, key, text, message):
         ({"data.batch_size": 0}, "data.batch_size=0: must be at least 1."),
         (
             {"data.batch_size": 12},
-            "data.batch_size=12 does not divide over the mesh: data=8 x fsdp=1 x expert=1 = 8 ways. Nearest that do: 8, 16.",
+            "data.batch_size=12 does not divide over the mesh: data=8 x fsdp=1 x expert=1 x stage=1 = 8 ways. Nearest that do: 8, 16.",
         ),
         (
             {"train.accum": 2},
-            "data.batch_size=8 / train.accum=2 = 4 rows does not divide over the mesh: data=8 x fsdp=1 x expert=1 = 8 ways."
+            "data.batch_size=8 / train.accum=2 = 4 rows does not divide over the mesh: data=8 x fsdp=1 x expert=1 x stage=1 = 8 ways."
             " Nearest that do: 16.",
         ),
         ({"model.vocab_size": 9}, "model.vocab_size=9 is too small: the data has 257. Set at least 257, or leave it"

@@ -184,7 +184,8 @@ def _hashable(value: Any) -> Any:
 
 # Fields of a model, or of its blocks, that do not change what it computes with its parameters.
 _IDLE = (
-    "parent", "name", "block", "layer_loop", "remat", "dtype", "gradient_dtype", "attention", "init", "init_std", "max_global", "dropout",
+    "parent", "name", "block", "layer_loop", "remat", "pipeline", "dtype", "gradient_dtype", "attention", "init", "init_std",
+    "max_global", "dropout",
     "attention_dropout", "mlp_dropout",
 )  # fmt: skip
 
@@ -231,7 +232,7 @@ def _block_class(cls: type[Any]) -> type[Any] | None:
 def _dataclass_fields(cls: type[Any]) -> Fields:
     hints, out = _hints(cls), {}
     for f in dataclasses.fields(cls):
-        if f.name in ("parent", "name") or not f.init:
+        if f.name in ("parent", "name", "pipeline") or not f.init:
             continue
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         out[f.name] = _field(hints.get(f.name, Any), REQUIRED if default is dataclasses.MISSING else default)

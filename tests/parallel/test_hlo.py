@@ -103,3 +103,33 @@ def test_the_compilers_other_spellings():
     assert all(isinstance(c, Collective) for c in program.collectives)
     with pytest.raises(ValueError, match="Groups of devices in a spelling that is not known"):
         hlo.read(TEXT.replace("{{0,1,2,3},{4,5,6,7}}", "everybody"), MESH)
+
+
+SLICES = """HloModule of_a_slice
+
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %s.1 = (bf16[8,16]{1,0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="cp.1",_xla_megascale_target={{100000->200000},{100001->200001}},_xla_megascale_transfer_type="ONE_TO_ONE"}
+  %r.1 = (bf16[8,16]{1,0}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="cp.1",_xla_megascale_target={{100000->200000},{100001->200001}},_xla_megascale_transfer_type="ONE_TO_ONE"}
+  %d.1 = (bf16[8,16]{1,0}, token[]) recv-done(%r.1), channel_id=1, is_host_transfer=true
+  %f.1 = bf16[8,16] fusion(%d.1), kind=kLoop, calls=%sum
+  %ag = bf16[8,32]{1,0} all-gather(%f.1), channel_id=3, replica_groups={{0,1},{2,3}}, use_global_device_ids=true, dimensions={1}
+}
+
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %w.1 = (s32[], bf16[8,16]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %s.2 = (f32[3,4]{1,0}, u32[], token[]) send(%x, %t), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="ag.1",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %r.2 = (f32[2,3,4]{1,0}, u32[], token[]) recv(%t), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="ag.1",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %f.2 = bf16[8,16] fusion(%x), kind=kLoop, calls=%sum
+  %d.2 = (f32[2,3,4]{1,0}, token[]) recv-done(%r.2), channel_id=5, is_host_transfer=true
+}
+"""
+
+
+def test_a_program_of_one_slice():
+    """Partitions are the first slice's, and what goes between slices is sent: on each turn, and behind other work."""
+    found = hlo.read(SLICES, {"data": 4, "fsdp": 2}).collectives
+    assert {(c.kind, c.size, c.axes, c.group, c.times, c.hidden, c.across) for c in found} == {
+        ("collective-permute", 8 * 16 * 2, ("data",), 2, 5, False, True),
+        ("all-gather", 2 * 3 * 4 * 4, ("data",), 2, 1, True, True),
+        ("all-gather", 8 * 32 * 2, ("fsdp",), 2, 5, False, False),
+    }

@@ -1,7 +1,6 @@
 """The mesh is a matter of speed: losses, gradients and checkpoints are the same on every one.
 
-Against one device, on 8 simulated ones: GPT-2-like, Llama-like and mixtures of experts, unrolled and scanned, and with the length
-split too.
+Against one device, on up to 8 simulated ones: each axis, and those that are used together.
 """
 
 import jax
@@ -10,39 +9,63 @@ import pytest
 
 from tests.errors import says
 from tfm_jax.errors import UserError
-from tfm_jax.parallel import mesh
 from tfm_jax.paths import flatten
 from tfm_jax.tasks.base import bind
 from tfm_jax.train import build as build_module
 from tfm_jax.train.checkpoint import Checkpointer
 
-MESHES = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2), "1x1x8": (1, 1, 8)}
-ONE = (1, 1, 1)
-FAMILIES = {
-    "gpt2": {},
-    "llama": {
-        "model.norm": "rms", "model.mlp": "gated", "model.activation": "silu", "model.position": "rotary",
-        "model.bias": "'none'", "model.output": "free", "model.mlp_width": 64,
-    },
+LLAMA = {
+    "model.norm": "rms", "model.mlp": "gated", "model.activation": "silu", "model.position": "rotary",
+    "model.bias": "'none'", "model.output": "free", "model.mlp_width": 64,
 }  # fmt: skip
+MIXTURE = LLAMA | {"model.experts": 4, "model.mlp_width": 16, "model.router_z": 0.01}
 # One block says as much as two where they are unrolled, and compiles in half the time.
-LOOPS = {"loop": {"model.layers": 1}, "scan": {"model.layers": 2, "model.layer_loop": "scan"}}
+LOOP, SCAN = {"model.layers": 1}, {"model.layers": 2, "model.layer_loop": "scan"}
+# Few slots, so that some tokens are dropped.
+SLOTS = MIXTURE | SCAN | {"model.expert_capacity": 0.75}
+MODELS = {
+    "gpt2 loop": LOOP,
+    "gpt2 scan": SCAN,
+    "llama loop": LLAMA | LOOP,
+    "llama scan": LLAMA | SCAN,
+    "everywhere": MIXTURE | LOOP,
+    "slots": SLOTS,
+    # A microbatch has a balance of its own, as it has with train.accum.
+    "slots unbalanced": SLOTS | {"model.router_balance": 0.0},
+}
+# Which model on which mesh, its axes of size 1 left out.
+TABLE = [
+    ("gpt2 loop", dict(data=8)),
+    ("llama scan", dict(data=8)),
+    ("gpt2 scan", dict(fsdp=8)),
+    ("llama loop", dict(tensor=8)),
+    ("slots", dict(expert=4)),
+    ("gpt2 scan", dict(stage=2)),
+    ("gpt2 loop", dict(data=2, fsdp=4)),
+    ("gpt2 scan", dict(data=2, tensor=4)),
+    ("llama loop", dict(fsdp=4, tensor=2)),
+    ("gpt2 loop", dict(data=2, fsdp=2, tensor=2)),
+    ("llama scan", dict(data=2, fsdp=2, tensor=2)),
+    ("everywhere", dict(data=2, fsdp=2, tensor=2)),
+    ("slots", dict(tensor=2, expert=4)),
+    ("slots", dict(data=2, fsdp=2, expert=2)),
+    ("gpt2 scan", dict(data=4, stage=2)),
+    ("llama scan", dict(fsdp=4, stage=2)),
+    ("llama scan", dict(tensor=4, stage=2)),
+    ("slots unbalanced", dict(tensor=2, expert=2, stage=2)),
+]
 SIZES = {"model.width": 32, "model.heads": 8, "model.vocab_size": 264}
 COMMON = SIZES | {"model.init_std": 0.1, "optim.warmup_steps": 0, "train.steps": 20}
 
 
 @pytest.fixture(scope="module")
 def build_on(make_config):
-    """`build_on((data, fsdp, tensor, expert, context), changes)`: the experiment on as many devices as the sizes ask for."""
+    """`build_on(sizes, changes)`: the experiment on as many devices as the sizes of the axes ask for."""
 
     def make(sizes, changes):
-        axes = dict(zip(("data", "fsdp", "tensor", "expert", "context"), sizes, strict=False))
-        config = make_config(COMMON | changes | {f"mesh.{k}": v for k, v in axes.items()})
-        whole = mesh.make
-        with pytest.MonkeyPatch.context() as patch:
-            devices = jax.devices()[: int(np.prod(sizes))]
-            patch.setattr(mesh, "make", lambda **section: whole(**section, devices=devices))
-            return build_module.build(config)
+        config = make_config(COMMON | changes | {f"mesh.{axis}": n for axis, n in ({"data": 1} | sizes).items()})
+        devices = jax.devices()[: int(np.prod([*sizes.values()], dtype=int))]
+        return build_module.build(config, devices=devices)
 
     return make
 
@@ -65,24 +88,28 @@ def loss_and_grads(built, params, batch=None):
 def on_one_device(build_on):
     made = {}
 
-    def get(family, loop):
-        if (family, loop) not in made:
-            built = build_on(ONE, FAMILIES[family] | LOOPS[loop])
+    def get(name):
+        if name not in made:
+            built = build_on({}, MODELS[name])
             params = jax.device_get(jax.jit(built.init)().params)
-            made[family, loop] = (params, *loss_and_grads(built, params))
-        return made[family, loop]
+            made[name] = (params, *loss_and_grads(built, params))
+        return made[name]
 
     return get
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_loss_and_gradients(build_on, on_one_device, sizes, family, loop):
-    params, value, grads = on_one_device(family, loop)
-    built = build_on(sizes, FAMILIES[family] | LOOPS[loop])
-    kernels = [r for r in built.layout.table(built.abstract_state().params) if r.path.endswith("kernel")]
-    assert all(r.note == "" for r in kernels)
+@pytest.mark.parametrize(
+    ("name", "sizes"), TABLE, ids=[f"{' '.join(f'{a}={n}' for a, n in sizes.items())}: {name}" for name, sizes in TABLE]
+)
+def test_loss_and_gradients(build_on, on_one_device, name, sizes):
+    params, value, grads = on_one_device(name)
+    built = build_on(sizes, MODELS[name])
+    rows = built.layout.table(built.abstract_state())
+    assert all(row.note == "" for row in rows if row.path.endswith("kernel"))
+    if "stage" in sizes:
+        scanned = [row for row in rows if "/blocks/" in row.path]
+        assert len(scanned) >= 3 * 6 and all(row.spec[0] == "stage" for row in scanned)
+    assert all(np.any(g != 0) for path, g in grads.items() if "experts" in path or "router" in path)
     same(loss_and_grads(built, params), (value, grads))
 
 
@@ -96,43 +123,22 @@ def same(got, want):
         np.testing.assert_allclose(got[1][path] / scale, g / scale, rtol=0, atol=1e-5, err_msg=path)
 
 
-MIXTURE = FAMILIES["llama"] | {"model.experts": 4, "model.mlp_width": 16, "model.router_z": 0.01}
-MIXTURES = {
-    # Few slots, so that some tokens are dropped.
-    "slots": (MIXTURE | {"model.expert_capacity": 0.75} | LOOPS["scan"], [(1, 1, 2, 4), (2, 2, 1, 2)]),
-    "everywhere": (MIXTURE | LOOPS["loop"], [(2, 2, 2, 1), (8, 1, 1, 1)]),
-}
-
-
-@pytest.mark.parametrize("kind", MIXTURES)
-def test_mixtures_of_experts(build_on, kind):
-    changes, meshes = MIXTURES[kind]
-    one = build_on((1, 1, 1, 1), changes)
-    params = jax.device_get(jax.jit(one.init)().params)
-    value, grads = loss_and_grads(one, params)
-    assert all(np.any(g != 0) for path, g in grads.items() if "experts" in path or "router" in path)
-    for sizes in meshes:
-        built = build_on(sizes, changes)
-        rows = built.layout.table(built.abstract_state().params)
-        assert all(row.note == "" for row in rows if row.path.endswith("kernel"))
-        same(loss_and_grads(built, params), (value, grads))
-
-
 def test_experts_that_do_not_fit_the_mesh(build_on):
     with says("mesh.expert=8 needs experts that it divides and that have slots; model.experts=4,"
               " model.expert_capacity=1.0. Without slots (None) every device holds every expert."):  # fmt: skip
-        build_on((1, 1, 1, 8), MIXTURE | {"model.expert_capacity": 1.0})
+        build_on({"expert": 8}, MIXTURE | {"model.expert_capacity": 1.0})
     with says("mesh.expert=2: model.name='gpt' has no experts here. Use mesh.fsdp."):
-        build_on((4, 1, 1, 2), FAMILIES["llama"])
+        build_on({"data": 4, "expert": 2}, LLAMA)
 
 
 # Every axis beside `context`, which alone is the ring of eight; with slots some tokens find none.
-LONG = FAMILIES["llama"] | {"data.seq_len": 16, "model.max_len": 16}
+LONG = LLAMA | {"data.seq_len": 16, "model.max_len": 16}
 SPLIT = {
-    "loop": (LOOPS["loop"], (1, 1, 1, 1, 8)),
-    "scan": (LOOPS["scan"] | {"model.remat": "full", "model.kv_heads": 1}, (1, 2, 2, 1, 2)),
-    "slots": (MIXTURES["slots"][0], (1, 1, 1, 2, 4)),
-    "everywhere": (MIXTURES["everywhere"][0], (2, 1, 2, 1, 2)),
+    "loop": (LOOP, dict(context=8)),
+    "scan": (SCAN | {"model.remat": "full", "model.kv_heads": 1}, dict(fsdp=2, tensor=2, context=2)),
+    "slots": (SLOTS, dict(expert=2, context=4)),
+    "everywhere": (MIXTURE | LOOP, dict(data=2, tensor=2, context=2)),
+    "stages": (SCAN, dict(tensor=2, context=2, stage=2)),
 }
 
 
@@ -140,7 +146,7 @@ SPLIT = {
 def test_a_length_that_is_split(build_on, kind):
     """Packed documents, each with positions of its own."""
     changes = LONG | SPLIT[kind][0]
-    one, split = build_on(ONE, changes), build_on(SPLIT[kind][1], changes)
+    one, split = build_on({}, changes), build_on(SPLIT[kind][1], changes)
     params, batch = jax.device_get(jax.jit(one.init)().params), one.data.train.batch_at(0)
     ends = np.arange(8)[:, None] + 2
     segments = (np.arange(16)[None] >= ends).astype(np.int32) + (np.arange(16)[None] >= 13)
@@ -161,7 +167,7 @@ def test_lengths_that_cannot_be_split(build_on, tmp_path):
          " Use mesh.fsdp."),
     ):  # fmt: skip
         with pytest.raises(UserError) as caught:
-            build_on((1, 1, 1, 1, 8), changes)
+            build_on({"context": 8}, changes)
         assert str(caught.value) == message
 
 
@@ -177,15 +183,26 @@ def steps(built, state, first, count):
 
 
 UPDATES = {}  # compiled once an experiment
-TARGETS = {**MESHES, "1 device": ONE, "2 devices": (1, 2, 1), "4 devices": (1, 2, 2)}
+ORIGINS = {
+    "data": dict(data=8),
+    "data fsdp": dict(data=2, fsdp=4),
+    "tensor": dict(tensor=8),
+    "data fsdp stage": dict(data=2, fsdp=2, stage=2),
+}
+TARGETS = ORIGINS | {
+    "1 device": {},
+    "2 devices": dict(fsdp=2),
+    "4 devices": dict(fsdp=2, tensor=2),
+    "8 devices": dict(data=2, fsdp=2, tensor=2),
+}
 
 
 @pytest.fixture(scope="module")
 def targets(build_on):
-    return {name: build_on(sizes, FAMILIES["llama"]) for name, sizes in TARGETS.items()}
+    return {name: build_on(sizes, LLAMA | SCAN) for name, sizes in TARGETS.items()}
 
 
-@pytest.mark.parametrize("origin", MESHES)
+@pytest.mark.parametrize("origin", ORIGINS)
 def test_checkpoints_go_from_any_mesh_to_any_mesh(targets, tmp_path, origin):
     built = targets[origin]
     with jax.set_mesh(built.layout.mesh):

@@ -120,8 +120,14 @@ def test_a_plan_adds_up(make_config, slow):
     assert "fits" in command._report(plan, slow.chip, 256e3)
 
 
-def test_the_picture(make_config, slow, tmp_path):
-    _, plan = planned(make_config({"mesh.fsdp": 8, "mesh.data": 1}), slow)
+def test_a_pipeline_and_the_picture(make_config, slow, tmp_path):
+    """Turns in which a stage waits are the hardware's: three for two microbatches."""
+    changes = {"mesh.data": 4, "mesh.stage": 2, "model.layers": 2, "model.layer_loop": "scan"}
+    experiment, plan = planned(make_config(changes), slow)
+    assert experiment.pipeline == (2, 2) and plan.model_flops == plan.tokens * experiment.flops_per_token
+    logits = 6 * plan.tokens * 16 * 257
+    assert (plan.hardware_flops - logits) / (plan.model_flops - logits) == 3 / 2
+    assert ("stage",) in {one.axes for one in plan.traffic}
     command._picture(plan, tmp_path / "plans" / "a.png")
     assert (tmp_path / "plans" / "a.png").read_bytes().startswith(b"\x89PNG")
 

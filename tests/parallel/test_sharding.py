@@ -65,6 +65,21 @@ def test_two_axes_on_one_dimension():
     assert found["x/b"].spec == P(None) and found["x/b"].note == "data*fsdp=4 does not divide 6"
 
 
+def test_scanned_layers_are_split_over_stages():
+    layout = mesh.make(fsdp=2, tensor=2, stage=2).with_rules([(r"up/kernel$", ("fsdp", "tensor"))])
+    own = {"up": {"kernel": shape(4, 4, 6), "bias": shape(4, 6)}, "scale": shape(4, 300, 300), "count": shape()}
+    found = rows(layout, {"blocks": own, "mu": {"blocks": {"up": {"kernel": shape(3, 4, 6)}}}, "block_0": own})
+    assert {path: row.spec for path, row in found.items() if path.startswith("blocks")} == {
+        "blocks/up/kernel": P("stage", "fsdp", "tensor"),
+        "blocks/up/bias": P("stage", None),
+        "blocks/scale": P("stage", "fsdp", None),
+        "blocks/count": P(),
+    }
+    assert found["mu/blocks/up/kernel"][3:] == (P(None, "fsdp", "tensor"), 3 * 2 * 3 * 4, "stage=2 does not divide 3")
+    assert found["block_0/up/kernel"].spec == P(None, "fsdp", "tensor")
+    assert layout.batch_ways == 4 and layout.batch().shard_shape((8, 3)) == (2, 3)
+
+
 def test_large_arrays_without_a_rule_fall_back_to_fsdp(layout):
     found = rows(layout, {"a": shape(300, 301), "b": shape(301, 303), "c": shape(255, 257), "d": shape(255, 301, 2)})
     assert (found["a"].spec, found["a"].note) == (P("fsdp", None), "no rule: fsdp fallback")

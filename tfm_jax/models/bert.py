@@ -17,6 +17,7 @@ from tfm_jax.nn import block, embeddings, heads
 from tfm_jax.nn.attention import Context
 from tfm_jax.nn.embeddings import TextEmbedding
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Stack
@@ -57,7 +58,7 @@ class Model(nn.Module):
         of each position, `span` where an answer begins and ends, `embedding` the text as a unit vector.
       pooling: what `pooled` reads: the `first` position, or the `mean` of all.
       classes: how many, 1 for a number, or such by name for a mixture of tasks; the data's own if None.
-      layers, layer_loop, remat: see `nn.stack.Stack`.
+      layers, layer_loop, remat, pipeline: see `nn.stack.Stack`.
     """
 
     block: BlockSpec = SPEC
@@ -71,6 +72,7 @@ class Model(nn.Module):
     classes: heads.Classes = None
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "max_len", "layers", "classes")
@@ -108,7 +110,8 @@ class Model(nn.Module):
         embed = TextEmbedding(spec, self.vocab_size, self.max_len, self.types, self.offset, name="embeddings")
         x, table = embed(tokens, token_types, positions, train=train)
         mask = Mask(key_valid=valid, query_segments=segment_ids, key_segments=segment_ids)
-        x, _ = Stack(spec, self.layers, self.layer_loop, self.remat, name="stack")(x, Context(mask), train=train)
+        stack = Stack(spec, self.layers, self.layer_loop, self.remat, self.pipeline, name="stack")
+        x, _ = stack(x, Context(mask), train=train)
         return {"states": x} | heads.predictions(self, x, table, valid, train=train)
 
     def example(self, batch: int = 1) -> dict[str, Any]:

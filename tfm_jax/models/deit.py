@@ -19,6 +19,7 @@ from tfm_jax.nn.attention import Context
 from tfm_jax.nn.heads import Classifier, classes_of
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.patches import PatchEmbedding
+from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.nn.stack import LayerLoop, Stack
@@ -45,6 +46,7 @@ class Model(nn.Module):
     layers: int = 12
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         vit.check_vision(self)
@@ -66,7 +68,8 @@ class Model(nn.Module):
         spec, extra = self.block, ("class_token", "distillation_token")
         embed = PatchEmbedding(spec, self.image_size, self.patch, self.channels, extra, name="embeddings")
         x = embed(images, train=train)
-        x, _ = Stack(spec, self.layers, self.layer_loop, self.remat, name="stack")(x, Context(Mask()), train=train)
+        stack = Stack(spec, self.layers, self.layer_loop, self.remat, self.pipeline, name="stack")
+        x, _ = stack(x, Context(Mask()), train=train)
         classes = classes_of(self)
         by_class = Classifier(spec, classes, name="class_head")(x[:, 0])
         by_teacher = Classifier(spec, classes, name="distillation_head")(x[:, 1])

@@ -21,6 +21,7 @@ from tfm_jax.nn.embeddings import TextEmbedding
 from tfm_jax.nn.heads import TokenHead
 from tfm_jax.nn.linear import ACTIVATIONS, Dense
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Stack
@@ -55,6 +56,7 @@ class _Trunk(nn.Module):
     layers: int
     layer_loop: LayerLoop
     remat: Remat
+    pipeline: Pipeline | None
 
     def states(self, x_BTE: jax.Array, mask: Mask, *, train: bool) -> jax.Array:
         """(B, T, D), from a compact method."""
@@ -62,7 +64,7 @@ class _Trunk(nn.Module):
         if x.shape[-1] != spec.width:
             init = nn.initializers.normal(spec.init_std)
             x = Dense(spec.width, spec.bias, spec.compute_dtype, init, name="embedding_projection")(x)
-        stack = Stack(spec, self.layers, self.layer_loop, self.remat, name="stack")
+        stack = Stack(spec, self.layers, self.layer_loop, self.remat, self.pipeline, name="stack")
         return stack(x, Context(mask), train=train)[0]
 
 
@@ -105,7 +107,7 @@ class _Electra(nn.Module):
       max_len: longest sequence.
       embedding_width: E, of the tables; a projection follows where it is not the blocks' width.
       types: number of segments; 0 for none.
-      layers, layer_loop, remat: see `nn.stack.Stack`.
+      layers, layer_loop, remat, pipeline: see `nn.stack.Stack`.
     """
 
     block: BlockSpec = SPEC
@@ -116,10 +118,16 @@ class _Electra(nn.Module):
     layers: int = 12
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "max_len", "embedding_width", "layers")
         super().__post_init__()
+
+    @property
+    def size(self) -> tuple[int, LayerLoop, Remat, Pipeline | None]:
+        """Of the trunk or trunks."""
+        return self.layers, self.layer_loop, self.remat, self.pipeline
 
     def embedding(self) -> TextEmbedding:
         # No projection in here: generator and discriminator have one each.
@@ -147,7 +155,7 @@ class Generator(_Electra):
         The arguments are those of `models.bert`.
         """
         x, table = self.embedding()(tokens, token_types, positions, train=train)
-        part = MaskedPredictor(self.block, self.layers, self.layer_loop, self.remat, name="generator")
+        part = MaskedPredictor(self.block, *self.size, name="generator")
         out: dict[str, Any] = part(x, table, _mask(valid, segment_ids), train=train)
         return out
 
@@ -192,7 +200,7 @@ class Discriminator(_Electra):
         The arguments are those of `models.bert`.
         """
         x, table = self.embedding()(tokens, token_types, positions, train=train)
-        part = ReplacementDetector(self.block, self.layers, self.layer_loop, self.remat, name="discriminator")
+        part = ReplacementDetector(self.block, *self.size, name="discriminator")
         out: dict[str, Any] = part(x, _mask(valid, segment_ids), train=train)
         return out | heads.predictions(self, out["states"], table, valid, train=train)
 
@@ -268,15 +276,14 @@ class Model(_Electra):
             # A batch has no corrupted tokens yet: the loss makes them.
             tokens = corrupted = corrupted if tokens is None else tokens
         embed, mask = self.embedding(), _mask(valid, segment_ids)
-        size = (self.layers, self.layer_loop, self.remat)
         out: dict[str, Any] = {}
         if tokens is not None:
             x, table = embed(tokens, token_types, positions, train=train)
-            made = MaskedPredictor(self.generator_block, *size, name="generator")(x, table, mask, train=train)
+            made = MaskedPredictor(self.generator_block, *self.size, name="generator")(x, table, mask, train=train)
             out |= {name: made[name] for name in ("hidden", "unembedding", "logits")}
         if corrupted is not None:
             x, _ = embed(corrupted, token_types, positions, train=train)
-            out |= ReplacementDetector(self.block, *size, name="discriminator")(x, mask, train=train)
+            out |= ReplacementDetector(self.block, *self.size, name="discriminator")(x, mask, train=train)
         return out
 
     def example(self, batch: int = 1) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tfm_jax.nn.attention import Context
 from tfm_jax.nn.heads import unembed
 from tfm_jax.nn.linear import Embedding
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.nn.positions import Rope, rotation
 from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
@@ -97,7 +98,7 @@ class Model(nn.Module):
       position: `learned` adds a table to the embeddings, `rotary` turns queries and keys, or `none`.
       rope_theta, rope_scaling, ...: see `nn.positions.Rope`.
       output: `tied` uses the token table for the output too (Press and Wolf 2017), `free` has its own.
-      layer_loop, remat: see `nn.stack.Stack`.
+      layer_loop, remat, pipeline: see `nn.stack.Stack`.
     """
 
     block: BlockSpec = BlockSpec()
@@ -114,6 +115,7 @@ class Model(nn.Module):
     output: Literal["tied", "free"] = "tied"
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "max_len", "layers")
@@ -171,7 +173,7 @@ class Model(nn.Module):
             turn = rotation(positions, spec.key_size, self.rope)
         if spec.dropout:
             x = nn.Dropout(spec.dropout, deterministic=not train)(x)
-        x = constrain(x, ("batch", "length", "embed"))
+        x = constrain(x, ("rows", "length", "embed"))
         hidden, caches = self.stack(name="stack")(x, Context(mask, turn), caches, train=train)
         if self.output == "tied":
             unembedding = table.embedding
@@ -187,7 +189,8 @@ class Model(nn.Module):
         return Rope(self.rope_theta, self.rope_scaling, *stretch)
 
     def stack(self, name: str | None = None) -> Stack:
-        return Stack(self.block, self.layers, self.layer_loop, self.remat, name=name, parent=self if name else None)
+        how = self.layer_loop, self.remat, self.pipeline
+        return Stack(self.block, self.layers, *how, name=name, parent=self if name else None)
 
     def example(self, batch: int = 1) -> dict[str, Any]:
         """The smallest inputs that make every parameter."""

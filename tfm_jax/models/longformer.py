@@ -18,6 +18,7 @@ from tfm_jax.nn.attention import Context
 from tfm_jax.nn.embeddings import TextEmbedding
 from tfm_jax.nn.longformer import LongformerAttention, find_globals
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Stack
@@ -51,7 +52,7 @@ class Model(nn.Module):
       outputs: see `nn.heads.predictions`; what stands on the first position wants it global (section 5).
       pooling: what `pooled` reads: the `first` position, or the `mean` of all.
       classes: how many, 1 for a number; the data's own if None.
-      layers, layer_loop, remat: see `nn.stack.Stack`.
+      layers, layer_loop, remat, pipeline: see `nn.stack.Stack`.
     """
 
     block: BlockSpec = SPEC
@@ -67,6 +68,7 @@ class Model(nn.Module):
     classes: heads.Classes = None
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "max_len", "max_global", "layers", "classes")
@@ -131,7 +133,8 @@ class Model(nn.Module):
             # An index is not an error under jit, and a row that lost some of its global tokens would look right.
             x = jnp.where(jnp.broadcast_to(too_many[:, None, None], x.shape), jnp.nan, x)
         mask = Mask(window=self.window // 2 + 1, key_valid=valid, query_segments=segment_ids, key_segments=segment_ids)
-        stack = Stack(spec, self.layers, self.layer_loop, self.remat, attention=LongformerAttention, name="stack")
+        how = self.layer_loop, self.remat, self.pipeline
+        stack = Stack(spec, self.layers, *how, attention=LongformerAttention, name="stack")
         x, _ = stack(x, Context(mask, spots), train=train)
         return {"states": x} | heads.predictions(self, x, table, valid, train=train)
 

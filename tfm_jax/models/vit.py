@@ -17,6 +17,7 @@ from tfm_jax.nn.attention import Context
 from tfm_jax.nn.heads import Classifier, classes_of
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.patches import PatchEmbedding, check_grid
+from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import LayerLoop, Stack
@@ -56,7 +57,7 @@ class Model(nn.Module):
       patch: height and width of a patch, in pixels.
       channels: of an image.
       classes: the data's own number if None.
-      layers, layer_loop, remat: see `nn.stack.Stack`.
+      layers, layer_loop, remat, pipeline: see `nn.stack.Stack`.
     """
 
     block: BlockSpec = SPEC
@@ -67,6 +68,7 @@ class Model(nn.Module):
     layers: int = 12
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         check_vision(self)
@@ -85,7 +87,8 @@ class Model(nn.Module):
         """
         spec = self.block
         x = PatchEmbedding(spec, self.image_size, self.patch, self.channels, name="embeddings")(images, train=train)
-        x, _ = Stack(spec, self.layers, self.layer_loop, self.remat, name="stack")(x, Context(Mask()), train=train)
+        stack = Stack(spec, self.layers, self.layer_loop, self.remat, self.pipeline, name="stack")
+        x, _ = stack(x, Context(Mask()), train=train)
         logits = Classifier(spec, classes_of(self), name="head")(x[:, 0])
         return {"states": x, "features": x[:, 0], "logits": logits}
 

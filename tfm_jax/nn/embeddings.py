@@ -66,4 +66,4 @@ class TextEmbedding(nn.Module):
         if width != spec.width:
             init = nn.initializers.normal(spec.init_std)
             x = Dense(spec.width, spec.bias, spec.compute_dtype, init, name="embedding_projection")(x)
-        return constrain(x, ("batch", "length", "embed")), words.embedding
+        return constrain(x, ("rows", "length", "embed")), words.embedding

@@ -15,6 +15,7 @@ from tfm_jax.nn.block import LayerCache
 from tfm_jax.nn.heads import unembed
 from tfm_jax.nn.linear import Embedding
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.spec import BlockSpec, check_sizes
 from tfm_jax.nn.stack import Caches, LayerLoop, Stack
@@ -36,7 +37,7 @@ class EncoderDecoder(nn.Module):
       vocab_size: V; the data's own if None.
       max_len: longest source and longest target; None for no limit.
       encoder_layers, decoder_layers: number of blocks.
-      layer_loop, remat: see `nn.stack.Stack`.
+      layer_loop, remat, pipeline: see `nn.stack.Stack`.
     """
 
     block: BlockSpec = BlockSpec()
@@ -46,6 +47,7 @@ class EncoderDecoder(nn.Module):
     decoder_layers: int = 6
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "max_len", "encoder_layers", "decoder_layers")
@@ -89,7 +91,7 @@ class EncoderDecoder(nn.Module):
         drop_last = drop if spec.norm_position == "pre" else _same
 
         def entered(side: Side, ids: jax.Array, places: jax.Array) -> jax.Array:
-            return constrain(drop(self.embedded(side, table(ids), places)), ("batch", "length", "embed"))
+            return constrain(drop(self.embedded(side, table(ids), places)), ("rows", "length", "embed"))
 
         source = None
         if tokens is not None:
@@ -125,7 +127,8 @@ class EncoderDecoder(nn.Module):
 
     def stack(self, side: Side, name: str | None = None) -> Stack:
         layers = self.encoder_layers if side == "encoder" else self.decoder_layers
-        return Stack(self.block, layers, self.layer_loop, self.remat, name=name, parent=self if name else None)
+        how = self.layer_loop, self.remat, self.pipeline
+        return Stack(self.block, layers, *how, name=name, parent=self if name else None)
 
     def example(self, batch: int = 1) -> dict[str, Any]:
         """The smallest inputs that make every parameter."""

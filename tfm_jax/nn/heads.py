@@ -104,7 +104,7 @@ def sentence_embedding(x: jax.Array, valid: jax.Array | None) -> jax.Array:
 def unembed(hidden: jax.Array, unembedding: jax.Array) -> dict[str, Any]:
     """The outputs that losses over a vocabulary read: `hidden`, `unembedding` and their product `logits` in float32."""
     logits = matmul(hidden, unembedding.astype(hidden.dtype).T).astype(jnp.float32)
-    return {"hidden": hidden, "unembedding": unembedding, "logits": constrain(logits, ("batch", "length", "vocab"))}
+    return {"hidden": hidden, "unembedding": unembedding, "logits": constrain(logits, ("rows", "length", "vocab"))}
 
 
 def with_bias(hidden: jax.Array, unembedding: jax.Array, bias_V: jax.Array) -> tuple[jax.Array, jax.Array]:

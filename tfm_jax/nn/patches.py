@@ -65,7 +65,7 @@ class PatchEmbedding(nn.Module):
         x = x + jnp.broadcast_to(table.embedding.astype(x.dtype), x.shape)
         if spec.dropout:
             x = nn.Dropout(spec.dropout, deterministic=not train)(x)
-        return constrain(x, ("batch", "length", "embed"))
+        return constrain(x, ("rows", "length", "embed"))
 
 
 def check_grid(image_size: int, patch: int) -> None:

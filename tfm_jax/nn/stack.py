@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
+from tfm_jax.nn import pipeline as pipelines
 from tfm_jax.nn.attention import Attention, Cache, Context
 from tfm_jax.nn.block import Block, LayerCache
 from tfm_jax.nn.capture import AUXILIARY, SAID, say
 from tfm_jax.nn.linear import Norm
 from tfm_jax.nn.masks import Mask
+from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.nn.remat import Remat
 from tfm_jax.nn.remat import policy as remat_policy
 from tfm_jax.nn.ring import balanced, parts, restored
@@ -36,6 +38,7 @@ class Stack(nn.Module):
       remat: `none` keeps activations, `full` recomputes the block in the backward pass, `dots` keeps products with
         weights, `dots_batched` keeps the attention scores' products too; `(regex, "save" | "offload")` pairs keep activations
         by name, here or in the host's memory, and compute the rest again: see `nn.remat`.
+      pipeline: see `nn.pipeline`, for scanned layers; how the same parameters are run, without which they are on one stage.
       sharing: `none`, or `all` layers are one block, under `shared_block` (Lan et al. 2020).
       attention: the module of self attention.
     """
@@ -44,6 +47,7 @@ class Stack(nn.Module):
     layers: int
     layer_loop: LayerLoop = "loop"
     remat: Remat = "none"
+    pipeline: Pipeline | None = None
     sharing: Literal["none", "all"] = "none"
     attention: type[Any] = Attention
 
@@ -67,7 +71,11 @@ class Stack(nn.Module):
             return block(self.spec, self.layers, train, self.attention, name=name)
 
         shared = self.sharing == "all"
-        if self.layer_loop == "scan":
+        if self.pipeline is not None and not self.is_initializing():
+            if caches is not None:
+                raise UserError("mesh.stage: there is no decoding on stages. Use a mesh without them: mesh.stage=1.")
+            x = self._on_stages(block, x, context, self.pipeline, train)
+        elif self.layer_loop == "scan":
             scanned = nn.scan(
                 block,
                 variable_axes={SAID: 0, AUXILIARY: 0} | ({} if shared else {"params": 0}),
@@ -85,7 +93,7 @@ class Stack(nn.Module):
                 x, cache = layer(x, None if caches is None else caches[i], context)
                 after.append(cache)
             caches = None if caches is None else tuple(after)  # type: ignore[arg-type]
-        x = constrain(restored(x), ("batch", "length", "embed"))
+        x = constrain(restored(x), ("rows", "length", "embed"))
         return (Norm(self.spec, name="final_norm")(x) if self.spec.norm_position == "pre" else x), caches
 
     def _balanced(self, x: jax.Array, context: Context, caches: Caches | None) -> tuple[jax.Array, Context]:
@@ -110,6 +118,25 @@ class Stack(nn.Module):
 
         shared, source = jax.tree.map(balanced, (context.shared, context.source))
         return balanced(x), Context(mask(context.mask), shared, source, mask(context.source_mask))
+
+    def _on_stages(self, block: Any, x: jax.Array, context: Context, pipeline: Pipeline, train: bool) -> jax.Array:
+        listened = [name for name in (SAID, AUXILIARY) if self.is_mutable_collection(name)]
+        one = block(self.spec, self.layers, train, self.attention, parent=None)
+
+        def layer(params: Any, x: jax.Array, context: Context, key: jax.Array | None) -> tuple[jax.Array, Any]:
+            rngs = None if key is None else {"dropout": key}
+            (x, _), said = one.apply({"params": params}, x, None, context, rngs=rngs, mutable=listened)
+            return x, said
+
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        params = self.get_variable("params", "blocks")
+        x, said = pipelines.run(layer, params, x, context, key, pipeline)
+        if SAID in said:
+            self.put_variable(SAID, "blocks", jax.tree.map(jax.vmap(pipelines.joined, 1), said[SAID]))
+        if AUXILIARY in said:
+            means = jax.tree.map(lambda a: jnp.mean(a, axis=0), said[AUXILIARY])
+            self.put_variable(AUXILIARY, "blocks", means)
+        return x
 
     def init_caches(self, batch: int, length: int) -> Caches:
         """Empty caches for `length` positions."""

@@ -26,6 +26,7 @@ class Collective:
       times: how often a run of the program does it.
       members: the partitions of its first group.
       hidden: whether the compiler has put other work between its start and its end.
+      across: whether it goes from slice to slice, over the data-centre network.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Collective:
     times: int
     members: tuple[int, ...] = ()
     hidden: bool = False
+    across: bool = False
 
 
 class Program(NamedTuple):
@@ -47,10 +49,11 @@ class Program(NamedTuple):
 def read(text: str, mesh: Mapping[str, int]) -> Program:
     """The collectives in the text of an optimized HLO module.
 
-    A collective that a compiler has spread over several fusions, from its start to its end, is one: its channel says so.
+    A collective that a compiler has spread over several fusions, from its start to its end, is one: its channel says so. The TPU
+    compiler makes one program for all slices, whose partitions are those of the first; between slices they send and receive.
 
     Args:
-      mesh: sizes of its axes; the program's partitions are numbered along it.
+      mesh: sizes of its axes; the program's partitions are numbered along it. Slices are the outermost part of the first axis.
     """
     computations, entry = computations_of(text)
     runs, endless = runs_of(computations, entry)
@@ -58,7 +61,9 @@ def read(text: str, mesh: Mapping[str, int]) -> Program:
     spread: dict[str, list[tuple[bool, Collective]]] = {}
     for name, lines in computations.items():
         begins = any('"AsyncCollectiveStart"' in line for line in lines)
-        for line in lines:
+        for number, line in enumerate(lines):
+            if (sent := _sent(lines, number, next(iter(mesh)), runs.get(name, 0))) is not None and sent.times:
+                found.append(sent)
             made, channel = _collective(line, mesh, runs.get(name, 0)), re.search(r"channel_id=(\d+)", line)
             if made is not None and made.times:
                 # A product in pieces, each of which is sent on while the next is worked on (Wang et al. 2023).
@@ -148,6 +153,34 @@ def _collective(line: str, mesh: Mapping[str, int], times: int) -> Collective | 
     if kind == "reduce-scatter" and not started:
         size *= count
     return Collective(kind, size, _axes(groups, mesh), count, times, tuple(groups[0]), bool(started))
+
+
+# What a slice's runtime calls its exchanges with others.
+_TRANSFERS = {
+    "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter", "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
+_SEND = re.compile(r"= \((.*?), u32\[\].* send\(.*rendezvous=\"(.*?)\".*_xla_megascale_transfer_type=\"(\w+)\"")
+
+
+def _sent(lines: Sequence[str], number: int, axis: str, times: int) -> Collective | None:
+    """What a line sends to the same chip of other slices."""
+    found = _SEND.search(lines[number])
+    if found is None:
+        return None
+    shape, meeting, kind = found.groups()
+    slices = re.search(r"_xla_megascale_target=\"\{([\d,]+)\}x", lines[number])
+    group = len(slices[1].split(",")) if slices else 2
+    size = sum(_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shape))
+    if kind == "ALL_GATHER":
+        size *= group
+    received = [re.search(r"%?([\w.\-]+) = .* recv\(", line) for line in lines if f'rendezvous="{meeting}"' in line]
+    names = {one[1] for one in received if one}
+    ends = [
+        i for i, line in enumerate(lines) if (end := re.search(r" recv-done\(%?([\w.\-]+)\)", line)) and end[1] in names
+    ]
+    busy = any(re.search(r" (fusion|while|call|convolution)\(", line) for line in lines[number : min(ends, default=0)])
+    return Collective(_TRANSFERS[kind], size, (axis,), group, times, hidden=busy, across=True)
 
 
 def _bytes(dtype: str, dims: str) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from tfm_jax.errors import UserError
@@ -22,6 +23,9 @@ def make(
     tensor: int = 1,
     expert: int = 1,
     context: int = 1,
+    stage: int = 1,
+    microbatches: int | None = None,
+    across: Literal["data", "stage"] = "data",
     rules: Sequence[Any] = (),
     optimizer_memory: Memory = "device",
     devices: Sequence[jax.Device] | None = None,
@@ -35,6 +39,10 @@ def make(
       expert: ways in which a mixture's experts are split; outside of them, ways in which the batch is.
       context: ways in which the length of a sequence is split; attention goes round a ring of them (`nn.ring`), and parameters
         are copied along it.
+      stage: ways in which the layers are split, a pipeline; outside of them, ways in which the batch is. See `nn.pipeline`.
+      microbatches: one after the other through that pipeline, a multiple of `stage`: the more, the less of the time stages wait.
+        Four for each stage if None, or as many as there are rows.
+      across: the axis whose outermost part are the slices of a pod, where the data-centre network joins several.
       rules: `(regex, axes of the last dimensions)` tried before the model family's own.
       optimizer_memory: where the optimizer's large arrays are between updates: in the `device`'s memory or the `host`'s, from
         where each update brings them.
@@ -44,7 +52,7 @@ def make(
       UserError: the sizes do not multiply to the number of devices.
     """
     found = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert, "context": context}
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert, "context": context, "stage": stage}
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             raise UserError(f"mesh.{axis}={size}: an axis has a size of at least 1, or -1 for what is left.")
@@ -61,29 +69,45 @@ def make(
         sizes[free[0]] = len(found) // fixed
     elif fixed != len(found):
         raise UserError(f"mesh: {asked} = {fixed} devices, but there are {len(found)}. Set one axis to -1 to fill up.")
-    mesh = _mesh(sizes, found)
     if optimizer_memory == "host" and not has_host_memory(found[0]):
         raise UserError(
             f"mesh.optimizer_memory='host': a program for {found[0].platform} has no access to its host's memory here. Use 'device'."
         )
-    return Layout(mesh, tuple(_rule(rule, tuple(sizes)) for rule in rules), optimizer_memory)
-
-
-def _mesh(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
-    """Devices in the order in which neighbours on an axis are near each other.
-
-    Several slices, which only the data-centre network joins, are the outermost part of `data`.
-    """
-    kinds, slices = (AxisType.Auto,) * len(sizes), len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
-    if sizes["data"] % slices:
+    if microbatches is not None and (sizes["stage"] == 1 or microbatches < 1 or microbatches % sizes["stage"]):
         raise UserError(
-            f"mesh.data={sizes['data']} does not divide over {slices} slices, which only copies of the model can."
+            f"mesh.microbatches={microbatches}: must be a multiple of mesh.stage={sizes['stage']}."
+            if sizes["stage"] > 1
+            else f"mesh.microbatches={microbatches} are for a pipeline, and mesh.stage=1 is none. For accumulation: train.accum."
         )
-    inside = (sizes["data"] // slices, *list(sizes.values())[1:])
-    across = (slices, *[1] * (len(sizes) - 1))
-    return Mesh(create_hybrid_device_mesh(inside, across, devices), tuple(sizes), axis_types=kinds)
+    mesh = _mesh(sizes, found, across)
+    return Layout(mesh, tuple(_rule(rule, tuple(sizes)) for rule in rules), microbatches, optimizer_memory)
+
+
+def _mesh(sizes: dict[str, int], devices: list[jax.Device], across: str) -> Mesh:
+    """Devices in the order in which neighbours on an axis are near each other; slices are the outermost part of `across`."""
+    kinds = (AxisType.Auto,) * len(sizes)
+    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) == 1 and sizes["stage"] == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+    if len({*slices.values()}) > 1:
+        raise UserError(f"mesh: slices of {', '.join(map(str, slices.values()))} devices; they must be of one size.")
+    if sizes[across] % len(slices):
+        shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(
+            f"mesh: {shape} on {len(slices)} slices of {slices.most_common(1)[0][1]} devices: mesh.{across}={sizes[across]} is"
+            f" not a multiple of {len(slices)}. Only mesh.across={across!r} crosses the network between them; the other axes"
+            " lie inside of one."
+        )
+    # Slice by slice, as the TPU compiler numbers them.
+    sizes = {across: sizes[across], **sizes}
+    outside = {axis: len(slices) if axis == across else 1 for axis in sizes}
+    inside = [size // outside[axis] for axis, size in sizes.items()]
+    # Stages are few, so that an axis may be a part of one of the torus's dimensions; they need no ring.
+    if len(slices) == 1:
+        placed = create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    else:
+        placed = create_hybrid_device_mesh(inside, [*outside.values()], devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=kinds)
 
 
 def _rule(rule: Any, axes: tuple[str, ...]) -> Rule:

@@ -199,7 +199,7 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
 def _plainly(config: configs.Config, experiment: Experiment, where: Topology) -> Experiment:
     """The same step as its formulas have it: nothing computed again, attention in full, all on one device."""
     plain = {name: value for name, value in (("remat", "none"), ("attention", "xla")) if name in config["model"]}
-    sizes = {**config["mesh"], **dict.fromkeys(experiment.layout.mesh.shape, 1)}
+    sizes = {**config["mesh"], **dict.fromkeys(experiment.layout.mesh.shape, 1), "microbatches": None}
     return build({**config, "model": {**config["model"], **plain}, "mesh": sizes}, devices=where.devices[:1])
 
 
@@ -239,7 +239,7 @@ def _traffic(program: hlo.Program, devices: Sequence[Any], chip: Chip) -> list[T
     found: dict[tuple[tuple[str, ...], bool], Traffic] = {}
     for one in program.collectives:
         members = [devices[i] for i in one.members]
-        across = len({getattr(device, "slice_index", 0) for device in members}) > 1
+        across = one.across or len({getattr(device, "slice_index", 0) for device in members}) > 1
         places = np.array([getattr(device, "coords", (device.id,)) for device in members])
         dimensions = sum(len(set(column.tolist())) > 1 for column in places.T)
         took = seconds(chip, one, dimensions=dimensions, across=across)

@@ -2,7 +2,8 @@
 
 A rule is `(regex on the path, mesh axes of the array's last dimensions)`, for instance
 `(r"mlp/up/kernel$", ("fsdp", "tensor"))`. Aligning to the *last* dimensions lets one rule serve the unrolled kernel,
-the scanned kernel with its leading layer axis, and the optimizer's moments, whose paths end in the parameter's.
+the scanned kernel with its leading layer axis, and the optimizer's moments, whose paths end in the parameter's. That layer
+axis, of what lies under `blocks`, is split over `stage`.
 First match wins. An axis that does not divide its dimension is dropped and reported; a large array that matches no
 rule is split over `fsdp` on its largest divisible dimension (ZeRO-3, Rajbhandari et al. 2020) and reported.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -26,10 +28,15 @@ Rule = tuple[str, tuple[Axis, ...]]
 Memory = Literal["device", "host"]
 
 BATCH_AXES = ("data", "fsdp", "expert")
+# Outside of the blocks the stages of a pipeline have rows of their own: nothing is embedded or predicted twice.
+ROW_AXES = (*BATCH_AXES, "stage")
+SCANNED = re.compile(r"(^|/)blocks/")
 # Activation dimensions by their meaning; a name that is not here is not split.
 ACTIVATION_AXES: dict[str, Axis] = {
+    "rows": ROW_AXES,
     "batch": BATCH_AXES,
     "length": "context",
+    "stage": "stage",
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
@@ -53,21 +60,26 @@ class Placement(NamedTuple):
     note: str  # what was dropped or fell back, "" when a rule fitted as written
 
 
-def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """Tell the partitioner how an activation is split, by the meaning of its dimensions; a no-op without a mesh."""
+def constrain(x: jax.Array, names: Sequence[str | None], *, rest: bool = False) -> jax.Array:
+    """Tell the partitioner how an activation is split, by the meaning of its dimensions; a no-op without a mesh.
+
+    Args:
+      rest: whether there are more dimensions behind the named ones, with which it does as it likes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape))
+    return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, rest=rest))
 
 
-def spec_of(names: Sequence[str | None], shape: tuple[int, ...]) -> P:
+def spec_of(names: Sequence[str | None], shape: tuple[int, ...], *, rest: bool = False) -> P:
     """How an activation of this shape is split over the current mesh, by the meaning of its dimensions."""
-    if len(names) != len(shape):
+    if len(names) != len(shape) and not (rest and len(names) < len(shape)):
         raise ValueError(f"constrain: {len(names)} names {tuple(names)} for an array of shape {shape}.")
     axes = [ACTIVATION_AXES.get(name) if name else None for name in names]
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    return P(*(_fitting(a, d, sizes)[0] for a, d in zip(axes, shape, strict=True)))
+    sizes, free = dict(jax.sharding.get_abstract_mesh().shape), [P.UNCONSTRAINED] * (len(shape) - len(names))
+    # Not strict: what is left of the shape is free.
+    return P(*(_fitting(a, d, sizes)[0] for a, d in zip(axes, shape, strict=False)), *free)
 
 
 def ways(name: str) -> int:
@@ -110,10 +122,16 @@ def _fitting(axis: Axis, dim: int, sizes: dict[str, int]) -> tuple[Axis, str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules that place arrays on it, and where the optimizer's are between updates."""
+    """A mesh and the rules that place arrays on it.
+
+    Attributes:
+      microbatches: into which a pipeline over `stage` cuts a batch; None leaves it to the pipeline.
+      optimizer_memory: where the optimizer's arrays are between updates.
+    """
 
     mesh: Mesh
     rules: tuple[Rule, ...] = field(default=())
+    microbatches: int | None = None
     optimizer_memory: Memory = "device"
 
     def with_rules(self, rules: Sequence[Rule]) -> Layout:
@@ -123,12 +141,12 @@ class Layout:
     @property
     def batch_ways(self) -> int:
         """Over how many devices the rows of a batch are split."""
-        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        return math.prod(self.mesh.shape[axis] for axis in ROW_AXES)
 
     def batch(self) -> NamedSharding:
-        """Rows over `BATCH_AXES`, the other dimensions whole: ids are a few bytes a position, and `context` splits what is made of
+        """Rows over `ROW_AXES`, the other dimensions whole: ids are a few bytes a position, and `context` splits what is made of
         them."""
-        return NamedSharding(self.mesh, P(BATCH_AXES))
+        return NamedSharding(self.mesh, P(ROW_AXES))
 
     def place(self, tree: Any) -> Any:
         """A tree of `NamedSharding` for a tree of arrays or abstract arrays."""
@@ -156,6 +174,14 @@ class Layout:
         return sorted(rows, key=lambda row: -row.bytes_per_device)
 
     def _spec(self, path: str, shape: tuple[int, ...], patterns: Sequence[Any]) -> tuple[P, str]:
+        spec, note = self._by_rule(path, shape, patterns)
+        axes = [*spec, *[None] * (len(shape) - len(spec))]
+        if self.mesh.shape["stage"] == 1 or not SCANNED.search(path) or not shape or axes[0] is not None:
+            return spec, note
+        axes[0], gave_way = _fitting("stage", shape[0], dict(self.mesh.shape))
+        return P(*axes), "; ".join(filter(None, (note, gave_way)))
+
+    def _by_rule(self, path: str, shape: tuple[int, ...], patterns: Sequence[Any]) -> tuple[P, str]:
         sizes = dict(self.mesh.shape)
         for pattern, (_, dims) in zip(patterns, self.rules, strict=True):
             if not pattern.search(path):

@@ -23,16 +23,18 @@ from tfm_jax.evals.base import Context, Evaluate
 from tfm_jax.names import resolve
 from tfm_jax.nn import remat
 from tfm_jax.nn.attention import check as check_attention
+from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel import mesh
 from tfm_jax.parallel.devices import has_host_memory
 from tfm_jax.parallel.multihost import global_batch
-from tfm_jax.parallel.sharding import Layout
+from tfm_jax.parallel.sharding import ROW_AXES, Layout
 from tfm_jax.sections import build_model, family, fill, make_named, section_fields
 from tfm_jax.tasks.base import Task, with_auxiliary
 from tfm_jax.tasks.ema import with_ema
 from tfm_jax.train import optim, quantize, schedules, settings
 from tfm_jax.train.rundir import read_config, run_folder
+from tfm_jax.train.stages import pipeline_of
 from tfm_jax.train.state import TrainState, initialiser
 from tfm_jax.train.step import StepFn, make_train_step
 
@@ -106,6 +108,12 @@ class Experiment:
         return data
 
     @property
+    def pipeline(self) -> Pipeline | None:
+        """That of the model, where the mesh has stages."""
+        found: Pipeline | None = getattr(self.model, "pipeline", None)
+        return found
+
+    @property
     def flops_per_token(self) -> float | None:
         """Model FLOPs of a training token, for models that say so and data of a fixed length."""
         flops, length = getattr(self.model, "train_flops_per_token", None), self.config["data"].get("seq_len")
@@ -141,6 +149,7 @@ def build(
     if for_training:
         check_batch(config, layout)
         quantize.check(train.quantize)
+    pipeline = pipeline_of(config, layout)
     data = _open_data(config["data"], tokenizer_dir)
     if (split := layout.mesh.shape["context"]) > 1 and isinstance(data.train, OfManyLengths):
         raise UserError(
@@ -149,6 +158,7 @@ def build(
         )
     config = _filled_in(config, data)
     model = build_model(config["model"])
+    model = model if pipeline is None else model.clone(pipeline=pipeline)
     layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
     task = build_task(config)
     for run in task.donors.values():
@@ -263,7 +273,7 @@ def check(config: configs.Config, layout: Layout) -> None:
 
 
 def check_batch(config: configs.Config, layout: Layout) -> None:
-    """The training batch must divide into microbatches, and those over the mesh."""
+    """The training batch must divide into microbatches, those over the mesh, and there into those of a pipeline."""
     train, batch = settings.Train(**config["train"]), config["data"].get("batch_size")
     if batch is None:
         return
@@ -277,9 +287,10 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
         near = sorted({max(step, batch // step * step), (batch // step + 1) * step})
         micro = f" / train.accum={train.accum} = {batch // train.accum} rows" if train.accum > 1 else ""
         raise UserError(
-            f"data.batch_size={batch}{micro} does not divide over the mesh: data={sizes['data']} x"
-            f" fsdp={sizes['fsdp']} x expert={sizes['expert']} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
+            f"data.batch_size={batch}{micro} does not divide over the mesh:"
+            f" {' x '.join(f'{axis}={sizes[axis]}' for axis in ROW_AXES)} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
         )
+    pipeline_of(config, layout)
 
 
 def _check_inputs(config: configs.Config, model: nn.Module, inputs: dict[str, Any]) -> None:

@@ -99,6 +99,8 @@ class Meter:
             "perf/data_wait_frac": (waited - self._waited) / seconds,
             "perf/compile_s": self.compile_seconds,
         }
+        if self.experiment.pipeline is not None:
+            out["perf/bubble_frac"] = self.experiment.pipeline.bubble
         peak = peak_flops()
         flops = self.experiment.flops_per_token
         if flops is not None and peak is not None:

@@ -163,6 +163,9 @@ class _Loop:
 
     def run(self) -> Outcome:
         experiment = self.experiment
+        if (pipe := experiment.pipeline) is not None:
+            waiting = 100 * pipe.bubble
+            log.info("pipeline: %d stages, %d microbatches, waiting %.1f %%.", pipe.stages, pipe.microbatches, waiting)
         programs = Programs(experiment.jitted_step(), self.meter.compiling)
         programs.get(self.state, experiment.batch(self.first))
         progress = Progress(start=self.first, total=self.total, shown=self.main)
