@@ -45,6 +45,6 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     if arguments == "smoke":
         config.model.update({"layers": 1, "width": 32, "heads": 2, "max_len": 32})
         config.data.update({"feature": None, "tokenizer": "wordpiece:200", "seq_len": 32, "batch_size": 8})
-        config.optim.warmup_steps = 1
+        config.optim.update({"lr": 6e-3, "warmup_steps": 1})
         config.train.update({"steps": 20, "eval_every": 10})
     return config

@@ -69,7 +69,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     if arguments == "smoke":
         config.model.update({"layers": 1, "width": 32, "heads": 2, "max_len": 64})
         config.data.update({"text": "text", "batch_size": 16})
-        config.optim.update({"lr": 3e-3, "warmup_steps": 2})
+        config.optim.update({"lr": 2e-2, "warmup_steps": 2})
         config.train.steps = 60
         config.checkpoint.init_from = None
         config.evals.test.split = "validation"

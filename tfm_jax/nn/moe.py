@@ -108,7 +108,8 @@ class Kernel(nn.Module):
 
 
 def _into(kernels: dict[str, jax.Array]) -> list[str]:
-    return [name for name in kernels if name != "down"]
+    """The kernels of `_hidden`'s operands, in their order and not in the dictionary's, which JAX sorts."""
+    return [name for name in ("up", "gate") if name in kernels]
 
 
 def _hidden(spec: BlockSpec, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
