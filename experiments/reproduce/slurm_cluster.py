@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -35,7 +36,9 @@ def cluster(folder: Path, cpus: int = 8) -> Iterator[dict[str, str]]:
         (folder / name).mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
     host = socket.gethostname().partition(".")[0]
-    (folder / "slurm.conf").write_text(_CONF.format(folder=folder, host=host, cpus=cpus, ports=_free_ports(2)))
+    # JAX makes a port of a job's number, so that two clusters on a machine must not both begin with 1.
+    first, ports = random.randint(1, 1 << 20), _free_ports(2)
+    (folder / "slurm.conf").write_text(_CONF.format(folder=folder, host=host, cpus=cpus, ports=ports, first=first))
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
@@ -114,6 +117,7 @@ SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
+FirstJobId={first}
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 StateSaveLocation={folder}/state
