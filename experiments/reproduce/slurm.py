@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shutil.rmtree(flags.workdir, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder, slurm_cluster.cluster(Path(folder)) as variables:
         quiet, told = flags.workdir / "undisturbed", flags.workdir / "told_to_stop"
-        submit(quiet, CONFIG, variables)
-        wait_for(lambda: status(quiet) == "finished", quiet)
+        wait_for_end(quiet, submit(quiet, CONFIG, variables), variables)
         result = tell_to_stop(told, CONFIG, variables, step=10)
     equal, arrays = same_state(quiet, told)
     result |= {"arrays": arrays, "bit_identical": equal}
@@ -86,15 +85,28 @@ def tell_to_stop(run: Path, config: Sequence[str], variables: Mapping[str, str],
         return "JobState=PENDING" in shown and "Restarts=1" in shown
 
     wait_for(pending, run)
-    # Slurm lets a job that was requeued wait for two minutes.
-    subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], env=env, check=True)
-    wait_for(lambda: status(run) == "finished", run)
+    # Slurm lets a job that was requeued wait for two minutes; in the same second its node would not take it.
+    subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now+5seconds"], env=env, check=True)
+    wait_for_end(run, job, variables)
     text = (run / f"slurm-{job}.log").read_text()
     return {
         "stopped_at_step": stopped,
         "checkpoint_at_stop": saved,
         "requeued": f"continued at step {stopped}." in text,
     }
+
+
+def wait_for_end(run: Path, job: str, variables: Mapping[str, str]) -> None:
+    """Until the job has left the queue, with its run finished."""
+
+    def gone() -> bool:
+        command = ["squeue", "--noheader", "--format=%i"]
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
+        return job not in done.stdout.split()
+
+    wait_for(gone, run)
+    if status(run) != "finished":
+        raise UserError(f"Job {job} has ended before its run:\n{_logs(run)}")
 
 
 def status(run: Path) -> str | None:
@@ -106,9 +118,12 @@ def wait_for(true: Callable[[], bool], run: Path, seconds: float = 1800) -> None
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:
-            logs = "\n".join(path.read_text()[-3000:] for path in run.glob("slurm-*.log"))
-            raise UserError(f"{run} does not get on:\n{logs}")
+            raise UserError(f"{run} does not get on:\n{_logs(run)}")
         time.sleep(0.2)
+
+
+def _logs(run: Path) -> str:
+    return "\n".join(path.read_text()[-3000:] for path in run.glob("slurm-*.log"))
 
 
 if __name__ == "__main__":
