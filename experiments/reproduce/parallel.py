@@ -22,10 +22,12 @@ _LAYERS = _SIZE | {"layers": 4, "max_len": 16}
 _TOKENS = {"vocab_size": 64, "seq_len": 16}
 _PAIRS = {"kind": "pairs", "vocab_size": 64, "seq_len": 16, "target_len": 8}
 _LLAMA = {"norm": "rms", "mlp": "gated", "activation": "silu", "position": "rotary", "bias": "none", "output": "free"}
-# Model and data. Routers without a balance: a pipeline's microbatch has one of its own.
-FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "gpt2": ({"name": "gpt", **_LAYERS}, _TOKENS),
-    "llama": ({"name": "gpt", **_LAYERS, **_LLAMA}, _TOKENS),
+_EVERY = {"data": 8, "fsdp": 8, "tensor": 8, "stage": 4}
+_CAUSAL = _EVERY | {"context": 4}
+# Model, data, and the most that each axis can be. Routers without a balance: a pipeline's microbatch has one of its own.
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, int]]] = {
+    "gpt2": ({"name": "gpt", **_LAYERS}, _TOKENS, _CAUSAL),
+    "llama": ({"name": "gpt", **_LAYERS, **_LLAMA}, _TOKENS, _CAUSAL),
     "mixtral": (
         {
             "name": "gpt",
@@ -37,12 +39,14 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "router_z": 0.01,
         },
         _TOKENS,
+        _CAUSAL | {"expert": 4},
     ),
-    "t5": ({"name": "t5", **_SIZE, "encoder_layers": 4, "decoder_layers": 4}, _PAIRS),
-    "bart": ({"name": "bart", **_SIZE, "encoder_layers": 4, "decoder_layers": 4, "max_len": 16}, _PAIRS),
+    "t5": ({"name": "t5", **_SIZE, "encoder_layers": 4, "decoder_layers": 4}, _PAIRS, _EVERY),
+    "bart": ({"name": "bart", **_SIZE, "encoder_layers": 4, "decoder_layers": 4, "max_len": 16}, _PAIRS, _EVERY),
     "vit": (
         {"name": "vit", **_SIZE, "layers": 4, "image_size": 16, "patch": 4},
         {"kind": "images", "image_size": 16, "classes": 8},
+        _EVERY,
     ),
 }
 
@@ -56,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     cli.setup()
     rows, worst = {}, 0.0
-    for name, (model, data) in FAMILIES.items():
+    for name, (model, data, most) in FAMILIES.items():
         params, one = _loss_and_gradients(model, data, {}, None)
-        for sizes in meshes("experts" in model):
+        for sizes in meshes(most):
             _, got = _loss_and_gradients(model, data, sizes, params)
             away = _away(got, one)
             worst = max(worst, away)
@@ -73,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(worst > MOST)
 
 
-def meshes(experts: bool) -> Iterator[dict[str, int]]:
-    """Each axis by itself and each pair, the second axis being as large as devices and layers or experts allow."""
-    most = {"data": 8, "fsdp": 8, "tensor": 8, "stage": 4} | ({"expert": 4} if experts else {})
+def meshes(most: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Each axis by itself and each pair, the second as large as it can be."""
     for axis, size in most.items():
         yield {axis: size}
     for first, second in itertools.combinations(most, 2):
