@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tfm_jax.parallel import hlo
+from tfm_jax.parallel import hbm, hlo
 from tfm_jax.parallel.hlo import Collective
 
 MESH = {"data": 2, "tensor": 4}
@@ -133,3 +133,20 @@ def test_a_program_of_one_slice():
         ("all-gather", 2 * 3 * 4 * 4, ("data",), 2, 1, True, True),
         ("all-gather", 8 * 32 * 2, ("fsdp",), 2, 5, False, False),
     }
+
+
+def test_what_comes_behind_a_kernel():
+    """Whose attributes go over several lines, as those of `splash` do, one of which begins like the end of a computation."""
+    text = """HloModule m
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %kernel = f32[8,4]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="splash"}
+  ROOT %sum = f32[8,4]{1,0} all-reduce(%kernel), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+"""
+    (one,) = hlo.read(text, MESH).collectives
+    assert (one.kind, one.size, one.axes, one.times) == ("all-reduce", 128, ("tensor",), 1)
+    assert hbm.moved(text) == 2 * 128

@@ -91,10 +91,13 @@ def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
             name = found[2]
             out[name] = []
             entry = name if found[1] else entry
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("}, execution_thread"):
             name = ""
-        elif name:
+        elif name and line.startswith(" "):
             out[name].append(line)
+        elif name and out[name]:
+            # A kernel's instruction, whose attributes go over several lines.
+            out[name][-1] += line
     return out, entry
 
 
