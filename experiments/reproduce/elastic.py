@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "resumed_batches_identical": identical,
         "resumed_loss_largest_relative_difference": differences,
     }
-    write_result("elastic", result, config=" ".join(_command(runs[2], 2)[1:]), seed=0)
+    write_result("elastic", result, config=" ".join(_command(Path("RUN"), 2)[1:]), seed=0)
     print(f"Losses apart by {apart}; batches identical when resumed: {identical}, losses apart by {differences}.")
     if flags.json:
         cli.print_json(result)
