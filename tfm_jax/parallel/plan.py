@@ -163,7 +163,7 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
     with jax.set_mesh(experiment.layout.mesh):
         state, batch = experiment.abstract_state(), _batch(experiment, rows)
         traced: Any = experiment.jitted_step().trace(state, batch)
-        hardware = flops.count(traced.jaxpr, seen=splash.seen(batch["inputs"]["tokens"].shape[1]) if causal else 1.0)
+        hardware = hardware_flops(traced, experiment)
         began = time.perf_counter()
         compiled, needed = _compiled(traced, where.devices[0].platform)
         took = time.perf_counter() - began
@@ -199,8 +199,19 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
 def _plainly(config: configs.Config, experiment: Experiment, where: Topology) -> Experiment:
     """The same step as its formulas have it: nothing computed again, attention in full, all on one device."""
     plain = {name: value for name, value in (("remat", "none"), ("attention", "xla")) if name in config["model"]}
+    return on_one_chip({**config, "model": {**config["model"], **plain}}, experiment, where)
+
+
+def on_one_chip(config: configs.Config, experiment: Experiment, where: Topology) -> Experiment:
+    """The config's step on the topology's first chip alone; the experiment is the same one on all of them."""
     sizes = {**config["mesh"], **dict.fromkeys(experiment.layout.mesh.shape, 1), "microbatches": None}
-    return build({**config, "model": {**config["model"], **plain}, "mesh": sizes}, devices=where.devices[:1])
+    return build({**config, "mesh": sizes}, devices=where.devices[:1])
+
+
+def hardware_flops(traced: Any, experiment: Experiment) -> float:
+    """FLOPs of a traced step with what is computed again, and without the blocks that attention kernels leave out."""
+    inputs = _batch(experiment, 1)["inputs"]
+    return flops.count(traced.jaxpr, seen=splash.seen(inputs["tokens"].shape[1]) if _causal(experiment) else 1.0)
 
 
 def drawn(config: configs.Config) -> configs.Config:

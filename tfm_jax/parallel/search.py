@@ -16,8 +16,8 @@ import jax
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.nn.spec import BlockSpec
-from tfm_jax.parallel import flops, mesh
-from tfm_jax.parallel.plan import Plan, Topology, drawn, planned
+from tfm_jax.parallel import mesh
+from tfm_jax.parallel.plan import Plan, Topology, drawn, hardware_flops, on_one_chip, planned
 from tfm_jax.parallel.sharding import Layout
 from tfm_jax.sections import family
 from tfm_jax.tasks.base import bind
@@ -108,8 +108,9 @@ def _said(plan: Plan) -> str:
 def bounds(config: configs.Config, where: Topology) -> Iterator[Bound]:
     """What each choice that divides needs at least."""
     base = build(config, devices=where.devices)
-    kept = {remat: _kept(configs.changed(config, remat), where) for remat in _remats(config)}
-    work = {remat: _work(configs.changed(config, remat), where) for remat in _remats(config)}
+    alone = {remat: on_one_chip(configs.changed(config, remat), base, where) for remat in _remats(config)}
+    kept = {remat: _kept(experiment) for remat, experiment in alone.items()}
+    work = {remat: _work(experiment) for remat, experiment in alone.items()}
     plain = max(kept.values())
     state, spec = jax.eval_shape(base.init), getattr(base.model, "block", None)
     layers = _layers(config)
@@ -133,7 +134,8 @@ def bounds(config: configs.Config, where: Topology) -> Iterator[Bound]:
             except UserError:
                 continue
             again = plain / layers if kept[remat] < plain else 0.0
-            memory = held + own + rows / accum * (kept[remat] + again) / sizes["tensor"]
+            ways = sizes["tensor"] * layout.mesh.shape["context"]
+            memory = held + own + rows / accum * (kept[remat] + again) / ways
             sent = _sent(layout, table, accum, where)
             seconds = max(work[remat] / len(where.devices) / where.chip.flops, sent)
             if isinstance(spec, BlockSpec):
@@ -176,9 +178,8 @@ def _layers(config: configs.Config) -> int:
     return int(model.get("layers") or (model.get("encoder_layers") or 0) + (model.get("decoder_layers") or 0) or 1)
 
 
-def _kept(config: configs.Config, where: Topology) -> float:
+def _kept(experiment: Experiment) -> float:
     """Bytes that the forward pass keeps for the backward pass, for each row of the batch: what jax.vjp closes over."""
-    experiment = build(config, devices=where.devices)
     state = jax.eval_shape(experiment.init)
     one = experiment.data.train.batch_at(0, slice(0, 1))
 
@@ -195,17 +196,18 @@ def _kept(config: configs.Config, where: Topology) -> float:
         found = jax.tree.leaves(jax.eval_shape(pulled, state.params, batch))
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in found)
 
-    return held(2) - held(1)
+    with jax.set_mesh(experiment.layout.mesh):
+        return held(2) - held(1)
 
 
-def _work(config: configs.Config, where: Topology) -> float:
+def _work(experiment: Experiment) -> float:
     """FLOPs of a step on all chips, with what is computed again."""
-    experiment = build(config, devices=where.devices)
     rows = experiment.data.train.batch_size
     one = experiment.data.train.batch_at(0, slice(0, 1))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), one)
-    traced: Any = jax.jit(experiment.step).trace(jax.eval_shape(experiment.init), batch)
-    return flops.count(traced.jaxpr)
+    with jax.set_mesh(experiment.layout.mesh):
+        traced: Any = jax.jit(experiment.step).trace(jax.eval_shape(experiment.init), batch)
+    return hardware_flops(traced, experiment)
 
 
 def _sent(layout: Layout, table: Any, accum: int, where: Topology) -> float:
