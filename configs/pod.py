@@ -62,6 +62,7 @@ def get_config(arguments: str = "gpt2") -> ml_collections.ConfigDict:
         {
             "model": model if smoke else model | _LAYERS,
             "data": {"name": "synthetic", **data},
+            "task": {"name": "classification" if data.get("kind") == "images" else "token_prediction"},
             "optim": {"lr": 3e-4, "warmup_steps": 1 if smoke else 100},
             "mesh": mesh,
             "train": {"steps": 20 if smoke else 1000},

@@ -2,10 +2,15 @@
 
 import json
 
+import jax
 import pytest
 
 from experiments.reproduce import plans
+from tfm_jax import config as configs
 from tfm_jax.errors import UserError
+from tfm_jax.parallel import search as searching
+from tfm_jax.parallel.plan import drawn
+from tfm_jax.train.build import build
 
 ONE = {"params": 7e9, "hbm_gib_per_chip": 54.8, "fits": True, "step_seconds": 2.0, "mfu": 0.7, "bottleneck": "compute",
        "compile_seconds": 40.0}  # fmt: skip
@@ -34,3 +39,21 @@ def test_the_page(tmp_path, capsys):
     assert page.rstrip().endswith("| 4000 ms, the prediction -50 % |")
     with pytest.raises(UserError, match=r"^'gpt2_v5e' is not planned here\. Did you mean 'gpt2_v5e_2x4'\?"):
         plans.main(["gpt2_v5e"])
+
+
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [
+        ("gpt2", 12 * 1024),
+        ("llama_70b", 80 * 4096),
+        ("mixtral_8x7b", 32 * 4096),
+        ("vit_large", 24 * 197),
+        ("t5_3b", 24 * 626),
+    ],
+)
+def test_a_pods_model_can_be_differentiated(name, states):
+    """In shapes only, on one chip: of everything computed again, the states between layers at least are kept, in bfloat16."""
+    config = drawn(configs.resolve(configs.load(f"configs/pod.py:{name}")))
+    experiment = build({**config, "mesh": {**config["mesh"], "fsdp": 1, "expert": 1}}, devices=jax.devices()[:1])
+    assert config["task"]["name"] == ("classification" if name == "vit_large" else "token_prediction")
+    assert 2 * states * experiment.model.block.width <= searching._kept(experiment) < 8 * 2**30
