@@ -28,6 +28,16 @@ PROGRAM = """HloModule m
   ROOT %dus = bf16[12,8]{1,0} dynamic-update-slice(%param_0.1, %param_1.1, %param_2.1)
 }
 
+%both (param_0.2: bf16[12,8], param_1.2: bf16[1,8], param_2.2: s32[], param_3.2: f32[12,8]) -> (bf16[12,8], f32[1,8]) {
+  %param_0.2 = bf16[12,8]{1,0} parameter(0)
+  %param_1.2 = bf16[1,8]{1,0} parameter(1)
+  %param_2.2 = s32[] parameter(2)
+  %param_3.2 = f32[12,8]{1,0} parameter(3)
+  %cut = f32[1,8]{1,0} fusion(%param_3.2, %param_2.2), kind=kLoop, calls=%sliced
+  %put = bf16[12,8]{1,0} fusion(%param_0.2, %param_1.2, %param_2.2), kind=kLoop, calls=%written
+  ROOT %both_root = (bf16[12,8]{1,0}, f32[1,8]{1,0}) tuple(%put, %cut)
+}
+
 %body (p: (s32[], f32[12,8], bf16[12,8])) -> (s32[], f32[12,8], bf16[12,8]) {
   %p = (s32[], f32[12,8], bf16[12,8]) parameter(0)
   %i = s32[]{:T(128)S(6)} get-tuple-element(%p), index=0
@@ -36,7 +46,9 @@ PROGRAM = """HloModule m
   %f.1 = f32[1,8]{1,0:T(8,128)S(1)} fusion(%w, %i), kind=kLoop, calls=%sliced
   %c = bf16[1,8]{1,0:S(1)} convert(%f.1)
   %f.2 = bf16[12,8]{1,0} fusion(%k, %c, %i), kind=kLoop, calls=%written
-  ROOT %t = (s32[], f32[12,8], bf16[12,8]) tuple(%i, %w, %f.2)
+  %f.3 = (bf16[12,8]{1,0}, f32[1,8]{1,0:S(1)}) fusion(%f.2, %c, %i, %w), kind=kLoop, calls=%both
+  %f.4 = bf16[12,8]{1,0} get-tuple-element(%f.3), index=0
+  ROOT %t = (s32[], f32[12,8], bf16[12,8]) tuple(%i, %w, %f.4)
 }
 
 %condition (p: (s32[], f32[12,8], bf16[12,8])) -> pred[] {
@@ -49,6 +61,7 @@ ENTRY %main (x: f32[4,8], y: f32[8,2]) -> f32[4,2] {
   %y = f32[8,2]{1,0} parameter(1)
   %s = (f32[8,2]{1,0:S(1)}, f32[8,2]{1,0}, u32[]) copy-start(%y)
   %d.1 = f32[8,2]{1,0:S(1)} copy-done(%s)
+  %b = bf16[12,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   %w.1 = (s32[], f32[12,8], bf16[12,8]) while(%t), condition=%condition, body=%body
   ROOT %d = f32[4,2]{1,0} dot(%x, %d.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
@@ -56,8 +69,8 @@ ENTRY %main (x: f32[4,8], y: f32[8,2]) -> f32[4,2] {
 
 
 def test_bytes_by_hand():
-    """In the loop a row of 8 float32 comes in and one of 8 bfloat16 goes out; outside y, x and the product."""
-    assert hbm.moved(PROGRAM) == 12 * (8 * 4 + 8 * 2) + 64 + 128 + 32
+    """In the loop a row of 8 float32 comes in and one of 8 bfloat16 goes out, and both again at once; outside y, x and the product."""
+    assert hbm.moved(PROGRAM) == 12 * 2 * (8 * 4 + 8 * 2) + 64 + 128 + 32
 
 
 def test_bytes_of_a_product():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -67,40 +68,46 @@ def _flow(parsed: Mapping[str, Sequence[Instruction]], entry: str) -> Iterator[s
                     waiting += re.findall(r"[\w.\-]+", names)
 
 
-def _sizes(shape: str, *, everywhere: bool = False) -> list[int]:
-    """Bytes of each array of a type that lies in memory, or wherever it lies."""
+def _arrays(shape: str) -> list[tuple[int, bool]]:
+    """Bytes of each array of a type, and whether it lies in memory."""
     out = []
     for dtype, dims, layout in _SHAPE.findall(shape):
-        if everywhere or not re.search(r"S\([1-9]", layout):
-            size = bits_of(dtype) // 8 or 1
-            for d in dims.split(","):
-                size *= int(d) if d else 1
-            out.append(size)
+        size = math.prod(int(d) for d in dims.split(",") if d) * (bits_of(dtype) // 8 or 1)
+        out.append((size, not re.search(r"S\([1-9]", layout)))
     return out
 
 
+def _size(shape: str) -> int:
+    """Bytes of all arrays of a type, wherever they lie."""
+    return sum(size for size, _ in _arrays(shape))
+
+
 def _bytes_of(one: Instruction, shapes: Mapping[str, str], parsed: Mapping[str, Sequence[Instruction]]) -> float:
-    if one.kind in _IDLE or one.kind.endswith("-done"):
+    if one.kind in _IDLE or one.kind.endswith("-done") or '"AllocateBuffer"' in one.line:
         return 0.0
     if one.kind in ("copy-start", "slice-start"):
-        return float(_sizes(one.shape, everywhere=True)[0])
+        return float(_arrays(one.shape)[0][0])
     if one.kind.endswith("-start"):
         return 0.0
-    given = [sum(_sizes(shapes.get(name, ""))) for name in one.operands]
-    result = sum(_sizes(one.shape))
-    if one.kind == "fusion" and (callee := re.search(r"calls=%?([\w.\-]+)", one.line)):
-        inside = parsed.get(callee[1], [])
-        given = [min(size, _taken(i, size, inside)) for i, size in enumerate(given)]
-        result = min(result, _changed(result, inside))
+    given = [sum(size for size, there in _arrays(shapes.get(name, "")) if there) for name in one.operands]
+    results = [size if there else 0 for size, there in _arrays(one.shape)]
+    if (inside := _callee(one, parsed)) is not None:
+        given = [min(size, _taken(i, size, inside, parsed)) for i, size in enumerate(given)]
+        results = [min(size, changed) for size, changed in zip(results, _changed(inside, parsed), strict=True)]
     elif one.kind == "dynamic-slice":
-        given = [result]
+        given = results
     elif one.kind == "dynamic-update-slice":
-        given, result = [0], given[1]
-    return float(sum(given) + result)
+        given, results = [0], [given[1]]
+    return float(sum(given) + sum(results))
 
 
-def _taken(place: int, size: int, inside: Sequence[Instruction]) -> int:
-    """How much of its operand a fusion reads."""
+def _callee(one: Instruction, parsed: Mapping[str, Sequence[Instruction]]) -> Sequence[Instruction] | None:
+    found = re.search(r"calls=%?([\w.\-]+)", one.line) if one.kind == "fusion" else None
+    return parsed[found[1]] if found else None
+
+
+def _taken(place: int, size: int, inside: Sequence[Instruction], parsed: Mapping[str, Sequence[Instruction]]) -> int:
+    """How much of its operand a fusion reads, fusions in it included."""
     names = {one.name for one in inside if one.kind == "parameter" and f"parameter({place})" in one.line}
     total, grew = 0, True
     while grew:
@@ -112,16 +119,26 @@ def _taken(place: int, size: int, inside: Sequence[Instruction]) -> int:
     users = [one for one in inside if names & {*one.operands} and one.name not in names]
     for user in users:
         if user.kind in ("dynamic-slice", "slice") and user.operands[0] in names:
-            total += sum(_sizes(user.shape, everywhere=True))
+            total += _size(user.shape)
+        elif (deeper := _callee(user, parsed)) is not None:
+            total += sum(_taken(i, size, deeper, parsed) for i, name in enumerate(user.operands) if name in names)
         elif user.kind != "dynamic-update-slice" or user.operands[0] not in names:
             return size
     return total if users else size
 
 
-def _changed(size: int, inside: Sequence[Instruction]) -> int:
-    """How much of its result a fusion writes."""
-    shapes = {one.name: one.shape for one in inside}
-    changes = [one for one in inside if one.kind == "dynamic-update-slice"]
-    if not changes or not any("ROOT" in one.line and one.kind in ("dynamic-update-slice", *_SAME) for one in inside):
-        return size
-    return sum(sum(_sizes(shapes[one.operands[1]], everywhere=True)) for one in changes if len(one.operands) > 1)
+def _changed(inside: Sequence[Instruction], parsed: Mapping[str, Sequence[Instruction]]) -> list[int]:
+    """How much a fusion writes of each of its results."""
+    by_name = {one.name: one for one in inside}
+    root = next(one for one in inside if one.line.lstrip().startswith("ROOT"))
+    out: list[int] = []
+    for one in [by_name[name] for name in root.operands] if root.kind == "tuple" else [root]:
+        while one.kind in _SAME and one.operands[0] in by_name:
+            one = by_name[one.operands[0]]
+        if one.kind == "dynamic-update-slice":
+            out.append(_size(by_name[one.operands[1]].shape))
+        elif (deeper := _callee(one, parsed)) is not None:
+            out += _changed(deeper, parsed)
+        else:
+            out.append(_size(one.shape))
+    return out
