@@ -27,11 +27,20 @@ gc.set_threshold(50_000, 20, 50)
 REPO = Path(__file__).resolve().parents[1]
 
 
+def _compiled(tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory):
     """Prepared data and compiled programs of the tests stay out of the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
+    # What one test has compiled no other compiles again, nor does another worker or a command.
+    jax.config.update("jax_compilation_cache_dir", str(_compiled(tmp_path_factory)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(_compiled(tmp_path_factory)))
         patch.setenv("TFM_JAX_CACHE", str(folder / "data"))
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
@@ -82,7 +91,7 @@ def config_file(raw_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def command_env(cache_dir):
+def command_env(cache_dir, tmp_path_factory):
     """`command_env(devices=1, JAX_PROCESS_ID="0")`: the environment of a command in its own process."""
 
     def make(devices=1, path="", **more):
@@ -91,7 +100,7 @@ def command_env(cache_dir):
             "PYTHONPATH": os.pathsep.join(filter(None, [str(path), str(REPO)])),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE}",
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache_dir / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(_compiled(tmp_path_factory)),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
         return found | more
