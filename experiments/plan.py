@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")
     config = configs.resolve(configs.load(flags.config), overrides)
     cli.setup()
+    # A program for devices that are not here cannot be read back, and how long the compiler takes is a figure.
+    jax.config.update("jax_enable_compilation_cache", False)
     from tfm_jax.parallel.plan import measured, planned, topology
     from tfm_jax.parallel.search import search
     from tfm_jax.parallel.sharding import format_table

@@ -140,5 +140,5 @@ def _changed(inside: Sequence[Instruction], parsed: Mapping[str, Sequence[Instru
         elif (deeper := _callee(one, parsed)) is not None:
             out += _changed(deeper, parsed)
         else:
-            out.append(_size(one.shape))
+            out += [size for size, _ in _arrays(one.shape)]
     return out
