@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from tests.errors import says
+from tfm_jax import config as configs
 from tfm_jax.models.gpt import Model
 from tfm_jax.nn.capture import AUXILIARY
 from tfm_jax.nn.moe import MoE
 from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.parallel import hlo
 from tfm_jax.tasks import token_prediction
 from tfm_jax.tasks.base import bind, with_auxiliary
+from tfm_jax.train.build import build
 
 B, T, D, F, E, K = 2, 7, 6, 5, 4, 2
 X = jax.random.normal(jax.random.key(0), (B, T, D))
@@ -86,6 +89,34 @@ def test_enough_slots_are_no_slots():
 
     for got, want in zip(jax.tree.leaves(gradient(4.0)), jax.tree.leaves(gradient(None)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_states_travel_along_experts_alone():
+    """In a compiled step no collective along `fsdp` has the states of all rows: 64 of 32 positions and 64 numbers."""
+    model = {
+        "name": "gpt",
+        "layers": 2,
+        "width": 64,
+        "heads": 2,
+        "mlp_width": 64,
+        "max_len": 32,
+        "bias": "none",
+        "dropout": 0.0,
+    }
+    config = configs.resolve({
+        "model": model | {"experts": 2, "expert_capacity": 1.25, "layer_loop": "scan", "remat": "full"},
+        "data": {"name": "synthetic", "vocab_size": 64, "seq_len": 32, "batch_size": 64},
+        "mesh": {"data": 1, "fsdp": 4, "expert": 2},
+        "optim": {"warmup_steps": 0},
+        "train": {"steps": 1},
+    })  # fmt: skip
+    experiment = build(config, devices=jax.devices()[:8])
+    with jax.set_mesh(experiment.layout.mesh):
+        compiled = experiment.jitted_step().lower(experiment.abstract_state(), experiment.batch(0)).compile()
+    found = hlo.read(compiled.as_text(), dict(experiment.layout.mesh.shape)).collectives
+    states = 64 * 32 * 64 * 4
+    assert max(one.size for one in found if "fsdp" in one.axes) < states / 4
+    assert max(one.size for one in found if one.axes == ("expert",)) >= states / 4
 
 
 @pytest.mark.parametrize("layer_loop", ["loop", "scan"])

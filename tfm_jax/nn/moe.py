@@ -49,7 +49,8 @@ class MoE(nn.Module):
             spec.experts, use_bias=False, kernel_init=nn.initializers.normal(spec.init_std), name="router"
         )
         # A router in bfloat16 makes training unstable (Fedus et al. 2022, section 2.4).
-        logits = router(x.astype(jnp.float32))
+        # The router's kernel has a gradient of rows where they are; elsewhere they come together.
+        logits = router(constrain(x, ("batch", "length", "embed")).astype(jnp.float32))
         probabilities = jax.nn.softmax(logits, axis=-1)
         weights, chosen = jax.lax.top_k(probabilities, spec.experts_per_token)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -137,6 +138,9 @@ def _in_slots(
         jax.nn.one_hot(chosen, spec.experts, dtype=x.dtype) * (weights * kept).astype(x.dtype)[..., None],
         jax.nn.one_hot(jnp.where(kept, place, slots), slots, dtype=x.dtype),
     )
+    # Rows first come together over `expert` alone, and part so again: at once, the partitioner has every device see all rows.
+    rows = ("group", "length", "embed")
+    x = constrain(x, rows)
     given = constrain(jnp.einsum("btec,btd->ebcd", (taken > 0).astype(x.dtype), x), ("expert", "group", "slot", None))
     up, *gate = (
         checkpoint_name(jnp.einsum("ebcd,edf->ebcf", given, kernels[name]), f"experts/{name}")
@@ -144,7 +148,8 @@ def _in_slots(
     )
     hidden = constrain(_hidden(spec, up, *gate), ("expert", "group", "slot", "mlp"))
     made = constrain(jnp.einsum("ebcf,efd->ebcd", hidden, kernels["down"]), ("expert", "group", "slot", None))
-    out = constrain(jnp.einsum("btec,ebcd->btd", taken, made), ("batch", "length", "embed"))
+    out = constrain(jnp.einsum("btec,ebcd->btd", taken, made), rows)
+    out = constrain(out, ("batch", "length", "embed"))
     return out, 1.0 - jnp.mean(kept.astype(jnp.float32))
 
 
