@@ -125,7 +125,7 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
     )  # fmt: skip
     rows = [header, ("---",) * len(header)]
     for name, record in records.items():
-        figures, pod = record["figures"], Pod(**record["config"])
+        figures, pod = record["figures"], PODS[name]
         own, *others = figures.get("tried", [figures])
         best: dict[str, Any] = next(
             (one["changes"] for one in others if one["step_seconds"] == figures["step_seconds"]), {}
@@ -138,7 +138,7 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
         )
         name_and_size = (
             f"[{pod.config.removeprefix('configs/')}]({name}.png) {pod.topology}",
-            f"{figures['params'] / 1e9:.2f} B",
+            f"{figures['params'] / 1e9:.3g} B",
         )
         rows.append(
             (*name_and_size, *_said(own), f"{own['compile_seconds']:.0f} s", *found, pod.published, pod.note, clock)
