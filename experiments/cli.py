@@ -1,7 +1,8 @@
 """What the commands share: flags, logging, the compile cache, errors and exit codes.
 
-Exit codes: 0 success, 1 an error of the program, 2 a mistake of the user's, 75 preempted, or another host was lost (try
-again: the same command goes on).
+Exit codes: 0 success, 1 an error of the program, or another host was lost, 2 a mistake of the user's, 75 preempted (try again:
+the same command goes on). A job's scheduler sees the highest of its hosts' codes: a lost host's, where it is higher than the
+others'.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _unexpected(error: Exception) -> tuple[int, str]:
             f"error: {lost} This process stops too; the same command goes on from the newest checkpoint.",
             file=sys.stderr,
         )
-        return PREEMPTED, lost
+        return 1, lost
     traceback.print_exc()
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
         print(

@@ -7,6 +7,7 @@ sheets. Memory is the compiler's own figure; times are a roofline.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found, experiment, plan, tried = search(config, where, compiled=flags.search, say=print)
         if flags.write is not None:
             chosen = {name: found[name] for name in ("mesh", "train", "model")}
+            chosen["train"] = {**chosen["train"], "stop_metric": config["train"]["stop_metric"]}
             _write(flags.write, flags.config, {**config, **chosen}, flags.topology)
     else:
         (experiment, plan), tried = planned(config, where), []
@@ -112,6 +114,7 @@ def _write(path: Path, base: str, config: configs.Config, topology: str) -> None
         if before.get(key) != value:
             *sections, last = key.split(".")
             functools.reduce(lambda at, name: at.setdefault(name, {}), sections, changes)[last] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = f'''"""`{base}` as `plan --search` found it fastest on {topology}."""
 
 from tfm_jax import config as configs
@@ -128,7 +131,9 @@ def get_config(arguments=""):
 
 def figures(plan: Any, tokens: float) -> dict[str, Any]:
     """What a plan says, in plain numbers."""
-    seconds = tokens / plan.tokens * plan.step
+    # JSON has no infinity, which a step that does not fit takes.
+    step = plan.step if math.isfinite(plan.step) else None
+    days = None if step is None else tokens / plan.tokens * step / 86400
     return {
         "topology": plan.topology,
         "chips": plan.chips,
@@ -136,21 +141,22 @@ def figures(plan: Any, tokens: float) -> dict[str, Any]:
         "tokens_per_step": plan.tokens,
         "hbm_gib_per_chip": plan.hbm / 2**30,
         "fits": plan.fits,
-        "step_seconds": plan.step,
+        "step_seconds": step,
         "mfu": plan.mfu,
         "mfu_causal_halved": plan.halved_mfu,
         "bottleneck": plan.bottleneck,
         "compute_seconds": plan.compute,
         "memory_seconds": plan.memory,
         "model_flops": plan.model_flops,
+        "model_flops_causal_halved": plan.causal_flops,
         "hardware_flops": plan.hardware_flops,
         "traffic": [
             {"axes": one.axes, "network": one.network, "gib_per_chip": one.bytes_per_chip / 2**30, "seconds": one.seconds,
              "exposed_seconds": one.exposed}
             for one in plan.traffic
         ],
-        "training_days": seconds / 86400,
-        "chip_hours": seconds / 3600 * plan.chips,
+        "training_days": days,
+        "chip_hours": None if days is None else 24 * days * plan.chips,
         "compile_seconds": plan.compile_seconds,
     }  # fmt: skip
 

@@ -23,8 +23,8 @@ EXAMPLES = """\
 
 
 class Pod(NamedTuple):
-    """What is planned: a config, a topology, flags that this topology needs, a published MFU of something alike, and why it is not
-    reached."""
+    """What is planned: a config, a topology, flags that this topology needs, a published MFU of something alike, and what is
+    missing."""
 
     config: str
     topology: str
@@ -35,34 +35,18 @@ class Pod(NamedTuple):
 
 _V5P = "65-71 % (MaxText, v5p)"
 _V5E = "55-67 % (MaxText, v5e)"
-_AGAIN = "as it is: every block computed again, a third more products"
 PODS = {
     "gpt2_v5e_2x4": Pod("configs/pod.py:gpt2", "v5e:2x4", (), _V5E),
     "llama_7b_v5p_4x4x4": Pod("configs/llama_7b.py", "v5p:4x4x4", (), _V5P),
     "llama_7b_v6e_16x16": Pod("configs/llama_7b.py", "v6e:16x16", (), "45 % (MaxText, 8 B on v6e-256)"),
     "llama_7b_2xv5e_16x16": Pod("configs/llama_7b.py", "2xv5e:16x16", ("--config.mesh.data=2",), _V5E),
-    "llama_70b_v5p_8x8x16": Pod("configs/pod.py:llama_70b", "v5p:8x8x16", (), _V5P, _AGAIN),
-    "mixtral_8x7b_v5p_8x8x8": Pod(
-        "configs/pod.py:mixtral_8x7b",
-        "v5p:8x8x8",
-        (),
-        "",
-        "parameters gathered along fsdp before each layer, while nothing else is to do",
-    ),
+    "llama_70b_v5p_8x8x16": Pod("configs/pod.py:llama_70b", "v5p:8x8x16", (), _V5P),
+    "mixtral_8x7b_v5p_8x8x8": Pod("configs/pod.py:mixtral_8x7b", "v5p:8x8x8"),
     "vit_large_v5e_4x4": Pod(
-        "configs/pod.py:vit_large",
-        "v5e:4x4",
-        (),
-        _V5E,
-        "as it is: 197 positions, where the kernel wants multiples of 128, so that scores are written to memory; in microbatches"
-        " they stay on the chip",
+        "configs/pod.py:vit_large", "v5e:4x4", (), _V5E, "no attention kernel: 197 positions are no multiple of 128"
     ),
     "t5_3b_v5e_4x4": Pod(
-        "configs/pod.py:t5_3b",
-        "v5e:4x4",
-        (),
-        _V5E,
-        "a kernel that adds a learned bias to the scores is missing: they are written to memory, forward and backward",
+        "configs/pod.py:t5_3b", "v5e:4x4", (), _V5E, "no attention kernel: none adds a learned bias to the scores"
     ),
     # Here, where the prediction can be held against the clock.
     "gpt_stdlib_cpu": Pod("configs/gpt_stdlib.py", "cpu:1", ("--measure",)),
@@ -121,7 +105,7 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
     """The records as a page: what each needs as its config is, and as the search found it fastest."""
     header = (
         "model, topology", "parameters", "GiB a chip", "step", "MFU", "bottleneck", "compiled in", "found",
-        "GiB a chip", "step", "MFU", "bottleneck", "published MFU", "what it wants", "measured",
+        "GiB a chip", "step", "MFU", "bottleneck", "published MFU", "beyond the model's products", "measured",
     )  # fmt: skip
     rows = [header, ("---",) * len(header)]
     for name, record in records.items():
@@ -145,6 +129,22 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
         )
     lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return f"# Plans\n\n{_ABOUT}\n\n{lines}\n"
+
+
+def _beyond(one: Mapping[str, Any], note: str) -> str:
+    """What a step takes longer for than for the model's products, in ms."""
+    if not one["fits"]:
+        return note
+    products = one["compute_seconds"] * one["model_flops"] / one["hardware_flops"]
+    parts = {
+        "computed again": one["compute_seconds"] - products,
+        "memory": one["memory_seconds"] - one["compute_seconds"],
+    }
+    for part in one["traffic"]:
+        name = f"{'network' if part['network'] else 'links'} along {' and '.join(part['axes'])}"
+        parts[name] = parts.get(name, 0.0) + part["exposed_seconds"]
+    worst = sorted(((took, name) for name, took in parts.items() if took > 0.01 * one["step_seconds"]), reverse=True)
+    return "; ".join([*(f"{name} {1e3 * took:.0f}" for took, name in worst), *([note] if note else [])])
 
 
 def _said(one: Mapping[str, Any]) -> tuple[str, str, str, str]:

@@ -105,6 +105,44 @@ def test_the_compilers_other_spellings():
         hlo.read(TEXT.replace("{{0,1,2,3},{4,5,6,7}}", "everybody"), MESH)
 
 
+STARTS = """HloModule of_starts
+
+ENTRY %main (x: f32[100]) -> f32[100] {
+  %ar = (f32[100]{0:T(8,128)}, f32[50]{0}) all-reduce-start(%x, %y), channel_id=1, replica_groups={{0,4}}, to_apply=%sum
+  %ad = (f32[100]{0:T(8,128)}, f32[50]{0}) all-reduce-done(%ar)
+  %ag = ((f32[10]{0:T(8,128)}, f32[20]{0}), (f32[80]{0}, f32[160]{0:T(8,128)S(1)})) all-gather-start(%a, %b), channel_id=2, replica_groups={{0,1}}
+  %f = f32[100] fusion(%x), kind=kLoop, calls=%other
+  %gd = (f32[80]{0}, f32[160]{0}) all-gather-done(%ag)
+  %rs = (f32[80]{0}, f32[10]{0}) reduce-scatter-start(%a), channel_id=3, replica_groups={{0,1}}
+  %rd = f32[10]{0} reduce-scatter-done(%rs)
+  %cp = (f32[7]{0}, f32[7]{0}, u32[], u32[]) collective-permute-start(%c), channel_id=4, source_target_pairs={{0,1}}
+  %d = f32[8,8] dot(%x, %x)
+  %cd = f32[7]{0} collective-permute-done(%cp)
+  %yes = f32[3] conditional(%p, %x, %x), true_computation=%branch, false_computation=%other
+}
+
+%branch (x: f32[100]) -> f32[3] {
+  ROOT %a2 = f32[3]{0} all-reduce(%x), channel_id=5, replica_groups={{0,1}}, to_apply=%sum
+}
+
+%other (x: f32[100]) -> f32[3] {
+  ROOT %n = f32[3]{0} negate(%x)
+}
+"""
+
+
+def test_what_is_started_and_what_it_is_hidden_behind():
+    """Several arrays that travel together count together; a start with nothing before its end hides nothing."""
+    found = {(c.kind, c.size, c.hidden) for c in hlo.read(STARTS, {"a": 2, "b": 4}).collectives}
+    assert found == {
+        ("all-reduce", 600, False),
+        ("all-gather", 960, True),
+        ("reduce-scatter", 320, False),
+        ("collective-permute", 28, True),
+        ("all-reduce", 12, False),
+    }
+
+
 SLICES = """HloModule of_a_slice
 
 %body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {

@@ -133,6 +133,16 @@ def test_a_plan_adds_up(make_config, slow):
     assert "fits" in command._report(plan, slow.chip, 256e3)
 
 
+def test_a_mixture_is_counted_without_its_empty_slots(make_config, slow):
+    """Its model's FLOPs are those of the experts that each token takes, attention's alone are halved; what stops a run early is
+    no matter of a plan."""
+    changes = {"model.experts": 4, "model.expert_capacity": 2.0, "model.bias": "none", "model.layers": 2, "mesh.expert": 2,
+               "train.stop_metric": "eval/validation/loss"}  # fmt: skip
+    experiment, plan = planned(make_config(changes), slow)
+    assert plan.model_flops == plan.tokens * experiment.flops_per_token < plan.hardware_flops
+    assert plan.causal_flops == plan.model_flops - plan.tokens * 12 * 2 * 16 * 8 / 2
+
+
 def test_a_pipeline_and_the_picture(make_config, slow, tmp_path):
     """Turns in which a stage waits are the hardware's: three for two microbatches."""
     changes = {"mesh.data": 4, "mesh.stage": 2, "model.layers": 2, "model.layer_loop": "scan"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -66,7 +67,7 @@ def launch(
     if dry_run:
         for index in range(processes):
             setting = " ".join(f"{key}={value}" for key, value in environment(index, processes, 12355).items())
-            print(f"{setting} {subprocess.list2cmdline(command)}")
+            print(f"{setting} {shlex.join(command)}")
         return 0
     count = processes
 

@@ -35,10 +35,8 @@ def _of(equation: Any, weights: bool, seen: float) -> float:
     if name in ("ragged_dot", "ragged_dot_general"):
         if not weights:
             return 0.0
-        left, right = (v.aval.shape for v in equation.invars[:2])
-        out = equation.outvars[0].aval.shape
-        # Each row meets the matrix of its own group; a gradient's result has the groups in front.
-        return 2.0 * math.prod(left) * (right[-1] if len(right) == 3 else out[-1])
+        # Each row meets the matrix of its own group; the kernels' gradient has the groups in front.
+        return 2.0 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1]
     if name == "conv_general_dilated":
         kernel, dims = equation.invars[1].aval.shape, params["dimension_numbers"]
         per_output = math.prod(kernel) / kernel[dims.rhs_spec[0]]

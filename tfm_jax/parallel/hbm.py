@@ -64,7 +64,10 @@ def _flow(parsed: Mapping[str, Sequence[Instruction]], entry: str) -> Iterator[s
         yield name
         for one in parsed[name]:
             if one.kind in ("while", "conditional", "call"):
-                for names in re.findall(r"(?:body|branch_computations|to_apply)=(\{[^}]*\}|%?[\w.\-]+)", one.line):
+                for names in re.findall(
+                    r"(?:body|branch_computations|true_computation|false_computation|to_apply)=(\{[^}]*\}|%?[\w.\-]+)",
+                    one.line,
+                ):
                     waiting += re.findall(r"[\w.\-]+", names)
 
 

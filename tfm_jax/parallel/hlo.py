@@ -64,7 +64,7 @@ def read(text: str, mesh: Mapping[str, int]) -> Program:
         for number, line in enumerate(lines):
             if (sent := _sent(lines, number, next(iter(mesh)), runs.get(name, 0))) is not None and sent.times:
                 found.append(sent)
-            made, channel = _collective(line, mesh, runs.get(name, 0)), re.search(r"channel_id=(\d+)", line)
+            made, channel = _collective(lines, number, mesh, runs.get(name, 0)), re.search(r"channel_id=(\d+)", line)
             if made is not None and made.times:
                 # A product in pieces, each of which is sent on while the next is worked on (Wang et al. 2023).
                 made = dataclasses.replace(made, hidden=made.hidden or "windowed_dot_general" in name)
@@ -101,7 +101,9 @@ def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
     return out, entry
 
 
-_CALLS = re.compile(r"(calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLS = re.compile(
+    r"(calls|to_apply|branch_computations|called_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 
 
@@ -141,21 +143,40 @@ _OP = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 
 
-def _collective(line: str, mesh: Mapping[str, int], times: int) -> Collective | None:
-    found = _OP.search(line)
+def _collective(lines: Sequence[str], number: int, mesh: Mapping[str, int], times: int) -> Collective | None:
+    found = _OP.search(lines[number])
     if found is None:
         return None
     shapes, kind, started = found.groups()
-    sizes = [_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shapes)]
-    if not sizes:
+    if started and kind != "all-reduce":
+        # What goes in and what comes out, each an array or several that travel together.
+        shapes = _sides(shapes)[kind != "reduce-scatter"]
+    size = sum(_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shapes))
+    if not size:
         return None
-    groups = _groups(line, math.prod(mesh.values()))
-    # A start gives its input and its output; other tuples are arrays that travel together.
-    size = max(sizes) if started else sum(sizes)
+    groups = _groups(lines[number], math.prod(mesh.values()))
     count = len(groups[0])
     if kind == "reduce-scatter" and not started:
         size *= count
-    return Collective(kind, size, _axes(groups, mesh), count, times, tuple(groups[0]), bool(started))
+    hidden = bool(started) and _busy(lines, number, rf"{kind}-done")
+    return Collective(kind, size, _axes(groups, mesh), count, times, tuple(groups[0]), hidden)
+
+
+def _sides(shapes: str) -> tuple[str, str]:
+    """The two first parts of a tuple's type."""
+    plain = re.sub(r"\{[^}]*\}", "", shapes)
+    parts = re.findall(r"\(([^()]*)\)", plain) if plain.startswith("((") else re.findall(r"\w+\[[\d,]*\]", plain)
+    return parts[0], parts[1]
+
+
+_WORK = re.compile(r" (fusion|while|call|convolution|custom-call|dot)\(")
+
+
+def _busy(lines: Sequence[str], number: int, done: str) -> bool:
+    """Whether there is other work between a line and the one that ends what it begins."""
+    name = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", lines[number])
+    ends = [i for i, line in enumerate(lines) if name and re.search(rf" {done}\(.*%?{re.escape(name[1])}\)", line)]
+    return any(_WORK.search(line) for line in lines[number + 1 : min(ends, default=0)])
 
 
 # What a slice's runtime calls its exchanges with others.
@@ -182,7 +203,7 @@ def _sent(lines: Sequence[str], number: int, axis: str, times: int) -> Collectiv
     ends = [
         i for i, line in enumerate(lines) if (end := re.search(r" recv-done\(%?([\w.\-]+)\)", line)) and end[1] in names
     ]
-    busy = any(re.search(r" (fusion|while|call|convolution)\(", line) for line in lines[number : min(ends, default=0)])
+    busy = any(_WORK.search(line) for line in lines[number : min(ends, default=0)])
     return Collective(_TRANSFERS[kind], size, (axis,), group, times, hidden=busy, across=True)
 
 

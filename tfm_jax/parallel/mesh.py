@@ -87,8 +87,6 @@ def _mesh(sizes: dict[str, int], devices: list[jax.Device], across: str) -> Mesh
     """Devices in the order in which neighbours on an axis are near each other; slices are the outermost part of `across`."""
     kinds = (AxisType.Auto,) * len(sizes)
     slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
-    if len(slices) == 1 and sizes["stage"] == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
     if len({*slices.values()}) > 1:
         raise UserError(f"mesh: slices of {', '.join(map(str, slices.values()))} devices; they must be of one size.")
     if sizes[across] % len(slices):
@@ -102,7 +100,7 @@ def _mesh(sizes: dict[str, int], devices: list[jax.Device], across: str) -> Mesh
     sizes = {across: sizes[across], **sizes}
     outside = {axis: len(slices) if axis == across else 1 for axis in sizes}
     inside = [size // outside[axis] for axis, size in sizes.items()]
-    # Stages are few, so that an axis may be a part of one of the torus's dimensions; they need no ring.
+    # An axis that is no product of whole dimensions of the torus is a part of one; it has no ring, and is slower.
     if len(slices) == 1:
         placed = create_device_mesh(inside, devices, allow_split_physical_axes=True)
     else:

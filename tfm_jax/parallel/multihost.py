@@ -45,10 +45,17 @@ def initialise() -> None:
         jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=beats)
         return _watch(timeout)
     launched = any(int(os.environ.get(size, "1")) > 1 and rank in os.environ for size, rank in _LAUNCHERS)
-    slices = int(os.environ.get("MEGASCALE_NUM_SLICES", "1"))
-    if launched or slices > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    if launched or _tpu_hosts() > 1:
         jax.distributed.initialize(heartbeat_timeout_seconds=beats)
         _watch(timeout)
+
+
+def _tpu_hosts() -> int:
+    """Hosts of the TPU pod or slices that this is one of: what Kubernetes says, or Google's metadata server, which JAX asks."""
+    from jax._src.clusters import cloud_tpu_cluster as tpu
+
+    found = (cluster for cluster in (tpu.GkeTpuCluster, tpu.GceTpuCluster) if cluster.is_env_present())
+    return next((int(cluster.get_process_count()) for cluster in found), 1)
 
 
 def _host_timeout() -> float:

@@ -102,7 +102,7 @@ def topology(name: str) -> Topology:
     """
     if here := re.fullmatch(r"(cpu|gpu):(\d+)", name):
         return _here(name, here[1], int(here[2]))
-    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
     if found is None or found[2] not in CHIPS:
         raise UserError(
             f"--topology={name}: write CHIP:SHAPE, for instance v5p:4x4x4, or 2xv5e:16x16 for two slices, or cpu:8, gpu:8."
@@ -198,7 +198,9 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
 
 def _plainly(config: configs.Config, experiment: Experiment, where: Topology) -> Experiment:
     """The same step as its formulas have it: nothing computed again, attention in full, all on one device."""
-    plain = {name: value for name, value in (("remat", "none"), ("attention", "xla")) if name in config["model"]}
+    # Empty slots and what finds them are no model's FLOPs.
+    plain: dict[str, Any] = {"remat": "none", "attention": "xla", "expert_capacity": None}
+    plain = {name: value for name, value in plain.items() if name in config["model"]}
     return on_one_chip({**config, "model": {**config["model"], **plain}}, experiment, where)
 
 
@@ -218,6 +220,7 @@ def drawn(config: configs.Config) -> configs.Config:
     """The config with drawn data of the same shapes, and nothing to start from."""
     config = {**config, "data": {**in_place_of(config["data"], config["model"])}, "evals": {}}
     config["checkpoint"] = {**config["checkpoint"], "init_from": None, "resume": None}
+    config["train"] = {**config["train"], "stop_metric": None}
     return configs.resolve(config)
 
 

@@ -248,6 +248,10 @@ def check(config: configs.Config, layout: Layout) -> None:
     block = getattr(build_model(config["model"]), "block", None)
     if isinstance(block, BlockSpec):
         check_attention(block, layout.mesh.devices.flat[0].platform, split=layout.mesh.shape["context"])
+        if config["train"].get("quantize") and (layout.mesh.shape["stage"] > 1):
+            raise UserError(
+                f"mesh.stage={layout.mesh.shape['stage']}: products on stages cannot be in 8 bits (train.quantize). Leave one out."
+            )
         if config["train"].get("quantize") and block.gradient_dtype not in (None, block.dtype):
             raise UserError(
                 f"model.gradient_dtype={block.gradient_dtype!r}: gradients of products in 8 bits (train.quantize) are in"
