@@ -248,9 +248,15 @@ def check(config: configs.Config, layout: Layout) -> None:
     block = getattr(build_model(config["model"]), "block", None)
     if isinstance(block, BlockSpec):
         check_attention(block, layout.mesh.devices.flat[0].platform, split=layout.mesh.shape["context"])
-        if config["train"].get("quantize") and (layout.mesh.shape["stage"] > 1):
+        sizes = layout.mesh.shape
+        if block.experts and sizes["stage"] > 1 and sizes["context"] > 1:
             raise UserError(
-                f"mesh.stage={layout.mesh.shape['stage']}: products on stages cannot be in 8 bits (train.quantize). Leave one out."
+                f"mesh.stage={sizes['stage']} with mesh.context={sizes['context']}: a mixture of experts puts a row's tokens in order"
+                " over `context`, which a pipeline's stages cannot. Use mesh.expert with one of them."
+            )
+        if config["train"].get("quantize") and sizes["stage"] > 1:
+            raise UserError(
+                f"mesh.stage={sizes['stage']}: products on stages cannot be in 8 bits (train.quantize). Leave one out."
             )
         if config["train"].get("quantize") and block.gradient_dtype not in (None, block.dtype):
             raise UserError(
