@@ -9,7 +9,8 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help pretrain test lint evaluate generate convert benchmark parity clean reproduce-shakespeare reproduce-kills \
-	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans reproduce-parallel reproduce-elastic reproduce-slurm results
+	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans reproduce-parallel reproduce-elastic reproduce-slurm \
+	reproduce-report reproduce-follow results report
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9%-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%-]+):[^#]*## (.*)/\1|\2/' | \
@@ -43,6 +44,9 @@ lint: $(VENV)/.ready  ## ruff and mypy
 evaluate: $(VENV)/.ready  ## evaluate RUN
 	@$(BIN)/python -m experiments.evaluate --run $(RUN) $(ARGS)
 
+report: $(VENV)/.ready  ## a page of RUN, or of all runs below it
+	@$(BIN)/python -m experiments.report $(RUN) $(ARGS)
+
 generate: $(VENV)/.ready  ## continue a prompt with RUN: make generate ARGS="--prompt 'def '"
 	@$(BIN)/python -m experiments.generate --run $(RUN) $(ARGS)
 
@@ -72,6 +76,12 @@ reproduce-elastic: $(VENV)/.ready  ## 2 and 4 processes: killed, restarted, resu
 
 reproduce-slurm: $(VENV)/.ready  ## a job on a real Slurm here, requeued (root, slurm-wlm and munge; about 3 minutes)
 	@$(BIN)/python -m experiments.reproduce.slurm $(ARGS)
+
+reproduce-report: $(VENV)/.ready  ## 16 small runs, their report and its pictures (chromium for these; about 3 minutes)
+	@$(BIN)/python -m experiments.reproduce.report $(ARGS)
+
+reproduce-follow: $(VENV)/.ready  ## what evaluating a live run on other cores costs it (about 10 minutes)
+	@$(BIN)/python -m experiments.reproduce.follow $(ARGS)
 
 reproduce-minilm: $(VENV)/.ready  ## imported MiniLM on STS-B; MODEL=folder DATA=stsb-en-test.csv.gz (about 20 seconds)
 	@$(BIN)/python -m experiments.reproduce.minilm --model $(or $(MODEL),$(error give MODEL=path/to/model)) \

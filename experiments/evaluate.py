@@ -1,75 +1,169 @@
-"""Evaluate a checkpoint of a run with the evaluators of its config, on the devices that are here.
+"""Evaluate checkpoints with the evaluators of their runs' configs, on the devices that are here.
 
-`--config.KEY=VALUE` changes the run's config, for other data or another mesh.
+A run, RUN/checkpoints/STEP, or several, for which shell patterns may stand too. `--config.KEY=VALUE` changes the runs' configs, for
+other data or another mesh. Results go to RUN/evaluations.jsonl, and what stands there already is not done again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import glob
+import io
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import cli
-from tfm_jax import config as configs
+from tfm_jax.errors import UserError
 
 EXAMPLES = """\
   python -m experiments.evaluate --run runs/gpt_stdlib
-  python -m experiments.evaluate --run runs/gpt_stdlib --step 400 --json
+  python -m experiments.evaluate --run runs/gpt_stdlib --steps 400 --json
+  python -m experiments.evaluate --run runs/gpt_stdlib --steps all --follow
+  python -m experiments.evaluate --run 'runs/sweep/*' --table sweep.csv
+  python -m experiments.evaluate --run runs/gpt_stdlib --average 5 --decay 0.8
   JAX_NUM_CPU_DEVICES=8 python -m experiments.evaluate --run runs/gpt_stdlib --config.mesh.tensor=2"""
+# Seconds between looks for new checkpoints.
+LOOK_S = 1.0
+ABOUT = ("run", "step", "average", "decay", "overrides")
+log = logging.getLogger("tfm_jax")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
-    made.add_argument("--run", type=Path, required=True, help="run directory")
-    made.add_argument("--step", type=int, help="checkpoint to evaluate; the newest by default")
+    made.add_argument("--run", nargs="+", required=True, metavar="RUN", help="run, checkpoint, or pattern of them")
+    made.add_argument("--steps", help="checkpoints: `all`, or numbers with commas; the newest by default")
+    made.add_argument("--follow", action="store_true", help="with --steps=all, go on until the run ends")
     made.add_argument("--average", type=int, default=1, help="average this many checkpoints, the last of them that one")
+    made.add_argument(
+        "--decay", type=float, default=1.0, help="each of them weighs this much of the next; 1 for the mean"
+    )
+    made.add_argument("--table", type=Path, metavar="FILE.csv", help="write all results to one table")
+    made.add_argument("--again", action="store_true", help="evaluate also what has been evaluated before")
     # Only for `parse` to know that overrides are welcome: the config itself is the run's.
     made.add_argument("--config", help=cli.HIDDEN)
     flags, overrides = cli.parse(made, argv)
+    if flags.follow and flags.steps != "all":
+        raise UserError("--follow waits for the checkpoints of --steps=all: give both.")
+    if not 0 < flags.decay <= 1:
+        raise UserError(f"--decay={flags.decay}: in (0, 1]; 1 for the mean.")
+    cli.setup()
     import jax
 
-    cli.setup()
     from tfm_jax.files import write_atomic
     from tfm_jax.parallel import multihost
-    from tfm_jax.train import rundir
-    from tfm_jax.train.build import build
-    from tfm_jax.train.restore import restore_for_evaluation
+    from tfm_jax.train.evaluation import Average, Evaluations
 
-    # The mesh was the training machine's; here all devices share the batch unless an override says otherwise.
-    config = configs.resolve({**rundir.read_config(flags.run), "mesh": {}}, overrides)
-    experiment = build(config, tokenizer_dir=flags.run / "tokenizer", for_training=False)
-    with jax.set_mesh(experiment.layout.mesh):
-        state, step = restore_for_evaluation(
-            experiment,
-            flags.run,
-            flags.step,
-            same_data=not any(key.startswith("data.") for key, _ in overrides),
-            average=flags.average,
-        )
-        results = {
-            f"eval/{name}/{key}": value
-            for name, evaluate in experiment.evaluators().items()
-            for key, value in evaluate(state).items()
-        }
-    record = {"step": step, "average": flags.average, "overrides": dict(overrides), **results}
+    if flags.follow and jax.process_count() > 1:
+        raise UserError("--follow: several processes may not see a checkpoint at the same moment. Use one.")
+    evaluations = Evaluations(overrides, Average(flags.average, flags.decay), again=flags.again)
+    records: list[dict[str, Any]] = []
+    try:
+        for run, step in _asked(flags):
+            try:
+                record = {"run": run.as_posix(), **evaluations.of(run, step)}
+            except Exception:
+                if flags.steps == "all" and not (run / "checkpoints" / str(step)).is_dir():
+                    log.warning("%s: the run has deleted the checkpoint of step %d meanwhile.", run, step)
+                    continue
+                raise
+            records.append(record)
+            if flags.follow and multihost.is_main():
+                print(_line(record), flush=True)
+    except KeyboardInterrupt:
+        if not flags.follow:
+            raise
+    if not records:
+        raise UserError("There was no checkpoint to evaluate.")
     if multihost.is_main():
-        print(
-            cli.table(
-                [
-                    (f"step {step}", ""),
-                    *(
-                        (name, f"{value:.6f}" if value % 1 else f"{value:.0f}")
-                        for name, value in sorted(results.items())
-                    ),
-                ]
-            )
-        )
-        write_atomic(
-            flags.run / f"evaluation_{step}{f'_average_{flags.average}' if flags.average > 1 else ''}.json",
-            configs.to_json(record),
-        )
+        if not flags.follow:
+            print(_vertical(records[0]) if len(records) == 1 else cli.table(_rows(records, shown)))
+        if flags.table is not None:
+            content = io.StringIO()
+            csv.writer(content).writerows(_rows(records, str))
+            write_atomic(flags.table, content.getvalue())
         if flags.json:
-            cli.print_json(record)
+            cli.print_json(records[0] if len(records) == 1 and flags.steps != "all" else {"evaluations": records})
     return 0
+
+
+def _asked(flags: Any) -> Iterator[tuple[Path, int]]:
+    """Runs and steps, in the order in which they are to be evaluated."""
+    from tfm_jax.train import rundir
+    from tfm_jax.train.evaluation import following
+    from tfm_jax.train.restore import open_checkpoint
+
+    targets = _targets(flags.run)
+    runs = [rundir.run_folder(path) for path in targets]
+    if flags.steps == "all":
+        if flags.follow:
+            found = following(runs, lambda: time.sleep(LOOK_S))
+        else:
+            found = ((run, step) for run in runs for step in rundir.checkpoint_steps(run))
+        for run, step in found:
+            # The first ones have none before them to be averaged with.
+            if sum(one <= step for one in rundir.checkpoint_steps(run)) >= flags.average:
+                yield run, step
+        return
+    for path, run in zip(targets, runs, strict=True):
+        for step in _numbers(flags.steps) or [None]:
+            checkpoints, found_step = open_checkpoint(path, step)
+            checkpoints.close()
+            yield run, found_step
+
+
+def _targets(texts: Sequence[str]) -> list[Path]:
+    """Paths, and what patterns stand for."""
+    out: list[Path] = []
+    for text in texts:
+        # What lies beside the runs of a sweep, such as its report, is no run.
+        found = [
+            Path(path)
+            for path in sorted(glob.glob(text))
+            if (Path(path) / "config.json").is_file() or Path(path).name.isdigit()
+        ]
+        if not found and glob.has_magic(text):
+            raise UserError(f"--run={text}: no run is called like this.")
+        out += found or [Path(text)]
+    return list(dict.fromkeys(out))
+
+
+def _numbers(text: str | None) -> list[int]:
+    if text is None:
+        return []
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--steps={text}: write `all`, or numbers with commas: 100,200.") from None
+
+
+def shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.6f}" if value % 1 else f"{value:.0f}"
+
+
+def _vertical(record: dict[str, Any]) -> str:
+    figures = {name: value for name, value in record.items() if name not in ABOUT}
+    return cli.table(
+        [(f"step {record['step']}", ""), *((name, shown(value)) for name, value in sorted(figures.items()))]
+    )
+
+
+def _rows(records: Sequence[dict[str, Any]], text: Any) -> list[tuple[str, ...]]:
+    names = sorted({name for record in records for name in record if name not in ABOUT})
+    lines = [
+        (record["run"], str(record["step"]), *(text(record[name]) if name in record else "" for name in names))
+        for record in records
+    ]
+    return [("run", "step", *names), *lines]
+
+
+def _line(record: dict[str, Any]) -> str:
+    figures = "  ".join(f"{name} {shown(value)}" for name, value in sorted(record.items()) if name not in ABOUT)
+    return f"{record['run']}  step {record['step']}  {figures}"
 
 
 if __name__ == "__main__":

@@ -70,9 +70,8 @@ class Loaded:
             raise UserError(f"{path} has no tokenizer: it was not trained on text.")
         self.tokenizer = load_tokenizer(path / "tokenizer")
         self.model = build_model(config["model"])
-        if not hasattr(self.model, "init_caches"):
-            raise UserError(f"model.name={config['model']['name']!r} cannot generate: it has no init_caches.")
-        # An encoder-decoder answers a prompt, other models continue it.
+        self.generates = hasattr(self.model, "init_caches")
+        # An encoder-decoder answers a prompt, other models that generate continue it.
         self.answers = "decoder_tokens" in inspect.signature(type(self.model).__call__).parameters
         self.data = config["data"]
         self.prefix = self.data.get("objective") == "prefix_lm"
@@ -84,6 +83,8 @@ class Loaded:
 
     def inputs(self, prompt: str, max_new: int | None) -> tuple[list[int], list[list[int]] | None, int]:
         """The first tokens of what is made, what an encoder reads, and how many tokens are made at most."""
+        if not self.generates:
+            raise UserError(f"{type(self.model).__module__} cannot generate: it has no init_caches.")
         ids = [int(i) for i in self.tokenizer.encode_batch([prompt])[0]] if prompt else []
         if self.tokenizer.unk_id is not None and self.tokenizer.unk_id in ids:
             raise UserError(f"The prompt {prompt!r} has characters that the run's tokenizer has never seen.")
@@ -107,6 +108,24 @@ class Loaded:
             max_new = 100 if limit is None else max(1, min(100, limit - len(ids)))
         return ids, sources, max_new
 
+    def attended(self, text: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """The model's inputs of one row for a text, with the answer to it where there is one, and their tokens by name."""
+        if not self.generates:
+            frame, own = self.tokenizer.frame(), self.tokenizer.encode_batch([text])[0]
+            rows = {"tokens": [*frame.before, *map(int, own), *frame.after]}
+        else:
+            ids, sources, _ = self.inputs(text, 1)
+            rows = {"tokens": ids}
+            if sources is not None:
+                limit = min(40, (getattr(self.model, "max_len", None) or 64) - len(ids))
+                rows = {"tokens": sources[0], "decoder_tokens": [*ids, *self._found(text, 4, 1.0, limit)]}
+        limit = getattr(self.model, "max_len", None)
+        if limit is not None and max(map(len, rows.values())) > limit:
+            raise UserError(f"The text has {max(map(len, rows.values()))} tokens, and model.max_len={limit}.")
+        arrays = {name: np.array([row], np.int32) for name, row in rows.items()}
+        pieces = self.tokenizer.pieces()
+        return arrays, {name: [pieces[i] if i < len(pieces) else str(i) for i in row] for name, row in rows.items()}
+
     def _source(self, ids: list[int]) -> list[int]:
         """With the marks that the model has seen around a source."""
         if self.origin is not None or self.data["name"] == "pairs":
@@ -116,6 +135,10 @@ class Loaded:
 
     def likeliest(self, prompt: str, beams: int, length_penalty: float, max_new: int | None) -> tuple[str, int]:
         """The best text that beam search finds, and its number of tokens."""
+        found = self._found(prompt, beams, length_penalty, max_new)
+        return self.tokenizer.decode(found), len(found)
+
+    def _found(self, prompt: str, beams: int, length_penalty: float, max_new: int | None) -> list[int]:
         from tfm_jax.decode.beam import beam_search
 
         ids, sources, max_new = self.inputs(prompt, max_new)
@@ -131,7 +154,7 @@ class Loaded:
             end_id=self.end_id,
             allowed=self.tokenizer.vocab_size,
         )
-        return self.tokenizer.decode(found[0].tokens), len(found[0].tokens)
+        return list(found[0].tokens)
 
     def drawn(self, prompt: str, sampling: Any, max_new: int | None, seed: int, out: Any = None) -> tuple[str, int]:
         """A text and its number of tokens, written to `out`, a prompt that it continues first, as it comes."""
@@ -185,7 +208,7 @@ def sample(path: Path) -> str | None:
         run = Loaded(path)
     except UserError:
         return None
-    if run.answers:
+    if run.answers or not run.generates:
         return None
     text, _ = run.drawn("", Sampling(0.8, 40), None, 0)
     # A model that has learnt little may say anything, terminal control codes too.

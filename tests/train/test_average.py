@@ -9,7 +9,8 @@ import pytest
 from experiments import convert, evaluate, generate
 from tests.errors import says
 from tfm_jax.paths import flatten
-from tfm_jax.train.restore import load_params
+from tfm_jax.train.build import build
+from tfm_jax.train.restore import load_params, restore_for_evaluation
 from tfm_jax.train.run import train
 
 
@@ -37,7 +38,29 @@ def test_evaluate_takes_it(run, capsys):
         assert evaluate.main([f"--run={run}", "--json", *flags]) == 0
         results.append(json.loads(capsys.readouterr().out.splitlines()[-1])["eval/validation/loss"])
     assert results[0] == results[1] != results[2]
-    assert (run / "evaluation_8_average_3.json").is_file()
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["average"]) for line in lines] == [(8, 1), (8, 3)]
+
+
+def test_the_last_ones_weigh_more(run, make_config):
+    """With a decay, by hand: an exponential moving average over checkpoints."""
+    experiment = build(make_config(), tokenizer_dir=run / "tokenizer", for_training=False)
+    with jax.set_mesh(experiment.layout.mesh):
+        each = [restore_for_evaluation(experiment, run, step)[0].params for step in (4, 6, 8)]
+        found = restore_for_evaluation(experiment, run, average=3, decay=0.5)[0].params
+    want = jax.tree.map(lambda a, b, c: (np.asarray(a) + 2 * np.asarray(b) + 4 * np.asarray(c)) / 7, *each)
+    for path, x in flatten(want).items():
+        np.testing.assert_allclose(flatten(found)[path], x, atol=1e-6, err_msg=path)
+
+
+def test_without_the_average_of_training(run, capsys):
+    """`train.ema=None` evaluates what was trained, and not what followed it."""
+    record = json.loads((run / "config.json").read_text())
+    results = []
+    for flags in ([], ["--config.train.ema=None"]):
+        assert evaluate.main([f"--run={run}", "--json", *flags]) == 0
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1])["eval/validation/loss"])
+    assert (results[0] == results[1]) == (record["train"]["ema"] is None)
 
 
 def test_too_many(run):

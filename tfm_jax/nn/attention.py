@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.nn import ring, splash
-from tfm_jax.nn.capture import say
+from tfm_jax.nn.capture import LOOKED, say
 from tfm_jax.nn.linear import Dense, HeadNorm
 from tfm_jax.nn.masks import NEG, Mask
 from tfm_jax.nn.positions import rotate
@@ -326,6 +326,16 @@ def scores(q: jax.Array, k: jax.Array, spec: BlockSpec, mask: Mask) -> jax.Array
     return found if allowed is None else jnp.where(allowed[:, None], found, 0.0)
 
 
+def looked(q: jax.Array, k: jax.Array, mask: Mask, scale: float) -> jax.Array:
+    """What queries (B, T, H, K) take of keys (B, S, G, K): (B, H, T, S) float32, each row adding up to 1."""
+    if (split := ring.parts(q.shape[1])) > 1:
+        raise UserError(f"mesh.context={split} splits the length, so nobody has all attention weights. Use mesh.fsdp.")
+    queries, keys = slice(0, q.shape[1]), slice(0, k.shape[1])
+    q_BGRTK, k_BGSK, _ = _grouped(q, k, k, scale)
+    found = _weights(q_BGRTK, k_BGSK, mask, queries, keys)
+    return found.reshape(q.shape[0], q.shape[2], *found.shape[3:])
+
+
 def dense(spec: BlockSpec, features: int, role: Role, fan_in: int, layers: int, name: str) -> Dense:
     """A projection of a block, initialised as its spec says."""
     std = spec.std(role, fan_in, features, layers)
@@ -405,6 +415,7 @@ def mixed(module: AttentionModule, q: jax.Array, k: jax.Array, v: jax.Array, mas
     split, biased = ring.parts(q.shape[1]), mask.bias is not None
     implementation = choose(spec, platform(), biased=biased, split=split, unfit=splash.unfit(q, k, mask))
     scale = None if spec.attention_scale == "sqrt" else 1.0
+    say(module, "weights", lambda: looked(q, k, mask, q.shape[-1] ** -0.5 if scale is None else scale), LOOKED)
     out = attention(q, k, v, mask, scale=scale, implementation=implementation, dropout=weight_dropout)
     out = named(module, out.reshape(*q.shape[:2], spec.heads * spec.key_size), "mixed")
     return dense(spec, width, "residual", out.shape[-1], module.layers, "out")(out)

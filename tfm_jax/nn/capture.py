@@ -11,16 +11,18 @@ import jax.numpy as jnp
 from tfm_jax.paths import flatten
 
 SAID = "intermediates"
+# What attention looks at: `weights` (B, H, T, S), which nobody needs in training.
+LOOKED = "attention_weights"
 # Numbers that a module adds to the training loss, or to its metrics.
 AUXILIARY = "auxiliary"
 
 
-def say(module: Any, name: str, value: jax.Array | Callable[[], jax.Array]) -> None:
-    """Put a value under the module's own path and this name, if the collection `intermediates` is mutable.
+def say(module: Any, name: str, value: jax.Array | Callable[[], jax.Array], collection: str = SAID) -> None:
+    """Put a value under the module's own path and this name, if the collection is mutable.
 
     What a module says each time that it is called, one that all layers share, gets an axis in front.
     """
-    if module.is_mutable_collection(SAID):
+    if module.is_mutable_collection(collection):
         found = value() if callable(value) else value
 
         def and_then(old: Any, new: jax.Array) -> jax.Array:
@@ -29,7 +31,7 @@ def say(module: Any, name: str, value: jax.Array | Callable[[], jax.Array]) -> N
             before = old if old.ndim > new.ndim else old[None]
             return jnp.concatenate([before, new[None]])
 
-        module.sow(SAID, name, found, reduce_fn=and_then, init_fn=lambda: None)
+        module.sow(collection, name, found, reduce_fn=and_then, init_fn=lambda: None)
 
 
 def auxiliary(module: Any, **numbers: jax.Array) -> None:

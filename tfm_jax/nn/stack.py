@@ -13,7 +13,7 @@ from tfm_jax.errors import UserError
 from tfm_jax.nn import pipeline as pipelines
 from tfm_jax.nn.attention import Attention, Cache, Context
 from tfm_jax.nn.block import Block, LayerCache
-from tfm_jax.nn.capture import AUXILIARY, SAID, say
+from tfm_jax.nn.capture import AUXILIARY, LOOKED, SAID, say
 from tfm_jax.nn.linear import Norm
 from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.pipeline import Pipeline
@@ -78,7 +78,7 @@ class Stack(nn.Module):
         elif self.layer_loop == "scan":
             scanned = nn.scan(
                 block,
-                variable_axes={SAID: 0, AUXILIARY: 0} | ({} if shared else {"params": 0}),
+                variable_axes={SAID: 0, LOOKED: 0, AUXILIARY: 0} | ({} if shared else {"params": 0}),
                 variable_broadcast="params" if shared else False,
                 split_rngs={"params": not shared, "dropout": True},
                 in_axes=(0, nn.broadcast),

@@ -90,10 +90,14 @@ class Experiment:
             make = resolve(
                 arguments.pop("name"), package="tfm_jax.evals", attribute="make", setting=f"evals.{name}.name"
             )
-            changes = arguments.pop("data")
-            data = self.data if changes is None else self._other_data(f"evals.{name}.data", changes)
-            made[name] = make(dataclasses.replace(context, data=data), **arguments)
+            arguments.pop("data")
+            made[name] = make(dataclasses.replace(context, data=self.evaluation_data(name)), **arguments)
         return made
+
+    def evaluation_data(self, name: str) -> Any:
+        """What one of the evaluators reads."""
+        changes = self.config["evals"][name]["data"]
+        return self.data if changes is None else self._other_data(f"evals.{name}.data", changes)
 
     def _other_data(self, setting: str, changes: Mapping[str, Any]) -> Any:
         """The run's data with some keys changed, by its own tokenizer and with its classes."""

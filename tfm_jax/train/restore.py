@@ -45,12 +45,19 @@ def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, 
 
 
 def restore_for_evaluation(
-    experiment: Experiment, path: Path, step: int | None = None, *, same_data: bool = True, average: int = 1
+    experiment: Experiment,
+    path: Path,
+    step: int | None = None,
+    *,
+    same_data: bool = True,
+    average: int = 1,
+    decay: float = 1.0,
 ) -> tuple[TrainState, int]:
     """Parameters and what evaluation needs, on the experiment's mesh; the optimizer's state is not read.
 
     Args:
       average: over this many checkpoints, the asked one and those before it (Vaswani et al. 2017, section 6.1).
+      decay: each of them weighs this much of the next, 1 for a plain mean.
       same_data: refuse data that is not the run's own.
 
     Raises:
@@ -65,9 +72,11 @@ def restore_for_evaluation(
     wanted = {name: tree for name, tree in abstract._asdict().items() if jax.tree.leaves(tree)}
     restored: Any = None
     try:
-        for i, one in enumerate(_latest(path, checkpoints.steps(), found, average)):
-            newer = checkpoints.restore(one, wanted, partial=True)
-            restored = newer if restored is None else newer._replace(state=_mean(restored.state, newer.state, i))
+        weight = 0.0
+        for one in latest(path, checkpoints.steps(), found, average):
+            newer, weight = checkpoints.restore(one, wanted, partial=True), weight * decay + 1
+            mean = newer.state if restored is None else _mean(restored.state, newer.state, 1 / weight)
+            restored = newer._replace(state=mean)
     except CorruptCheckpoint as error:
         raise UserError(f"Checkpoint {one} of {path} is damaged: {error}.{nearest('', checkpoints.steps())}") from None
     finally:
@@ -81,8 +90,12 @@ def restore_for_evaluation(
     return abstract._replace(**restored.state), found
 
 
-def _latest(path: Path, steps: Sequence[int], last: int, count: int) -> list[int]:
-    """The last `count` steps up to one."""
+def latest(path: Path, steps: Sequence[int], last: int, count: int) -> list[int]:
+    """The last `count` steps up to one.
+
+    Raises:
+      UserError: there are fewer.
+    """
     found = [step for step in steps if step <= last][-count:] if count > 0 else []
     if len(found) < max(count, 1):
         raise UserError(
@@ -94,11 +107,11 @@ def _latest(path: Path, steps: Sequence[int], last: int, count: int) -> list[int
     return found
 
 
-def _mean(mean: Any, newer: Any, count: int) -> Any:
-    """The mean of `count` trees and one more; numbers that are not fractions are the newer one's."""
+def _mean(mean: Any, newer: Any, share: float) -> Any:
+    """A mean with the newer tree's share in it; numbers that are not fractions are the newer one's."""
 
     def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
-        return a + (b - a) / (count + 1) if jax.numpy.issubdtype(b.dtype, jax.numpy.floating) else b
+        return a + (b - a) * share if jax.numpy.issubdtype(b.dtype, jax.numpy.floating) else b
 
     return jax.tree.map(leaf, mean, newer)
 
@@ -131,9 +144,9 @@ def load_params(path: Path, step: int | None = None, *, sharding: Any = None, av
     abstract = {name: map_with_path(place, tree) for name, tree in wanted.items() if jax.tree.leaves(tree)}
     mean: Any = None
     try:
-        for i, one in enumerate(_latest(path, checkpoints.steps(), found, average)):
+        for i, one in enumerate(latest(path, checkpoints.steps(), found, average)):
             state = checkpoints.restore(one, abstract, partial=True).state
-            mean = state if mean is None else _mean(mean, state, i)
+            mean = state if mean is None else _mean(mean, state, 1 / (i + 1))
     except CorruptCheckpoint as error:
         raise UserError(f"Checkpoint {one} of {path} is damaged: {error}.") from None
     finally:

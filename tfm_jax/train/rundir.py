@@ -76,9 +76,14 @@ def run_folder(path: Path) -> Path:
     return path.parent.parent if path.name.isdigit() and path.parent.name == "checkpoints" else path
 
 
-def has_checkpoint(run: Path) -> bool:
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps that have a finished checkpoint, oldest first."""
     folder = run / "checkpoints"
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def has_checkpoint(run: Path) -> bool:
+    return bool(checkpoint_steps(run))
 
 
 def begin(run: Path, config: configs.Config, tokenizer: Any) -> None:

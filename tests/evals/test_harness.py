@@ -1,0 +1,121 @@
+"""The harness' three questions against the model asked directly, and a small task of one's own."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs the extra `harness`")
+
+from lm_eval.api.instance import Instance
+
+from experiments import harness as command
+from experiments.generate import Loaded
+from tests.errors import says
+from tfm_jax.decode.sample import Sampling
+from tfm_jax.evals.harness import Harness
+from tfm_jax.train.run import train
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def run(make_config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("harness") / "run"
+    train(make_config(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return Loaded(run)
+
+
+@pytest.fixture(scope="module")
+def model(loaded):
+    def begins(text):
+        return loaded.inputs(text, 1)[0]
+
+    return Harness(
+        loaded.model, loaded.params, loaded.tokenizer, begins=begins, end_id=loaded.end_id, max_len=LENGTH, batch_size=3
+    )
+
+
+def ask(kind, *questions):
+    return [Instance(kind, {}, question, i) for i, question in enumerate(questions)]
+
+
+@pytest.fixture(scope="module")
+def log_probabilities(loaded):
+    """`(ids) -> (T, V)`, of what follows each of them, in float64; padded to one shape, since no token sees later ones."""
+    forward = jax.jit(lambda tokens: loaded.model.apply({"params": loaded.params}, tokens, train=False)["logits"])
+
+    def run(ids):
+        padded = np.zeros((1, LENGTH), np.int32)
+        padded[0, : len(ids)] = ids
+        logits = np.asarray(forward(padded)[0, : len(ids)], np.float64)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    return run
+
+
+def test_log_likelihood(model, loaded, log_probabilities):
+    end = loaded.tokenizer.end_id
+    # Nothing before it, a space that belongs to the answer, and a context that does not fit.
+    questions = [("", "The"), ("The ", "sea"), ("The sea number 4 sees", " it")]
+    for (context, answer), (found, greedy) in zip(
+        questions, model.loglikelihood(ask("loglikelihood", *questions)), strict=True
+    ):
+        whole = [end, *(context + answer).encode()]
+        count = len(answer) + (context.endswith(" "))
+        table = log_probabilities(whole[:-1][-LENGTH:])[-count:]
+        assert found == pytest.approx(sum(row[i] for row, i in zip(table, whole[-count:], strict=True)), abs=1e-3)
+        assert greedy == all(row.argmax() == i for row, i in zip(table, whole[-count:], strict=True))
+
+
+def test_rolling(model, loaded, log_probabilities):
+    text = "The sea number 4 sees 16 of them, and no more."
+    ids, end = list(text.encode()), loaded.tokenizer.end_id
+    want = 0.0
+    for start in range(0, len(ids), LENGTH):
+        part = ids[start : start + LENGTH]
+        # The last window reaches back for what it has room for.
+        before = [end, *ids][max(0, start + len(part) + 1 - LENGTH - 1) : start + 1]
+        before = before[-(LENGTH - len(part) + 1) :]
+        table = log_probabilities([*before, *part[:-1]])
+        want += sum(row[i] for row, i in zip(table[len(before) - 1 :], part, strict=True))
+    (found,) = model.loglikelihood_rolling(ask("loglikelihood_rolling", (text,)))
+    assert found == pytest.approx(want, abs=1e-3)
+
+
+def test_generate_until(model, loaded):
+    whole, _ = loaded.drawn("The ", Sampling(0.0), 8, 0)
+    stop = whole[len(whole) // 2]
+    questions = [("The ", {"until": [], "max_gen_toks": 8}), ("The ", {"until": stop, "max_gen_toks": 8})]
+    assert model.generate_until(ask("generate_until", *questions)) == [whole, whole[: whole.index(stop)]]
+    with says("A task asks for generation with num_beams, which is not known here."):
+        model.generate_until(ask("generate_until", ("The ", {"num_beams": 4})))
+
+
+def test_a_task_of_ones_own(run, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    questions = [
+        {"q": f"The {word}", "a": [" number", " xqzjw!!"], "gold": i % 2}
+        for i, word in enumerate(("sea", "ship", "whale"))
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
+    (tmp_path / "words.yaml").write_text(
+        "task: words\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path}/test.jsonl\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: "{{a}}"\ndoc_to_target: gold\ntarget_delimiter: ""\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    assert command.main([f"--run={run}", "--tasks", "words", f"--include_path={tmp_path}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    right = 0
+    for line in questions:
+        scores = [score for score, _ in model.loglikelihood(ask("loglikelihood", *((line["q"], a) for a in line["a"])))]
+        right += int(np.argmax(scores)) == line["gold"]
+    assert found["words/acc"] == pytest.approx(right / 3) and json.loads((run / "harness_8.json").read_text()) == found

@@ -1,0 +1,177 @@
+"""The page of a sweep in a real browser, and what stands in it."""
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from experiments import report
+from tests.errors import says
+from tests.sweep.runs import write_sweep
+from tfm_jax.sweep import results
+from tfm_jax.sweep.importance import importances
+
+METRIC = "eval/validation/loss"
+BEST = "lr=0.004,seed=0"
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return write_sweep(tmp_path_factory.mktemp("sweeps") / "rates")
+
+
+@pytest.fixture(scope="module")
+def made(sweep):
+    """The page of 16 runs, and what the command said of it."""
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *a, **k: said.append(" ".join(map(str, a))))
+        began = time.process_time()
+        assert report.main([str(sweep), "--json"]) == 0
+    # Of this process: what else the machine does is not the report's.
+    return json.loads(said[-1]) | {"seconds": time.process_time() - began}
+
+
+def test_size_and_best(made, sweep):
+    assert made["runs"] == 16 and made["best"] == BEST
+    assert made[METRIC] == pytest.approx(2 + 2 * np.exp(-40 / 9))
+    assert made["bytes"] < 5e6 and made["seconds"] < 10
+    assert [path.rpartition("/")[2] for path in made["pictures"]] == ["curves.png", "response.png"]
+    text = (sweep / "report" / "index.html").read_text()
+    # Nothing is fetched: the only addresses in it are in the library's own texts.
+    assert "<script src" not in text and "<link" not in text and "cdn." not in text
+
+
+def test_what_differs(sweep):
+    runs = results.read_all([sweep])
+    # `data.seed` follows `train.seed`; places of caches and how often is logged say nothing.
+    assert results.differing(runs) == ["data.seed", "optim.lr"]
+    shares = importances(runs, ["data.seed", "optim.lr"], METRIC)
+    assert sum(shares.values()) == pytest.approx(1) and shares["optim.lr"] > 0.9
+    assert importances(runs[:3], ["optim.lr"], METRIC) == {}
+    assert results.goal_of(METRIC) == "lower" and results.goal_of("eval/validation/accuracy") == "higher"
+    assert results.ranked(runs, METRIC, "higher")[0].name == "lr=0.128,seed=1"
+
+
+def test_damaged_and_missing(sweep, tmp_path, capsys):
+    few = tmp_path / "few"
+    for name in (BEST, "lr=0.001,seed=1", "lr=0.002,seed=0"):
+        shutil.copytree(sweep / name, few / name)
+    (few / "lr=0.001,seed=1" / "config.json").write_text("{")
+    with (few / BEST / "metrics.jsonl").open("a") as cut:
+        cut.write('{"step": 41, "eval/valid')
+    (few / "lr=0.002,seed=0" / "status.json").write_text('{"state": "running", "reason": ""}')
+    (few / "lr=0.002,seed=0" / "failed").write_text("exit code 1")
+    assert report.main([str(few), "--json", f"--to={tmp_path}/page"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "lr=0.001,seed=1 is damaged and left out: JSONDecodeError" in out
+        and json.loads(out.splitlines()[-1])["best"] == BEST
+    )
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert "1 damaged, 1 failed, 1 finished" in text and "exit code 1" in text
+    with says(f"--metric=eval/validation/los: no run has logged it. Did you mean '{METRIC}'?"):
+        report.main([str(few), "--metric=eval/validation/los"])
+    with says(f"{tmp_path}/page is no run, and there is none below it: no folder there has a config.json."):
+        report.main([f"{tmp_path}/page"])
+    with says(f"There is no folder {tmp_path}/feww. Did you mean '{tmp_path}/few'?"):
+        report.main([f"{tmp_path}/feww"])
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window, that has no network."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of the extra `dev`")
+    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver on the PATH")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1100,1000"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=Service(driver))
+    yield opened
+    opened.quit()
+
+
+def wait_for(browser, script, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not (found := browser.execute_script(f"return {script}")):
+        assert time.monotonic() < deadline, script
+        time.sleep(0.05)
+    return found
+
+
+# Bokeh draws inside shadow roots, which selectors do not enter.
+DEEP = """
+window.deep = (selector, root = document) => {
+  const found = [...root.querySelectorAll(selector)];
+  for (const one of root.querySelectorAll('*')) if (one.shadowRoot) found.push(...window.deep(selector, one.shadowRoot));
+  return found;
+};
+window.source = () => [...Bokeh.documents[0]._all_models.values()].find(m => m.type == 'ColumnDataSource' && 'run' in m.data);
+window.plot = title => Bokeh.index.roots.find(v => v.model.title && v.model.title.text.startsWith(title));
+window.spot = (title, x, y) => {
+  const view = window.plot(title), box = view.canvas_view.el.getBoundingClientRect();
+  return [box.x + view.frame.x_scale.compute(x), box.y + view.frame.y_scale.compute(y)];
+};
+"""
+
+
+def test_in_a_browser(made, sweep, browser):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.actions.pointer_input import PointerInput
+
+    def point_at(title, x, y, *, click):
+        browser.execute_script("window.plot(arguments[0]).el.scrollIntoView({block: 'center'})", title)
+        left, top = browser.execute_script("return window.spot(...arguments)", title, x, y)
+        actions = ActionChains(browser, duration=0)
+        mouse = actions.w3c_actions.pointer_action
+        assert isinstance(mouse.source, PointerInput)
+        mouse.move_to_location(round(left) - 3, round(top))
+        mouse.move_to_location(round(left), round(top))
+        if click:
+            mouse.click()
+        actions.perform()
+
+    browser.get((sweep / "report" / "index.html").as_uri())
+    wait_for(browser, "window.Bokeh && Bokeh.documents.length && Bokeh.documents[0].is_idle")
+    browser.execute_script(DEEP)
+    # Sort: the best comes first, then after two clicks on the column of settings the highest rate.
+    rows = "return window.deep('.slick-row').map(r => [parseFloat(r.style.top || r.offsetTop), r.innerText.split('\\n')[0]]).sort((a, b) => a[0] - b[0]).map(p => p[1])"
+    assert browser.execute_script(rows)[0] == BEST
+    for wanted in ("lr=0.001,seed=", "lr=0.128,seed="):
+        browser.execute_script("window.deep('.slick-header-column').find(h => h.innerText.trim() == 'lr').click()")
+        assert browser.execute_script(rows)[0].startswith(wanted)
+    # Select: a click on the table's first row selects that run everywhere, here the worst one.
+    browser.execute_script(
+        "window.deep('.slick-row').find(r => r.innerText.startsWith('lr=0.128,seed=1')).querySelector('.slick-cell').click()"
+    )
+    chosen = wait_for(
+        browser,
+        "window.source().selected.indices.length && window.source().selected.indices.map(i => window.source().data.run[i])",
+    )
+    assert chosen == ["lr=0.128,seed=1"]
+    # And a click on the best run's point in the response curve selects that one.
+    found = results.ranked(results.read_all([sweep]), METRIC, "lower")
+    by_name = {run.name: run for run in found}
+    other = by_name["lr=0.008,seed=1"]
+    point_at(f"{METRIC} over lr", other.config["optim.lr"], other.value(METRIC), click=True)
+    wait_for(browser, "window.source().selected.indices.map(i => window.source().data.run[i]) == 'lr=0.008,seed=1'")
+    # Hover: the pointer on a point of a curve says which run it is.
+    best = by_name[BEST]
+    point_at(METRIC, 10, best.series(METRIC)[1][0], click=False)
+    wait_for(browser, f"window.deep('.bk-Tooltip, .bk-tooltip').some(t => t.textContent.includes('{BEST}'))")
+    # A phone: nothing is wider than its screen.
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    )
+    wait_for(browser, "document.documentElement.scrollWidth <= 390 && Bokeh.documents[0].is_idle")
+    problems = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert problems == []

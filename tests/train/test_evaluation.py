@@ -1,0 +1,133 @@
+"""Checkpoints evaluated one after the other: one compilation, nothing twice, and none missed while a run goes on."""
+
+import csv
+import json
+import shutil
+
+import jax
+import pytest
+
+from experiments import evaluate
+from tests.errors import says
+from tfm_jax.files import write_status
+from tfm_jax.train.evaluation import Evaluations, following, recorded
+from tfm_jax.train.log import read_metrics
+from tfm_jax.train.run import train
+
+
+@pytest.fixture(scope="module")
+def sweep(make_config, tmp_path_factory):
+    """Two runs of one shape, with a checkpoint and an evaluation at each second of 8 steps."""
+    folder = tmp_path_factory.mktemp("evaluations")
+    for rate in (0.01, 0.03):
+        changes = {"optim.lr": rate, "train.eval_every": 2, "checkpoint.every": 2, "checkpoint.keep": 4}
+        train(make_config(changes), folder / f"lr={rate}")
+    return folder
+
+
+@pytest.fixture
+def compiled():
+    """Programs that are compiled from here on."""
+    found = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def logged(run):
+    return {line["step"]: line["eval/validation/loss"] for line in read_metrics(run) if "eval/validation/loss" in line}
+
+
+def test_one_compilation_for_all_steps_and_runs_alike(sweep, compiled):
+    evaluations = Evaluations([("evals.validation.batch_size", "16")])
+    first, second = sweep / "lr=0.01", sweep / "lr=0.03"
+    found = {2: evaluations.of(first, 2)["eval/validation/loss"]}
+    assert compiled
+    compiled.clear()
+    found |= {step: evaluations.of(first, step)["eval/validation/loss"] for step in (4, 6, 8)}
+    other = evaluations.of(second, 8)["eval/validation/loss"]
+    assert compiled == []
+    assert found == pytest.approx(logged(first), rel=1e-5) and other == pytest.approx(logged(second)[8], rel=1e-5)
+
+
+def test_nothing_twice(sweep, capsys, tmp_path, monkeypatch):
+    run, calls = tmp_path / "run", []
+    shutil.copytree(sweep / "lr=0.01", run)
+    (run / "evaluations.jsonl").unlink(missing_ok=True)
+    from tfm_jax.train import evaluation
+
+    whole = evaluation.restore_for_evaluation
+    monkeypatch.setattr(evaluation, "restore_for_evaluation", lambda *a, **k: calls.append(a[2]) or whole(*a, **k))
+
+    def go(*flags):
+        calls.clear()
+        assert evaluate.main([f"--run={run}", "--json", *flags]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    every = go("--steps=all")["evaluations"]
+    assert calls == [2, 4, 6, 8] and [one["step"] for one in every] == [2, 4, 6, 8]
+    # A line cut off by a crash is no result.
+    with (run / "evaluations.jsonl").open("a") as out:
+        out.write('{"work": "1\n')
+    assert go("--steps=all")["evaluations"] == every and calls == []
+    # A second evaluator is new, the first one is known, and so is another mesh.
+    more = go("--config.evals.train.name=loss", "--config.evals.train.split=train", "--config.mesh.fsdp=2")
+    assert calls == [8] and len(recorded(run)) == 5
+    assert more["eval/validation/loss"] == every[-1]["eval/validation/loss"]
+    # Other rows of the same evaluator, an average, and weights that have been trained anew are other work.
+    go("--config.evals.validation.max_batches=2")
+    assert calls == [8]
+    assert [one["step"] for one in go("--steps=all", "--average=3")["evaluations"]] == [6, 8] and calls == [6, 8]
+    go("--again")
+    assert calls == [8]
+
+
+def test_a_pattern_and_one_table(sweep, capsys, tmp_path):
+    table = tmp_path / "all.csv"
+    (sweep / "report").mkdir(exist_ok=True)
+    assert evaluate.main(["--run", f"{sweep}/*", f"{sweep}/lr=0.01/checkpoints/4", f"--table={table}"]) == 0
+    with table.open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["run"].rpartition("/")[2], row["step"]) for row in rows] == [
+        ("lr=0.01", "8"),
+        ("lr=0.03", "8"),
+        ("lr=0.01", "4"),
+    ]
+    want = [logged(sweep / name)[step] for name, step in (("lr=0.01", 8), ("lr=0.03", 8), ("lr=0.01", 4))]
+    assert [float(row["eval/validation/loss"]) for row in rows] == pytest.approx(want, rel=1e-5)
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_following_a_run(sweep, tmp_path):
+    """Checkpoints come while others are evaluated, the last one together with the end."""
+    run, done = tmp_path / "run", []
+
+    def wait():
+        write_status(run, "running") if run.is_dir() else run.mkdir()
+        for step in {0: [], 1: [2], 2: [4, 6], 3: [8]}[len(waits)]:
+            shutil.copytree(sweep / "lr=0.01" / "checkpoints" / str(step), run / "checkpoints" / str(step))
+        waits.append(1)
+        if len(waits) == 4:
+            write_status(run, "finished")
+
+    waits = []
+    for _, step in following([run], wait):
+        done.append(step)
+    assert done == [2, 4, 6, 8] and len(waits) == 4
+
+
+def test_mistakes(sweep):
+    run = sweep / "lr=0.01"
+    with says("--follow waits for the checkpoints of --steps=all: give both."):
+        evaluate.main([f"--run={run}", "--follow"])
+    with says("--steps=4;6: write `all`, or numbers with commas: 100,200."):
+        evaluate.main([f"--run={run}", "--steps=4;6"])
+    with says(f"--run={sweep}/x*: no run is called like this."):
+        evaluate.main([f"--run={sweep}/x*"])
+    with says("--decay=0.0: in (0, 1]; 1 for the mean."):
+        evaluate.main([f"--run={run}", "--decay=0"])

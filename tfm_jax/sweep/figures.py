@@ -1,0 +1,225 @@
+"""The figures of a report's page; Bokeh is here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from bokeh.models import (
+    ColumnDataSource,
+    DataTable,
+    FactorRange,
+    FixedTicker,
+    HoverTool,
+    NumberFormatter,
+    StringFormatter,
+    TableColumn,
+)
+from bokeh.palettes import Viridis256
+from bokeh.plotting import figure
+
+from tfm_jax.sweep import page
+from tfm_jax.sweep.page import Map, Report, finite, scale, shown
+from tfm_jax.sweep.results import metrics, ranked, short
+
+TOOLS = "tap,box_zoom,pan,reset,save"
+DIM = {"nonselection_alpha": 0.08, "selection_alpha": 1.0}
+STAR = "#d62728"
+
+
+class Figures:
+    """Figures over one table of columns, a row a run, the best first."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.runs = ranked(report.runs, report.metric, report.goal)
+        self.names = short(report.keys)
+        columns: dict[str, list[Any]] = {
+            "run": [run.name for run in self.runs],
+            "state": [run.state for run in self.runs],
+            "step": [run.step for run in self.runs],
+        }
+        for key in report.keys:
+            values = [run.config.get(key) for run in self.runs]
+            columns[key] = values if scale(values) != "category" else [shown(v) for v in values]
+        for name in self._columns():
+            columns[name] = [finite(run.value(name)) for run in self.runs]
+        for name in page.curves(self.runs):
+            series = [run.series(name) for run in self.runs]
+            columns[f"x {name}"] = [page.thinned(x) for x, _ in series]
+            columns[f"y {name}"] = [page.thinned(y) for _, y in series]
+        # Dark is good; alone, a run is not pale.
+        places = np.linspace(0, 210, len(self.runs)).astype(int)
+        columns["color"] = [Viridis256[i] for i in places]
+        self.source = ColumnDataSource(columns)
+
+    def _columns(self) -> list[str]:
+        """Metrics in the table: the deciding one, other scores, the loss, and how fast."""
+        known = metrics(self.runs)
+        scores = [n for n in known if n.startswith("eval/") and not n.endswith(("/tokens", "/examples"))]
+        fast = [n for n in known if n.endswith("_per_sec") and not n.endswith(page.HIDDEN)]
+        extra = [n for n in ("train/loss", *fast, "perf/data_wait_frac", "train_seconds") if n in known]
+        return list(dict.fromkeys([self.report.metric, *scores, *extra]))
+
+    def _said(self) -> list[tuple[str, str]]:
+        """What is said of a run when the pointer is on it."""
+        settings = [(self.names[key], f"@{{{key}}}") for key in self.report.keys]
+        return [("run", "@run"), *settings, (self.report.metric, f"@{{{self.report.metric}}}{{0.0000}}")]
+
+    def _hover(self, *more: tuple[str, str], **settings: Any) -> HoverTool:
+        return HoverTool(tooltips=[*self._said(), *more], **settings)
+
+    def table(self) -> DataTable:
+        def column(field: str, title: str, width: int) -> TableColumn:
+            values = self.source.data[field]
+            number = scale(list(values)) != "category"
+            whole = number and all(float(v).is_integer() for v in values if v == v)
+            small = number and not whole and max((abs(v) for v in values if v == v), default=1) < 0.1
+            # A learning rate needs its leading digits, a loss its decimals.
+            form = NumberFormatter(format="0" if whole else "0.00e+0" if small else "0.0000", text_align="right")
+            return TableColumn(field=field, title=title, width=width, formatter=form if number else StringFormatter())
+
+        longest = max(len(run.name) for run in self.runs)
+        columns = [column("run", "run", min(40 + 7 * longest, 320))]
+        columns += [column(key, self.names[key], 90) for key in self.report.keys]
+        columns += [
+            column(name, name, 40 + 7 * len(name))
+            for name in list(dict.fromkeys([self.report.metric, *self._columns()]))
+        ]
+        columns += [column("state", "state", 80), column("step", "step", 70)]
+        height = 25 * (min(len(self.runs), page.ROWS) + 1) + 22
+        return DataTable(
+            source=self.source, columns=columns, index_position=None, height=height, autosize_mode="none",
+            sizing_mode="stretch_width", reorderable=False,
+        )  # fmt: skip
+
+    def _figure(self, title: str, *, height: int = 300, **settings: Any) -> Any:
+        made = figure(title=title, height=height, sizing_mode="stretch_width", tools=TOOLS, **settings)
+        made.toolbar.logo = None
+        made.toolbar.autohide = True
+        made.title.text_font_size = "14px"
+        return made
+
+    def curve(self, name: str) -> Any:
+        values = [v for run in self.runs for v in run.series(name)[1]]
+        positive = bool(values) and min(values) > 0
+        made = self._figure(
+            name, x_axis_label="step", y_axis_type="log" if positive and name == "train/grad_norm" else "linear"
+        )
+        made.multi_line(
+            f"x {name}", f"y {name}", source=self.source, line_color="color", line_width=1.8,
+            selection_line_width=3, **DIM,
+        )  # fmt: skip
+        single = [(run, run.series(name)) for run in self.runs if len(run.series(name)[0]) == 1]
+        if single:
+            made.scatter([x[0] for _, (x, _) in single], [y[0] for _, (_, y) in single], color="grey")
+        made.add_tools(self._hover(("step", "$x{0}"), (name, "$y{0.0000}"), line_policy="nearest"))
+        return made
+
+    def response(self, key: str) -> Any:
+        """The deciding metric over a setting; the line joins the best of each value, the star is the best of all."""
+        metric = self.report.metric
+        runs = [run for run in self.runs if run.value(metric) is not None]
+        values = [run.config.get(key) for run in runs]
+        kind = scale(values)
+        settings: dict[str, Any] = {"x_axis_type": kind}
+        if kind == "category":
+            settings = {"x_range": FactorRange(*dict.fromkeys(sorted(shown(v) for v in values)))}
+        made = self._figure(f"{metric} over {self.names[key]}", x_axis_label=key, **settings)
+        best: dict[Any, float] = {}
+        for value, run in zip(values, runs, strict=True):
+            # Runs come best first.
+            best.setdefault(value if kind != "category" else shown(value), finite(run.value(metric)))
+        line = sorted(best.items())
+        made.line([x for x, _ in line], [y for _, y in line], color="#888", line_dash="dotted")
+        points = made.scatter(key, metric, source=self.source, size=9, fill_color="color", line_color="white", **DIM)
+        if runs:
+            first = values[0] if kind != "category" else shown(values[0])
+            made.scatter([first], [finite(runs[0].value(metric))], marker="star", size=18, color=STAR, level="overlay")
+        made.add_tools(self._hover(renderers=[points]))
+        return made
+
+    def parallel(self) -> Any:
+        """Every run as a line through its settings to what came of it."""
+        axes = [*self.report.keys, self.report.metric]
+        heights, labels = [], []
+        for place, key in enumerate(axes):
+            values = self.source.data[key]
+            spots, ticks = _spread([None if v != v else v for v in values])
+            heights.append(spots)
+            labels += [(place, spot, text) for spot, text in ticks]
+        rows = list(zip(*heights, strict=True))
+        self.source.data["x parallel"] = [[i for i, y in enumerate(row) if y is not None] for row in rows]
+        self.source.data["y parallel"] = [[y for y in row if y is not None] for row in rows]
+        made = self._figure("settings and result; click to select, shift for several", height=360,
+                            x_range=(-0.15, len(axes) - 0.55), y_range=(-0.08, 1.08))  # fmt: skip
+        made.multi_line(
+            "x parallel", "y parallel", source=self.source, line_color="color", line_width=2.5,
+            selection_line_width=4, **DIM,
+        )  # fmt: skip
+        places = list(range(len(axes)))
+        made.segment(places, [0] * len(axes), places, [1] * len(axes), color="#444")
+        made.text(
+            [x for x, _, _ in labels], [y for _, y, _ in labels], [text for _, _, text in labels], x_offset=5,
+            text_font_size="11px", text_baseline="middle", text_color="#222", background_fill_color="white", background_fill_alpha=0.7,
+        )  # fmt: skip
+        made.xaxis.ticker = FixedTicker(ticks=places)
+        made.xaxis.major_label_overrides = {i: self.names.get(key, key) for i, key in enumerate(axes)}
+        made.yaxis.visible = False
+        made.grid.visible = False
+        made.add_tools(self._hover(line_policy="interp"))
+        return made
+
+    def importance(self) -> Any:
+        found = sorted(self.report.importance.items(), key=lambda pair: pair[1])
+        names = [self.names[key] for key, _ in found]
+        made = self._figure(f"share of {self.report.metric}'s variance (fANOVA)", y_range=names, x_range=(0, 1))
+        made.hbar(y=names, right=[share for _, share in found], height=0.6, color="#31688e")
+        made.add_tools(HoverTool(tooltips=[("setting", "@y"), ("share", "@right{0.000}")]))
+        return made
+
+    def heat(self, one: Map) -> Any:
+        """Row by row, on what each token looks."""
+        queries, keys = one.weights.shape
+        made = self._figure(one.title, height=340, x_range=(-0.5, keys - 0.5), y_range=(queries - 0.5, -0.5))
+        x, y = zip(*itertools.product(range(keys), range(queries)), strict=True)
+        cells = {
+            "x": x,
+            "y": y,
+            "weight": [float(one.weights[j, i]) for i, j in zip(x, y, strict=True)],
+            "seen": [one.seen[i] for i in x],
+            "looking": [one.looking[j] for j in y],
+        }
+        most = float(one.weights.max()) or 1.0
+        cells["color"] = [Viridis256[round(255 * (1 - w / most))] for w in cells["weight"]]
+        made.rect("x", "y", 1, 1, source=ColumnDataSource(cells), fill_color="color", line_color=None)
+        for axis, tokens in ((made.xaxis, one.seen), (made.yaxis, one.looking)):
+            axis.ticker = FixedTicker(ticks=list(range(len(tokens))))
+            axis.major_label_overrides = dict(enumerate(tokens))
+        made.xaxis.major_label_orientation = "vertical"
+        made.axis.major_label_text_font_size = "10px"
+        made.grid.visible = False
+        made.add_tools(HoverTool(tooltips=[("from", "@looking"), ("to", "@seen"), ("weight", "@weight{0.000}")]))
+        return made
+
+
+def _spread(values: Sequence[Any]) -> tuple[list[float | None], list[tuple[float, str]]]:
+    """Where values stand on an axis of length 1, and its labels."""
+    known = [v for v in values if v is not None]
+    kind = scale(known)
+    if not known:
+        return [None] * len(values), []
+    if kind == "category" or len(set(known)) == 1:
+        options = sorted(set(map(shown, known)))
+        step = 1 / max(len(options) - 1, 1)
+        spots = {option: i * step if len(options) > 1 else 0.5 for i, option in enumerate(options)}
+        return [None if v is None else spots[shown(v)] for v in values], [(y, text) for text, y in spots.items()]
+    turn = np.log10 if kind == "log" else np.asarray
+    low, high = float(turn(min(known))), float(turn(max(known)))
+    at = [None if v is None else (float(turn(v)) - low) / (high - low) for v in values]
+    if len(set(known)) <= 8:
+        return at, [((float(turn(v)) - low) / (high - low), shown(v)) for v in sorted(set(known))]
+    ends = [low + (high - low) * i / 4 for i in range(5)]
+    return at, [(i / 4, f"{10**e if kind == 'log' else e:.3g}") for i, e in enumerate(ends)]

@@ -1,0 +1,241 @@
+"""The page of a report, by Bokeh: one HTML file that needs no network.
+
+One table of columns (a row a run) lies behind all figures and the table itself, so that what is selected in one is in all.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tfm_jax.errors import UserError
+from tfm_jax.sweep.importance import is_log, is_numeric
+from tfm_jax.sweep.results import Goal, Run, ranked, short
+
+# Points of a curve; more cannot be seen.
+POINTS = 400
+# Rows of the table that are seen at once.
+ROWS = 24
+PERFORMANCE = ("optim/lr", "train/grad_norm", "_per_sec", "perf/data_wait_frac")
+HIDDEN = ("perf/steps_per_sec", "per_sec_per_device")
+
+
+@dataclass(frozen=True)
+class Map:
+    """Attention weights (T, S) of one head, and the tokens that look and that are looked at."""
+
+    title: str
+    weights: np.ndarray
+    looking: Sequence[str]
+    seen: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page shows.
+
+    Attributes:
+      keys: the settings in which the runs differ.
+      metric, goal: by which they are compared.
+      importance: of each key, see `importance.importances`.
+      samples: prompt and answer pairs of the run `chosen`.
+      maps: of its attention.
+    """
+
+    title: str
+    runs: Sequence[Run]
+    keys: Sequence[str]
+    metric: str
+    goal: Goal
+    importance: Mapping[str, float]
+    chosen: str = ""
+    samples: Sequence[tuple[str, str]] = ()
+    maps: Sequence[Map] = ()
+
+
+def curves(runs: Sequence[Run]) -> list[str]:
+    """The metrics that are drawn over steps: losses and scores first, then how training went."""
+    names = {name for run in runs for line in run.lines for name in line}
+    scores = sorted(n for n in names if n.startswith("eval/") and not n.endswith(("/tokens", "/examples")))
+    went = [n for end in PERFORMANCE for n in sorted(names) if n.endswith(end) and not n.endswith(HIDDEN)]
+    return [n for n in ["train/loss", *scores, *went] if any(len(run.series(n)[0]) > 1 for run in runs)]
+
+
+def thinned(values: Sequence[Any]) -> list[Any]:
+    """At most `POINTS` of them, evenly spaced, the first and the last among them."""
+    if len(values) <= POINTS:
+        return list(values)
+    return [values[i] for i in np.linspace(0, len(values) - 1, POINTS).round().astype(int)]
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return "" if value is None else str(value)
+
+
+def page(report: Report) -> str:
+    """The whole HTML.
+
+    Raises:
+      UserError: Bokeh is not installed.
+    """
+    try:
+        from bokeh.embed import components
+        from bokeh.resources import Resources
+    except ImportError:
+        raise UserError("A report needs Bokeh: pip install 'tfm_jax[report]'.") from None
+    from tfm_jax.sweep.figures import Figures
+
+    figures = Figures(report)
+    sections: dict[str, list[tuple[str, Any]]] = {"Runs": [("wide", figures.table())]}
+    drawn = [("", figures.curve(name)) for name in curves(report.runs)]
+    if drawn:
+        sections["Curves"] = drawn
+    if report.keys:
+        sections["Settings"] = [
+            ("wide", figures.parallel()),
+            *([("", figures.importance())] if report.importance else []),
+            *(("", figures.response(key)) for key in report.keys),
+        ]
+    if report.maps:
+        sections["Attention"] = [("", figures.heat(one)) for one in report.maps]
+    models = {f"{name}-{i}": model for name, parts in sections.items() for i, (_, model) in enumerate(parts)}
+    script, divs = components(models)
+    bodies = {
+        name: f'<div class="grid">{"".join(_cell(kind, divs[f"{name}-{i}"]) for i, (kind, _) in enumerate(parts))}</div>'
+        for name, parts in sections.items()
+    }
+    bodies["Runs"] += _printed(report)
+    if report.samples:
+        bodies["Samples"] = "".join(
+            f"<figure><figcaption>{html.escape(prompt) or '(a new document)'}</figcaption>"
+            f"<pre>{html.escape(text)}</pre></figure>"
+            for prompt, text in report.samples
+        )
+    bodies["Config"] = _config(report)
+    order = [n for n in ("Runs", "Curves", "Settings", "Samples", "Attention", "Config") if n in bodies]
+    navigation = " ".join(f'<a href="#{name.lower()}">{name}</a>' for name in order)
+    of_one = {"Samples", "Attention"} if len(report.runs) > 1 else set()
+    body = "".join(
+        f'<section id="{n.lower()}"><h2>{n}{f" of {html.escape(report.chosen)}" if n in of_one else ""}</h2>{bodies[n]}</section>'
+        for n in order
+    )
+    library = Resources(mode="inline", components=["bokeh", "bokeh-widgets", "bokeh-tables"]).render()
+    return _PAGE.format(
+        title=html.escape(report.title),
+        navigation=navigation,
+        summary=_summary(report),
+        body=body,
+        head=library,
+        script=script,
+    )
+
+
+def _cell(kind: str, div: str) -> str:
+    return f'<div class="cell {kind}">{div}</div>'
+
+
+def _summary(report: Report) -> str:
+    """What there is, and which run is best, in a sentence each."""
+    counts: dict[str, int] = {}
+    for run in report.runs:
+        counts[run.state] = counts.get(run.state, 0) + 1
+    states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    best = ranked(report.runs, report.metric, report.goal)[0]
+    value, names = best.value(report.metric), short(report.keys)
+    said = ", ".join(f"{names[key]} {shown(best.config.get(key))}" for key in report.keys)
+    which = "" if len(report.runs) == 1 else f" of {best.name}" + (f" ({said})" if said and said != best.name else "")
+    found = (
+        "" if value is None else f" <strong>{html.escape(report.metric)} {shown(value)}</strong>{html.escape(which)}."
+    )
+    word = "run" if len(report.runs) == 1 else "runs"
+    return f"{len(report.runs)} {word}: {states}.{found}"
+
+
+def _printed(report: Report) -> str:
+    """The table as text, for paper and for readers without scripts, and what became of runs that did not finish."""
+    names = short(report.keys)
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in ("run", *names.values(), "state", "step", report.metric))
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f"<td>{html.escape(shown(cell))}</td>"
+            for cell in (
+                run.name,
+                *(run.config.get(k) for k in report.keys),
+                run.state,
+                run.step,
+                run.value(report.metric),
+            )
+        )
+        + "</tr>"
+        for run in ranked(report.runs, report.metric, report.goal)
+    )
+    reasons = "".join(
+        f"<li><b>{html.escape(run.name)}</b> {html.escape(run.state)}: {html.escape(run.reason)}</li>"
+        for run in report.runs
+        if run.reason
+    )
+    return f'<table class="paper"><tr>{head}</tr>{rows}</table>' + (f"<ul>{reasons}</ul>" if reasons else "")
+
+
+def _config(report: Report) -> str:
+    """The settings that all runs share, or all of a single run's."""
+    known = [run.config for run in report.runs if run.config]
+    same = {k: v for k, v in (known[0] if known else {}).items() if all(repr(c.get(k)) == repr(v) for c in known)}
+    rows = "".join(
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape(shown(value))}</td></tr>"
+        for key, value in sorted(same.items())
+    )
+    title = "All settings" if len(known) == 1 else f"The {len(same)} settings that all runs share"
+    return f'<details{" open" if len(known) == 1 else ""}><summary>{title}</summary><table class="config">{rows}</table></details>'
+
+
+def finite(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def scale(values: Sequence[Any]) -> str:
+    """`log`, `linear`, or `category` of values that are not all numbers."""
+    return "category" if not is_numeric(values) else "log" if is_log(values) else "linear"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 0 1rem 3rem; max-width: 76rem; }}
+h1 {{ font-size: 1.5rem; margin: 1.2rem 0 .2rem; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.15rem; margin: 2rem 0 .6rem; border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }}
+nav {{ position: sticky; top: 0; background: #fff; padding: .4rem 0; z-index: 9; }}
+nav a {{ margin-right: 1rem; color: #2a5d84; }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }}
+.cell {{ min-width: 0; }}
+.wide {{ grid-column: 1 / -1; }}
+.note, figcaption {{ color: #555; }}
+figure {{ margin: 0 0 1rem; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .8rem; margin: .2rem 0; }}
+table {{ border-collapse: collapse; font-size: .85rem; }}
+td, th {{ text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid #eee; overflow-wrap: anywhere; }}
+.paper {{ display: none; }}
+@media print {{
+  body {{ font-size: 11px; padding: 0; max-width: none; }}
+  nav {{ display: none; }}
+  #runs .grid {{ display: none; }}
+  .paper {{ display: table; width: 100%; }}
+  .grid {{ display: block; }}
+  .cell, figure, tr {{ break-inside: avoid; }}
+  h2 {{ break-after: avoid; }}
+}}
+</style>{head}</head><body>
+<h1>{title}</h1><p class="note">{summary}</p><nav>{navigation}</nav>
+{body}
+{script}</body></html>
+"""

@@ -1,0 +1,72 @@
+"""The figures of a report that stand alone, as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tfm_jax.sweep.page import Report, curves, finite, scale, shown, thinned
+from tfm_jax.sweep.results import ranked, short
+
+
+def draw(report: Report, folder: Path) -> list[Path]:
+    """`curves.png`, with settings that differ `response.png`, with maps `attention.png`."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs, names, paths = ranked(report.runs, report.metric, report.goal), short(report.keys), []
+    colors = [colormaps["viridis"](0.82 * i / max(len(runs) - 1, 1)) for i in range(len(runs))]
+
+    def panels(count: int, width: float = 4.0, height: float = 3.0) -> tuple[Any, list[Any]]:
+        columns = min(count, 3)
+        rows = -(-count // columns)
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for empty in axes[count:]:
+            empty.set_axis_off()
+        return figure, axes
+
+    def save(figure: Any, name: str) -> None:
+        figure.savefig(folder / name, dpi=100)
+        paths.append(folder / name)
+
+    if drawn := curves(runs):
+        figure, axes = panels(len(drawn))
+        for name, ax in zip(drawn, axes, strict=False):
+            # The best lies on top.
+            for run, color in reversed(list(zip(runs, colors, strict=True))):
+                x, y = run.series(name)
+                ax.plot(thinned(x), thinned(y), color=color, linewidth=1, label=run.name)
+            ax.set(title=name, xlabel="step")
+            ax.grid(alpha=0.3)
+        save(figure, "curves.png")
+    if report.keys:
+        figure, axes = panels(len(report.keys) + bool(report.importance))
+        for key, ax in zip(report.keys, axes, strict=False):
+            values = [run.config.get(key) for run in runs]
+            kind = scale(values)
+            x = values if kind != "category" else [shown(v) for v in values]
+            y = [finite(run.value(report.metric)) for run in runs]
+            ax.scatter(x, y, color=colors)
+            ax.plot(x[:1], y[:1], "*", markersize=14, color="tab:red", label=f"best: {shown(values[0])}")
+            if kind == "log":
+                ax.set_xscale("log")
+            ax.set(xlabel=key, ylabel=report.metric)
+            ax.legend()
+            ax.grid(alpha=0.3)
+        if report.importance:
+            found = sorted(report.importance.items(), key=lambda pair: pair[1])
+            axes[len(report.keys)].barh([names[k] for k, _ in found], [v for _, v in found])
+            axes[len(report.keys)].set(xlabel="share of variance (fANOVA)", xlim=(0, 1))
+        save(figure, "response.png")
+    if report.maps:
+        figure, axes = panels(len(report.maps), 4.0, 4.0)
+        for one, ax in zip(report.maps, axes, strict=False):
+            ax.imshow(one.weights, cmap="viridis_r", vmin=0)
+            ax.set_xticks(range(len(one.seen)), one.seen, rotation=90, fontsize=max(4, 9 - len(one.seen) // 12))
+            ax.set_yticks(range(len(one.looking)), one.looking, fontsize=max(4, 9 - len(one.looking) // 12))
+            ax.set_title(one.title, fontsize=10)
+        save(figure, "attention.png")
+    return paths

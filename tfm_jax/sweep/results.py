@@ -1,0 +1,182 @@
+"""Runs side by side: which there are below some folders, in what they differ, and what they have come to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tfm_jax import config as configs
+from tfm_jax.errors import UserError, nearest
+from tfm_jax.train.log import read_metrics
+
+Goal = Literal["lower", "higher"]
+# A folder with one of these is a run; a launcher writes the last two where the run could not say it itself.
+MARKS = ("config.json", "status.json", "pruned", "failed")
+# Keys that say nothing of what a run has found.
+IDLE = ("log", *configs.LOCAL_KEYS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says of itself.
+
+    Attributes:
+      name: its path below the folder that was asked for.
+      config: its settings by dotted key; none where they cannot be read.
+      state: as in `status.json`; `pruned` where a study has stopped it, `damaged` where its files cannot be read.
+      reason: of that state.
+      lines: of `metrics.jsonl`.
+      result: `result.json`, of a run that has finished.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    state: str
+    reason: str = ""
+    lines: Sequence[Mapping[str, Any]] = ()
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        return max((int(line["step"]) for line in self.lines), default=int(self.result.get("step", 0)))
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values that have been logged of a metric."""
+        found = [(int(line["step"]), float(line[metric])) for line in self.lines if _is_number(line.get(metric))]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def value(self, metric: str) -> float | None:
+        """The last that has been logged of a metric, or None."""
+        for line in reversed(self.lines):
+            if _is_number(line.get(metric)):
+                return float(line[metric])
+        found = self.result.get(metric)
+        return float(found) if _is_number(found) else None
+
+
+def find(folders: Sequence[Path]) -> dict[str, Path]:
+    """The run directories at or below some folders, by the part of their path in which they differ.
+
+    Raises:
+      UserError: a folder that does not exist, or has none.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        if not folder.is_dir():
+            beside = [p.as_posix() for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+            raise UserError(f"There is no folder {folder}.{nearest(folder.as_posix(), beside)}")
+        runs = list(_below(folder))
+        if not runs:
+            raise UserError(f"{folder} is no run, and there is none below it: no folder there has a config.json.")
+        found += [run for run in runs if run not in found]
+    root = found[0].parent if len(found) == 1 else Path(os.path.commonpath([run.absolute() for run in found]))
+    return {run.absolute().relative_to(root.absolute()).as_posix(): run for run in found}
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for path, names, files in os.walk(folder):
+        if any(mark in files for mark in MARKS):
+            yield Path(path)
+            names.clear()
+        names[:] = sorted(name for name in names if not name.startswith("."))
+
+
+def read(name: str, path: Path) -> Run:
+    """A run from its files. What cannot be read is said in its state, so that one bad folder does not hide the others."""
+    try:
+        config = configs.flat(_object(path / "config.json"))
+        status, result = _object(path / "status.json"), _object(path / "result.json")
+        state, reason = str(status.get("state", "waiting")), str(status.get("reason", ""))
+        lines = read_metrics(path)
+    except (OSError, ValueError) as error:
+        return Run(name, path, {}, "damaged", f"{type(error).__name__}: {error}")
+    for word in ("pruned", "failed"):
+        if state != "finished" and (path / word).is_file():
+            state, reason = word, (path / word).read_text().strip()
+    return Run(name, path, config, state, reason, lines, result)
+
+
+def read_all(folders: Sequence[Path]) -> list[Run]:
+    return [read(name, path) for name, path in find(folders).items()]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no file."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The dotted keys in which runs differ; of keys that always have the same value as each other, the first."""
+    known = [run.config for run in runs if run.config]
+    keys = sorted({key for config in known for key in config if not key.startswith(IDLE)})
+    out: dict[tuple[str, ...], str] = {}
+    for key in keys:
+        column = tuple(repr(config.get(key)) for config in known)
+        if len(set(column)) > 1:
+            out.setdefault(column, key)
+    return list(out.values())
+
+
+def short(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted key, where no other key ends so."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
+
+
+def metrics(runs: Sequence[Run]) -> list[str]:
+    """Names of all that has been logged or found, sorted."""
+    logged = {name for run in runs for line in run.lines for name, value in line.items() if _is_number(value)}
+    found = {name for run in runs for name, value in run.result.items() if _is_number(value)}
+    return sorted((logged | found) - {"step"})
+
+
+def deciding(runs: Sequence[Run], metric: str | None) -> str:
+    """The metric by which runs are compared: the asked one, else an evaluator's loss, else that of training.
+
+    Raises:
+      UserError: no run has logged it.
+    """
+    known = metrics(runs)
+    if metric is not None:
+        if metric not in known:
+            raise UserError(f"--metric={metric}: no run has logged it.{nearest(metric, known)}")
+        return metric
+    wanted = [name for name in known if name.startswith("eval/") and name.endswith("/loss")] + ["train/loss"]
+    for name in wanted:
+        if name in known:
+            return name
+    raise UserError(f"No run has logged a loss. Name what to compare with --metric.{nearest('', known)}")
+
+
+def goal_of(metric: str) -> Goal:
+    """Whether less or more of a metric is better, by its name."""
+    name = metric.rpartition("/")[2]
+    falling = ("loss", "perplexity", "bits_per_byte", "error", "seconds", "norm", "frac", "_s")
+    return "lower" if name.endswith(falling) else "higher"
+
+
+def ranked(runs: Sequence[Run], metric: str, goal: Goal) -> list[Run]:
+    """The best first; behind all others those that have no number."""
+
+    def place(run: Run) -> float:
+        value = run.value(metric)
+        if value is None or not math.isfinite(value):
+            return math.inf
+        return value if goal == "lower" else -value
+
+    return sorted(runs, key=place)

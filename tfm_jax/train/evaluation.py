@@ -1,0 +1,162 @@
+"""Evaluate checkpoints of runs: equal work once, and one compiled step for all checkpoints of runs that are alike.
+
+Results stand in `RUN/evaluations.jsonl`, a line for each evaluator and checkpoint with a hash of all that determines it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from tfm_jax import config as configs
+from tfm_jax.evals.base import Evaluate
+from tfm_jax.parallel import multihost
+from tfm_jax.train import rundir
+from tfm_jax.train.build import Experiment, build
+from tfm_jax.train.checkpoint import CHECKSUMS
+from tfm_jax.train.restore import latest, restore_for_evaluation
+
+log = logging.getLogger(__name__)
+RECORDS = "evaluations.jsonl"
+
+
+class Average(NamedTuple):
+    """Of the last `count` checkpoints up to one, each of which weighs `decay` times as much as the next: 1 for their mean
+    (Vaswani et al. 2017, section 6.1), less for an exponential moving average."""
+
+    count: int = 1
+    decay: float = 1.0
+
+
+class _Made(NamedTuple):
+    experiment: Experiment
+    evaluators: dict[str, Evaluate]
+    fingerprints: dict[str, str]
+
+
+class Evaluations:
+    """Evaluators of runs, made once for all runs that share what they evaluate with.
+
+    Args:
+      overrides: of each run's config.
+      again: do what has been done before, too.
+    """
+
+    def __init__(
+        self, overrides: Sequence[tuple[str, str]], average: Average = Average(), *, again: bool = False
+    ) -> None:
+        self._overrides, self._average, self._again = list(overrides), average, again
+        self._same_data = not any(key.startswith("data.") for key, _ in overrides)
+        self._made: dict[str, _Made] = {}
+
+    def of(self, run: Path, step: int) -> dict[str, Any]:
+        """What there is to say of a checkpoint: `step`, `average`, `decay`, `overrides`, and `eval/NAME/KEY` for each evaluator.
+
+        Raises:
+          UserError: see `restore_for_evaluation`.
+        """
+        made = self._evaluators(run)
+        experiment, evaluators = made.experiment, made.evaluators
+        asked = {"step": step, "average": self._average.count, "decay": self._average.decay}
+        asked |= {"overrides": dict(self._overrides)}
+        known = {} if self._again else recorded(run)
+        works = {name: self._work(made, run, step, name) for name in evaluators}
+        found = {name: known[work] for name, work in works.items() if work in known}
+        if found:
+            log.info("%s, step %d: %s is known from an earlier evaluation.", run, step, ", ".join(found))
+        if len(found) < len(evaluators):
+            with jax.set_mesh(experiment.layout.mesh):
+                state, _ = restore_for_evaluation(
+                    experiment,
+                    run,
+                    step,
+                    same_data=self._same_data,
+                    average=self._average.count,
+                    decay=self._average.decay,
+                )
+                for name, evaluate in evaluators.items():
+                    if name not in found:
+                        found[name] = {f"eval/{name}/{key}": value for key, value in evaluate(state).items()}
+                        _record(run, {"work": works[name], **asked, "results": found[name]})
+        return {**asked, **{key: value for name in evaluators for key, value in found[name].items()}}
+
+    def _evaluators(self, run: Path) -> _Made:
+        # The mesh was the training machine's; here all devices share the batch unless an override says otherwise.
+        config = configs.resolve({**rundir.read_config(run), "mesh": {}}, self._overrides)
+        shared = {name: config[name] for name in ("model", "task", "data", "evals", "mesh")}
+        shared |= {"train": {**config["train"], "seed": None}, "tokenizer": _digest(run / "tokenizer")}
+        key = json.dumps(shared, sort_keys=True, default=str)
+        if key not in self._made:
+            experiment = build(config, tokenizer_dir=run / "tokenizer", for_training=False)
+            prints = {name: experiment.evaluation_data(name).fingerprint for name in config["evals"]}
+            self._made[key] = _Made(experiment, experiment.evaluators(), prints)
+        return self._made[key]
+
+    def _work(self, made: _Made, run: Path, step: int, name: str) -> str:
+        """A hash of all that determines an evaluator's results; the mesh does not."""
+        config, checkpoints = made.experiment.config, run / "checkpoints"
+        steps = latest(run, rundir.checkpoint_steps(run), step, self._average.count)
+        parts = {
+            "checkpoints": [_digest(checkpoints / str(one) / CHECKSUMS) for one in steps],
+            "decay": self._average.decay,
+            "config": {section: config[section] for section in ("model", "task")},
+            "train": {key: config["train"][key] for key in ("ema", "adapter")},
+            "evaluator": config["evals"][name],
+            "data": made.fingerprints[name],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def recorded(run: Path) -> dict[str, dict[str, float]]:
+    """Results by the hash of their work; a line cut off by a crash is left out."""
+    path, found = run / RECORDS, {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+            found[record["work"]] = record["results"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _record(run: Path, record: dict[str, Any]) -> None:
+    if multihost.is_main():
+        with open(run / RECORDS, "a") as out:
+            out.write(json.dumps(record, sort_keys=True) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or the files of a folder; of what is not there, of nothing."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+
+
+def ended(run: Path) -> bool:
+    """Whether no more checkpoints are to come, by what the run says of itself."""
+    path = run / "status.json"
+    return path.is_file() and json.loads(path.read_text())["state"] != "running"
+
+
+def following(runs: Sequence[Path], wait: Callable[[], None]) -> Iterator[tuple[Path, int]]:
+    """Each checkpoint of some runs as it appears, until all runs have ended; `wait()` is called where there is nothing to do."""
+    seen: set[tuple[Path, int]] = set()
+    while True:
+        # Before looking: a checkpoint that comes between the two is found now.
+        over = all(ended(run) for run in runs)
+        new = [(run, step) for run in runs for step in rundir.checkpoint_steps(run) if (run, step) not in seen]
+        for run, step in new:
+            seen.add((run, step))
+            yield run, step
+        if over and not new:
+            return
+        if not new:
+            wait()
