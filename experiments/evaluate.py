@@ -97,6 +97,9 @@ def _asked(flags: Any) -> Iterator[tuple[Path, int]]:
 
     targets = _targets(flags.run)
     runs = [rundir.run_folder(path) for path in targets]
+    if not flags.follow:
+        for run in runs:
+            rundir.read_config(run)
     if flags.steps == "all":
         if flags.follow:
             found = following(runs, lambda: time.sleep(LOOK_S))

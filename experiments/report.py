@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = draw(report, folder)
     for run in runs:
         if run.state == "damaged":
-            print(f"{run.name} is damaged and left out: {run.reason}")
+            print(f"{run.name} is damaged: {run.reason}")
     size = (folder / "index.html").stat().st_size
     seconds = time.perf_counter() - began
     print(f"{folder / 'index.html'}  {len(runs)} runs, {size / 1e6:.1f} MB, {seconds:.1f} s")

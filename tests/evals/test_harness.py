@@ -47,6 +47,11 @@ def ask(kind, *questions):
 
 
 @pytest.fixture(scope="module")
+def ids_of(loaded):
+    return lambda text: [int(i) for i in loaded.tokenizer.encode_batch([text])[0]]
+
+
+@pytest.fixture(scope="module")
 def log_probabilities(loaded):
     """`(ids) -> (T, V)`, of what follows each of them, in float64; padded to one shape, since no token sees later ones."""
     forward = jax.jit(lambda tokens: loaded.model.apply({"params": loaded.params}, tokens, train=False)["logits"])
@@ -60,29 +65,28 @@ def log_probabilities(loaded):
     return run
 
 
-def test_log_likelihood(model, loaded, log_probabilities):
+def test_log_likelihood(model, loaded, log_probabilities, ids_of):
     end = loaded.tokenizer.end_id
     # Nothing before it, a space that belongs to the answer, and a context that does not fit.
     questions = [("", "The"), ("The ", "sea"), ("The sea number 4 sees", " it")]
     for (context, answer), (found, greedy) in zip(
         questions, model.loglikelihood(ask("loglikelihood", *questions)), strict=True
     ):
-        whole = [end, *(context + answer).encode()]
+        whole = [end, *ids_of(context + answer)]
         count = len(answer) + (context.endswith(" "))
         table = log_probabilities(whole[:-1][-LENGTH:])[-count:]
         assert found == pytest.approx(sum(row[i] for row, i in zip(table, whole[-count:], strict=True)), abs=1e-3)
         assert greedy == all(row.argmax() == i for row, i in zip(table, whole[-count:], strict=True))
 
 
-def test_rolling(model, loaded, log_probabilities):
+def test_rolling(model, loaded, log_probabilities, ids_of):
     text = "The sea number 4 sees 16 of them, and no more."
-    ids, end = list(text.encode()), loaded.tokenizer.end_id
+    ids, end = ids_of(text), loaded.tokenizer.end_id
     want = 0.0
     for start in range(0, len(ids), LENGTH):
         part = ids[start : start + LENGTH]
         # The last window reaches back for what it has room for.
-        before = [end, *ids][max(0, start + len(part) + 1 - LENGTH - 1) : start + 1]
-        before = before[-(LENGTH - len(part) + 1) :]
+        before = [end, *ids][: start + 1][-(LENGTH - len(part) + 1) :]
         table = log_probabilities([*before, *part[:-1]])
         want += sum(row[i] for row, i in zip(table[len(before) - 1 :], part, strict=True))
     (found,) = model.loglikelihood_rolling(ask("loglikelihood_rolling", (text,)))

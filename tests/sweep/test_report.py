@@ -39,9 +39,6 @@ def test_size_and_best(made, sweep):
     assert made[METRIC] == pytest.approx(2 + 2 * np.exp(-40 / 9))
     assert made["bytes"] < 5e6 and made["seconds"] < 10
     assert [path.rpartition("/")[2] for path in made["pictures"]] == ["curves.png", "response.png"]
-    text = (sweep / "report" / "index.html").read_text()
-    # Nothing is fetched: the only addresses in it are in the library's own texts.
-    assert "<script src" not in text and "<link" not in text and "cdn." not in text
 
 
 def test_what_differs(sweep):
@@ -66,10 +63,7 @@ def test_damaged_and_missing(sweep, tmp_path, capsys):
     (few / "lr=0.002,seed=0" / "failed").write_text("exit code 1")
     assert report.main([str(few), "--json", f"--to={tmp_path}/page"]) == 0
     out = capsys.readouterr().out
-    assert (
-        "lr=0.001,seed=1 is damaged and left out: JSONDecodeError" in out
-        and json.loads(out.splitlines()[-1])["best"] == BEST
-    )
+    assert "lr=0.001,seed=1 is damaged: JSONDecodeError" in out and json.loads(out.splitlines()[-1])["best"] == BEST
     text = (tmp_path / "page" / "index.html").read_text()
     assert "1 damaged, 1 failed, 1 finished" in text and "exit code 1" in text
     with says(f"--metric=eval/validation/los: no run has logged it. Did you mean '{METRIC}'?"):
@@ -100,7 +94,7 @@ def browser():
     opened.quit()
 
 
-def wait_for(browser, script, seconds=30):
+def wait_for(browser, script, seconds=120):
     deadline = time.monotonic() + seconds
     while not (found := browser.execute_script(f"return {script}")):
         assert time.monotonic() < deadline, script
@@ -163,15 +157,18 @@ def test_in_a_browser(made, sweep, browser):
     by_name = {run.name: run for run in found}
     other = by_name["lr=0.008,seed=1"]
     point_at(f"{METRIC} over lr", other.config["optim.lr"], other.value(METRIC), click=True)
-    wait_for(browser, "window.source().selected.indices.map(i => window.source().data.run[i]) == 'lr=0.008,seed=1'")
+    wait_for(browser, "window.source().selected.indices.some(i => window.source().data.run[i] == 'lr=0.008,seed=1')")
     # Hover: the pointer on a point of a curve says which run it is.
     best = by_name[BEST]
     point_at(METRIC, 10, best.series(METRIC)[1][0], click=False)
-    wait_for(browser, f"window.deep('.bk-Tooltip, .bk-tooltip').some(t => t.textContent.includes('{BEST}'))")
+    leaves = "window.deep('div, span').filter(e => !e.children.length && !e.closest('.slick-cell'))"
+    wait_for(browser, f"{leaves}.some(e => e.textContent.trim() == '{BEST}')")
     # A phone: nothing is wider than its screen.
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     )
     wait_for(browser, "document.documentElement.scrollWidth <= 390 && Bokeh.documents[0].is_idle")
+    # Nothing has been asked of a network.
+    assert browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
     problems = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert problems == []

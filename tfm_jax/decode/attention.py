@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ def attention_weights(model: nn.Module, params: Any, inputs: dict[str, Any]) -> 
 
     said = flatten(jax.device_get(jax.jit(run)(params, inputs)))
     out = []
-    for path, x in said.items():
+    for path in sorted(said, key=_by_number):
+        x = said[path]
         where = path.removeprefix(f"{LOOKED}/").removesuffix("/weights")
         # Scanned and shared layers have an axis in front.
         layers = x[None] if x.ndim == 4 else x
@@ -41,6 +43,11 @@ def attention_weights(model: nn.Module, params: Any, inputs: dict[str, Any]) -> 
     if not out:
         raise UserError("The attention of this model does not say what it looks at.")
     return out
+
+
+def _by_number(path: str) -> list[tuple[int, str]]:
+    """`block_2` before `block_10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
 
 
 def chosen(layers: Sequence[Weights], heads: Sequence[str], most: int = 12) -> list[tuple[str, np.ndarray]]:

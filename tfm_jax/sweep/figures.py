@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
 
 from tfm_jax.sweep import page
+from tfm_jax.sweep.importance import is_log
 from tfm_jax.sweep.page import Map, Report, finite, scale, shown
 from tfm_jax.sweep.results import metrics, ranked, short
 
@@ -42,8 +44,10 @@ class Figures:
             "step": [run.step for run in self.runs],
         }
         for key in report.keys:
-            values = [run.config.get(key) for run in self.runs]
-            columns[key] = values if scale(values) != "category" else [shown(v) for v in values]
+            kind = scale([run.config.get(key) for run in self.runs if run.config])
+            # Of a run that cannot be read nothing is known.
+            values = [run.config.get(key) if run.config else math.nan for run in self.runs]
+            columns[key] = values if kind != "category" else [shown(v) if v == v else "" for v in values]
         for name in self._columns():
             columns[name] = [finite(run.value(name)) for run in self.runs]
         for name in page.curves(self.runs):
@@ -76,7 +80,8 @@ class Figures:
             values = self.source.data[field]
             number = scale(list(values)) != "category"
             whole = number and all(float(v).is_integer() for v in values if v == v)
-            small = number and not whole and max((abs(v) for v in values if v == v), default=1) < 0.1
+            known = [v for v in values if v == v]
+            small = number and not whole and (is_log(known) or max(map(abs, known), default=1) < 0.1)
             # A learning rate needs its leading digits, a loss its decimals.
             form = NumberFormatter(format="0" if whole else "0.00e+0" if small else "0.0000", text_align="right")
             return TableColumn(field=field, title=title, width=width, formatter=form if number else StringFormatter())
@@ -121,7 +126,7 @@ class Figures:
     def response(self, key: str) -> Any:
         """The deciding metric over a setting; the line joins the best of each value, the star is the best of all."""
         metric = self.report.metric
-        runs = [run for run in self.runs if run.value(metric) is not None]
+        runs = [run for run in self.runs if run.config and run.value(metric) is not None]
         values = [run.config.get(key) for run in runs]
         kind = scale(values)
         settings: dict[str, Any] = {"x_axis_type": kind}
@@ -216,7 +221,7 @@ def _spread(values: Sequence[Any]) -> tuple[list[float | None], list[tuple[float
         step = 1 / max(len(options) - 1, 1)
         spots = {option: i * step if len(options) > 1 else 0.5 for i, option in enumerate(options)}
         return [None if v is None else spots[shown(v)] for v in values], [(y, text) for text, y in spots.items()]
-    turn = np.log10 if kind == "log" else np.asarray
+    turn: Any = np.log10 if kind == "log" else np.asarray
     low, high = float(turn(min(known))), float(turn(max(known)))
     at = [None if v is None else (float(turn(v)) - low) / (high - low) for v in values]
     if len(set(known)) <= 8:

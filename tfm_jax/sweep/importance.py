@@ -30,16 +30,16 @@ def importances(runs: Sequence[Run], keys: Sequence[str], metric: str) -> dict[s
     Raises:
       UserError: Optuna or scikit-learn is not installed.
     """
-    try:
-        import optuna
-        import sklearn  # noqa: F401 - Optuna imports it when it is too late to say what to install
-    except ImportError as error:
-        raise UserError(f"The importance of settings needs {error.name}: pip install 'tfm_jax[report]'.") from None
     found = [(run, value) for run in runs if run.config and (value := run.value(metric)) is not None]
     found = [(run, value) for run, value in found if math.isfinite(value)]
     varying = [key for key in keys if len({repr(run.config.get(key)) for run, _ in found}) > 1]
     if len(found) < LEAST or len({value for _, value in found}) < 2 or not varying:
         return {}
+    try:
+        import optuna
+        import sklearn  # noqa: F401 - Optuna imports it when it is too late to say what to install
+    except ImportError as error:
+        raise UserError(f"The importance of settings needs {error.name}: pip install 'tfm_jax[report]'.") from None
     distributions: dict[str, Any] = {}
     for key in varying:
         values = [run.config.get(key) for run, _ in found]

@@ -42,14 +42,15 @@ def draw(report: Report, folder: Path) -> list[Path]:
             ax.set(title=name, xlabel="step")
             ax.grid(alpha=0.3)
         save(figure, "curves.png")
-    if report.keys:
+    # Those that cannot be read have no numbers either, and so come last.
+    if report.keys and (known := [run for run in runs if run.config]):
         figure, axes = panels(len(report.keys) + bool(report.importance))
         for key, ax in zip(report.keys, axes, strict=False):
-            values = [run.config.get(key) for run in runs]
+            values = [run.config.get(key) for run in known]
             kind = scale(values)
             x = values if kind != "category" else [shown(v) for v in values]
-            y = [finite(run.value(report.metric)) for run in runs]
-            ax.scatter(x, y, color=colors)
+            y = [finite(run.value(report.metric)) for run in known]
+            ax.scatter(x, y, color=colors[: len(known)])
             ax.plot(x[:1], y[:1], "*", markersize=14, color="tab:red", label=f"best: {shown(values[0])}")
             if kind == "log":
                 ax.set_xscale("log")

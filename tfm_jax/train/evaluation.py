@@ -116,7 +116,7 @@ class Evaluations:
 
 def recorded(run: Path) -> dict[str, dict[str, float]]:
     """Results by the hash of their work; a line cut off by a crash is left out."""
-    path, found = run / RECORDS, {}
+    path, found = run / RECORDS, dict[str, dict[str, float]]()
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
