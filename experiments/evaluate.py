@@ -119,17 +119,19 @@ def _asked(flags: Any) -> Iterator[tuple[Path, int]]:
 
 def _targets(texts: Sequence[str]) -> list[Path]:
     """Paths, and what patterns stand for."""
+    from tfm_jax.train import rundir
+
     out: list[Path] = []
     for text in texts:
+        if Path(text).exists() or not glob.has_magic(text):
+            out.append(Path(text))
+            continue
+        paths = [Path(path) for path in sorted(glob.glob(text))]
         # What lies beside the runs of a sweep, such as its report, is no run.
-        found = [
-            Path(path)
-            for path in sorted(glob.glob(text))
-            if (Path(path) / "config.json").is_file() or Path(path).name.isdigit()
-        ]
-        if not found and glob.has_magic(text):
+        found = [path for path in paths if (path / "config.json").is_file() or rundir.run_folder(path) != path]
+        if not found:
             raise UserError(f"--run={text}: no run is called like this.")
-        out += found or [Path(text)]
+        out += found
     return list(dict.fromkeys(out))
 
 

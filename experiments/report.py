@@ -6,7 +6,6 @@ network. In it what is selected in one figure or in the table is selected in all
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     best = results.ranked(runs, metric, goal)[0]
     chosen = best if flags.run is None else runs[names.index(flags.run)]
     samples, maps = _looked_into(chosen.path, flags) if flags.prompt or flags.attend else ([], [])
-    title = os.path.relpath(flags.folders[0]) if len(flags.folders) == 1 else flags.to.name
+    title = (flags.folders[0] if len(flags.folders) == 1 else flags.to).resolve().name
     report = Report(title, runs, keys, metric, goal, importances(runs, keys, metric), chosen.name, samples, maps)
     folder = flags.to or flags.folders[0] / "report"
     folder.mkdir(parents=True, exist_ok=True)

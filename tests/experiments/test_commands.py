@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from experiments import cli, evaluate, generate, train
+from experiments import cli, evaluate, generate, report, train
 from tfm_jax.errors import UserError
 
-COMMANDS = {"train": train, "evaluate": evaluate, "generate": generate}
+COMMANDS = {"train": train, "evaluate": evaluate, "generate": generate, "report": report}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,20 @@ def test_evaluate_a_step(finished, capsys):
         with pytest.raises(UserError) as wrong:
             command.main(["--run", str(run), "--step", "5"])
         assert str(wrong.value) == f"{run} has no checkpoint of step 5. There are: 4, 8."
+
+
+def test_report_of_a_run(finished, capsys):
+    run = finished[0]
+    flags = ["--prompt", "The ", "--attend", "The <sea>", "--heads", "0.1", "--json"]
+    assert report.main([str(run), *flags]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["runs"] == 1 and found["best"] == run.name
+    assert [path.rpartition("/")[2] for path in found["pictures"]] == ["curves.png", "attention.png"]
+    page = (run / "report" / "index.html").read_text()
+    assert "<figcaption>The </figcaption><pre>The " in page and "0.1  stack/block_0/attention" in page
+    assert "All settings" in page and "<td>optim.lr</td><td>0.01</td>" in page
+    with pytest.raises(UserError, match="--heads=1.0: heads are LAYER.HEAD, from 0.0 to 0.1."):
+        report.main([str(run), "--attend", "sea", "--heads", "1.0"])
 
 
 def test_evaluate_on_another_split(finished, capsys):

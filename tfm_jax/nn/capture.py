@@ -22,7 +22,8 @@ def say(module: Any, name: str, value: jax.Array | Callable[[], jax.Array], coll
 
     What a module says each time that it is called, one that all layers share, gets an axis in front.
     """
-    if module.is_mutable_collection(collection):
+    # All collections are mutable where parameters are made, of which this is none.
+    if module.is_mutable_collection(collection) and not module.is_initializing():
         found = value() if callable(value) else value
 
         def and_then(old: Any, new: jax.Array) -> jax.Array:
