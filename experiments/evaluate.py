@@ -111,7 +111,7 @@ def _asked(flags: Any) -> Iterator[tuple[Path, int]]:
                 yield run, step
         return
     for path, run in zip(targets, runs, strict=True):
-        for step in _numbers(flags.steps) or [None]:
+        for step in _numbers(flags.steps):
             checkpoints, found_step = open_checkpoint(path, step)
             checkpoints.close()
             yield run, found_step
@@ -135,9 +135,9 @@ def _targets(texts: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(out))
 
 
-def _numbers(text: str | None) -> list[int]:
+def _numbers(text: str | None) -> Sequence[int | None]:
     if text is None:
-        return []
+        return [None]
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from experiments import cli, evaluate, generate, report, train
+from tests.errors import says
 from tfm_jax.errors import UserError
 
 COMMANDS = {"train": train, "evaluate": evaluate, "generate": generate, "report": report}
@@ -88,7 +89,7 @@ def test_report_of_a_run(finished, capsys):
     page = (run / "report" / "index.html").read_text()
     assert "<figcaption>The </figcaption><pre>The " in page and "0.1  stack/block_0/attention" in page
     assert "All settings" in page and "<td>optim.lr</td><td>0.01</td>" in page
-    with pytest.raises(UserError, match="--heads=1.0: heads are LAYER.HEAD, from 0.0 to 0.1."):
+    with says("--heads=1.0: heads are LAYER.HEAD, from 0.0 to 0.1."):
         report.main([str(run), "--attend", "sea", "--heads", "1.0"])
 
 

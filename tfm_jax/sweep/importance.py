@@ -15,7 +15,7 @@ LEAST = 4
 
 def is_log(values: Sequence[Any]) -> bool:
     """Whether positive numbers are so far apart that their logarithms say more."""
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    numbers: list[Any] = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     return len(numbers) == len(values) > 0 and min(numbers) > 0 and max(numbers) / min(numbers) >= 8
 
 
@@ -42,7 +42,7 @@ def importances(runs: Sequence[Run], keys: Sequence[str], metric: str) -> dict[s
         raise UserError(f"The importance of settings needs {error.name}: pip install 'tfm_jax[report]'.") from None
     distributions: dict[str, Any] = {}
     for key in varying:
-        values = [run.config.get(key) for run, _ in found]
+        values: list[Any] = [run.config.get(key) for run, _ in found]
         if is_numeric(values):
             numbers = [float(v) for v in values]
             distributions[key] = optuna.distributions.FloatDistribution(min(numbers), max(numbers), log=is_log(numbers))
@@ -51,7 +51,7 @@ def importances(runs: Sequence[Run], keys: Sequence[str], metric: str) -> dict[s
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
     for run, value in found:
-        chosen = {key: run.config.get(key) for key in varying}
+        chosen: dict[str, Any] = {key: run.config.get(key) for key in varying}
         numeric = {k: isinstance(d, optuna.distributions.FloatDistribution) for k, d in distributions.items()}
         params = {key: float(v) if numeric[key] else repr(v) for key, v in chosen.items()}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))

@@ -48,10 +48,10 @@ def draw(report: Report, folder: Path) -> list[Path]:
         for key, ax in zip(report.keys, axes, strict=False):
             values = [run.config.get(key) for run in known]
             kind = scale(values)
-            x = values if kind != "category" else [shown(v) for v in values]
+            places: list[Any] = values if kind != "category" else [shown(v) for v in values]
             y = [finite(run.value(report.metric)) for run in known]
-            ax.scatter(x, y, color=colors[: len(known)])
-            ax.plot(x[:1], y[:1], "*", markersize=14, color="tab:red", label=f"best: {shown(values[0])}")
+            ax.scatter(places, y, color=colors[: len(known)])
+            ax.plot(places[:1], y[:1], "*", markersize=14, color="tab:red", label=f"best: {shown(values[0])}")
             if kind == "log":
                 ax.set_xscale("log")
             ax.set(xlabel=key, ylabel=report.metric)

@@ -28,10 +28,10 @@ RECORDS = "evaluations.jsonl"
 
 
 class Average(NamedTuple):
-    """Of the last `count` checkpoints up to one, each of which weighs `decay` times as much as the next: 1 for their mean
+    """Of the `last` checkpoints up to one, each of which weighs `decay` times as much as the next: 1 for their mean
     (Vaswani et al. 2017, section 6.1), less for an exponential moving average."""
 
-    count: int = 1
+    last: int = 1
     decay: float = 1.0
 
 
@@ -64,7 +64,7 @@ class Evaluations:
         """
         made = self._evaluators(run)
         experiment, evaluators = made.experiment, made.evaluators
-        asked = {"step": step, "average": self._average.count, "decay": self._average.decay}
+        asked: dict[str, Any] = {"step": step, "average": self._average.last, "decay": self._average.decay}
         asked |= {"overrides": dict(self._overrides)}
         known = {} if self._again else recorded(run)
         works = {name: self._work(made, run, step, name) for name in evaluators}
@@ -78,7 +78,7 @@ class Evaluations:
                     run,
                     step,
                     same_data=self._same_data,
-                    average=self._average.count,
+                    average=self._average.last,
                     decay=self._average.decay,
                 )
                 for name, evaluate in evaluators.items():
@@ -102,7 +102,7 @@ class Evaluations:
     def _work(self, made: _Made, run: Path, step: int, name: str) -> str:
         """A hash of all that determines an evaluator's results; the mesh does not."""
         config, checkpoints = made.experiment.config, run / "checkpoints"
-        steps = latest(run, rundir.checkpoint_steps(run), step, self._average.count)
+        steps = latest(run, rundir.checkpoint_steps(run), step, self._average.last)
         parts = {
             "checkpoints": [_digest(checkpoints / str(one) / CHECKSUMS) for one in steps],
             "decay": self._average.decay,
