@@ -111,8 +111,8 @@ def _asked(flags: Any) -> Iterator[tuple[Path, int]]:
                 yield run, step
         return
     for path, run in zip(targets, runs, strict=True):
-        for step in _numbers(flags.steps):
-            checkpoints, found_step = open_checkpoint(path, step)
+        for wanted in _numbers(flags.steps):
+            checkpoints, found_step = open_checkpoint(path, wanted)
             checkpoints.close()
             yield run, found_step
 
