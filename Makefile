@@ -80,7 +80,7 @@ reproduce-slurm: $(VENV)/.ready  ## a job on a real Slurm here, requeued (root, 
 reproduce-report: $(VENV)/.ready  ## 16 small runs, their report and its pictures (chromium for these; about 3 minutes)
 	@$(BIN)/python -m experiments.reproduce.report $(ARGS)
 
-reproduce-follow: $(VENV)/.ready  ## what evaluating a live run on other cores costs it (about 10 minutes)
+reproduce-follow: $(VENV)/.ready  ## what evaluating a live run on other cores costs it (about 15 minutes)
 	@$(BIN)/python -m experiments.reproduce.follow $(ARGS)
 
 reproduce-minilm: $(VENV)/.ready  ## imported MiniLM on STS-B; MODEL=folder DATA=stsb-en-test.csv.gz (about 20 seconds)

@@ -25,18 +25,17 @@ from tfm_jax.train.rundir import checkpoint_steps
 
 EXAMPLES = """\
   python -m experiments.reproduce.follow
-  python -m experiments.reproduce.follow --pairs 1 --steps 60"""
-CONFIG = "configs/gpt_chars.py"
+  python -m experiments.reproduce.follow --config_file configs/gpt_stdlib.py:smoke --pairs 1"""
+CONFIG = "configs/gpt_stdlib.py"
+# Of a run's evaluations, which otherwise outlast a short run.
+BATCHES = "--config.evals.validation.max_batches=8"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
-    made.add_argument(
-        "--config", default=CONFIG, dest="config_file", metavar="FILE", help="of the run that is followed"
-    )
-    made.add_argument("--data", default="stdlib", help="data.source of it")
+    made.add_argument("--config_file", default=CONFIG, metavar="FILE", help="of the run that is followed")
     made.add_argument("--pairs", type=int, default=3, help="times that it runs alone and followed")
-    made.add_argument("--steps", type=int, default=400)
+    made.add_argument("--steps", type=int, default=100)
     made.add_argument("--checkpoints", type=int, default=10, help="of a run, each of which is evaluated")
     made.add_argument("--workdir", type=Path, default=Path("runs/follow"))
     flags, _ = cli.parse(made, argv)
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cores_training": half,
         "cores_following": len(cores) - half,
     }
-    config = {"file": flags.config_file, "source": flags.data, "steps": flags.steps, "pairs": flags.pairs}
+    config = {"file": flags.config_file, "steps": flags.steps, "pairs": flags.pairs}
     write_result("follow", figures, config=config)
     print(f"A step takes {figures['ratio']:.4f} times as long with a follower ({evaluated} evaluations).")
     if flags.json:
@@ -80,7 +79,7 @@ def _rate(run: Path, flags: Any, training: Sequence[int], following: Sequence[in
     """The median of a run's logged steps a second."""
     every = max(1, flags.steps // flags.checkpoints)
     train = [
-        "experiments.train", f"--config={flags.config_file}", f"--workdir={run}", f"--config.data.source={flags.data}",
+        "experiments.train", f"--config={flags.config_file}", f"--workdir={run}", BATCHES,
         f"--config.train.steps={flags.steps}", "--config.train.eval_every=0", f"--config.checkpoint.every={every}",
         f"--config.checkpoint.keep={flags.checkpoints + 1}", "--config.log.every=10", "--config.log.tensorboard=False",
     ]  # fmt: skip
@@ -93,7 +92,7 @@ def _rate(run: Path, flags: Any, training: Sequence[int], following: Sequence[in
                     started.wait(0.1)
                 except subprocess.TimeoutExpired:
                     continue
-            follower = _start(["experiments.evaluate", f"--run={run}", "--steps=all", "--follow"], following)
+            follower = _start(["experiments.evaluate", f"--run={run}", "--steps=all", "--follow", BATCHES], following)
         for name, process in (("train", started), ("evaluate", follower)):
             if process is not None and process.wait() != 0:
                 raise UserError(f"{name} of {run} ended with exit code {process.returncode}.")
