@@ -7,6 +7,7 @@ Eight learning rates by two seeds. Writes `results/report.json`, and with chromi
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -62,18 +63,23 @@ def screenshots(page: Path, folder: Path) -> list[Path]:
     """`report-settings.png` at a desk's width and `report-phone.png`.
 
     Raises:
-      UserError: selenium is not installed.
+      UserError: selenium, chromium or chromedriver is not installed.
     """
     try:
         from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
     except ImportError:
         raise UserError("Screenshots need selenium: pip install selenium.") from None
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        raise UserError("Screenshots need chromium and chromedriver on the PATH.")
     options = webdriver.ChromeOptions()
+    options.binary_location = chromium
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
         options.add_argument(f"--{flag}")
     folder.mkdir(exist_ok=True)
     paths = []
-    with webdriver.Chrome(options=options) as browser:
+    with webdriver.Chrome(options=options, service=Service(driver)) as browser:
         for name, width, height, place in (("settings", 1000, 800, "settings"), ("phone", 400, 800, "runs")):
             metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
