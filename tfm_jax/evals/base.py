@@ -26,6 +26,7 @@ class Context:
     Attributes:
       data: see `data.types.Data`.
       batch_size: rows of a training batch, the default for evaluation.
+      jit: what compiles.
     """
 
     task: Task
@@ -33,12 +34,13 @@ class Context:
     layout: Layout
     data: Any
     batch_size: int
+    jit: Callable[..., Any] = jax.jit
     _steps: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
 
     def jitted(self, name: str, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         """One compiled function a name, shared by evaluators and splits; jit adds one a batch shape."""
         if name not in self._steps:
-            self._steps[name] = jax.jit(make())
+            self._steps[name] = self.jit(make())
         return self._steps[name]
 
     def rows(self, batch_size: int | None) -> int:

@@ -41,7 +41,7 @@ from tfm_jax.train.step import StepFn, make_train_step
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything a run is made of. `config` has the data set's sizes filled in."""
+    """Everything a run is made of. `config` has the data set's sizes filled in; `jit` compiles, as `jax.jit` does."""
 
     config: configs.Config
     train: settings.Train
@@ -54,6 +54,7 @@ class Experiment:
     optimizer: optim.Optimizer
     init: Callable[[], TrainState]
     step: StepFn
+    jit: Callable[..., Any] = jax.jit
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; nothing is allocated."""
@@ -67,15 +68,18 @@ class Experiment:
 
     def fresh_state(self) -> TrainState:
         """The initial state, each array made where it lives."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
-        state: TrainState = jax.jit(self.init, out_shardings=shardings)()
+        state: TrainState = self.jitted_init()()
         return state
 
-    def jitted_step(self) -> jax.stages.Wrapped:
+    def jitted_init(self) -> Any:
+        """What makes the initial state, jitted on the layout."""
+        return self.jit(self.init, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state()))
+
+    def jitted_step(self) -> Any:
         """The update, jitted on the layout; it takes over the old state's memory."""
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         batch = self.layout.batch()
-        return jax.jit(self.step, in_shardings=(state, batch), out_shardings=(state, None), donate_argnums=0)
+        return self.jit(self.step, in_shardings=(state, batch), out_shardings=(state, None), donate_argnums=0)
 
     def batch(self, step: int) -> Any:
         """The training batch of a step, on the devices."""
@@ -83,7 +87,7 @@ class Experiment:
 
     def evaluators(self) -> dict[str, Evaluate]:
         """The config's evaluators by name; one with keys of section `data` of its own reads other data."""
-        context = Context(self.task, self.model, self.layout, self.data, self.data.train.batch_size)
+        context = Context(self.task, self.model, self.layout, self.data, self.data.train.batch_size, self.jit)
         made = {}
         for name, section in self.config["evals"].items():
             arguments = dict(section)
@@ -134,6 +138,7 @@ def build(
     tokenizer_dir: Path | None = None,
     for_training: bool = True,
     devices: Sequence[jax.Device] | None = None,
+    jit: Callable[..., Any] = jax.jit,
 ) -> Experiment:
     """Check everything that can be checked without data, then open the data, then describe the rest.
 
@@ -142,6 +147,7 @@ def build(
     Args:
       tokenizer_dir: a run's saved tokenizer, used instead of making one.
       devices: of the mesh; all that there are if None. They may be those of a topology that is elsewhere.
+      jit: what compiles; other than `jax.jit` where several runs share their programs.
       for_training: whether the training batch must divide over the mesh; evaluation pads its own.
 
     Raises:
@@ -192,6 +198,7 @@ def build(
         optimizer=optimizer,
         init=initialiser(model, task, optimizer.tx, inputs, train.seed),
         step=_from_host(step) if layout.optimizer_memory == "host" else step,
+        jit=jit,
     )
 
 

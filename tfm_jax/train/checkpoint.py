@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
 
 log = logging.getLogger(__name__)
+# Orbax numbers its operations for the whole process, and confuses those of several managers at once (seen with 0.12.8).
+_ONE_AT_A_TIME = threading.RLock()
 CHECKSUMS = "checksums.json"
 
 
@@ -69,9 +72,10 @@ class Checkpointer:
         self._manager.wait_until_finished()
         self._pending = step
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=args)
-        if not self._asynchronous:
-            self._manager.wait_until_finished()
+        with _ONE_AT_A_TIME:
+            self._manager.save(step, args=args)
+            if not self._asynchronous:
+                self._manager.wait_until_finished()
         return time.perf_counter() - start
 
     def restore(self, step: int, abstract: Any, *, partial: bool = False) -> Restored:
@@ -82,6 +86,10 @@ class Checkpointer:
           UserError: the arrays saved are not those asked for.
         """
         self.verify(step)
+        with _ONE_AT_A_TIME:
+            return self._restored(step, abstract, partial)
+
+    def _restored(self, step: int, abstract: Any, partial: bool) -> Restored:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         saved = self._manager.item_metadata(step)["state"]
         _check_shapes(abstract, saved, self.folder / str(step), partial)

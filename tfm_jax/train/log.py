@@ -94,7 +94,8 @@ def _speed(metrics: Metrics) -> list[str]:
 class Progress:
     """A bar with loss, speed and time left on a terminal; a plain line at each report when piped."""
 
-    def __init__(self, *, start: int, total: int, shown: bool, out: TextIO = sys.stderr) -> None:
+    def __init__(self, *, start: int, total: int, shown: bool, out: TextIO | None = None) -> None:
+        out = sys.stderr if out is None else out
         self._out, self._shown, self._total = out, shown, total
         self._bar = None
         if shown and out.isatty():

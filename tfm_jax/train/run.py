@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,11 +46,22 @@ class Outcome(NamedTuple):
     result: dict[str, Any]
 
 
-def train(config: configs.Config, run: Path, *, profile: tuple[int, int] | None = None) -> Outcome:
+def train(
+    config: configs.Config,
+    run: Path,
+    *,
+    profile: tuple[int, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    jit: Callable[..., Any] = jax.jit,
+    stop: StopRequest | None = None,
+) -> Outcome:
     """Train a resolved config in a run directory, going on from what is there.
 
     Args:
       profile: first step and number of steps to trace into `RUN/profile`.
+      devices: of the mesh; all that there are if None.
+      jit: what compiles; other than `jax.jit` where several runs share their programs.
+      stop: asked between steps whether to save and end; signals ask it if None.
 
     Raises:
       UserError: anything the user can mend; `status.json` then says `failed` and why.
@@ -64,7 +76,7 @@ def train(config: configs.Config, run: Path, *, profile: tuple[int, int] | None 
                 raise UserError(f"--profile starts at step {profile[0]}, but train.steps={config['train']['steps']}.")
             # A tokenizer without a checkpoint may be another config's: a start that failed.
             tokenizer = run / "tokenizer" if rundir.has_checkpoint(run) else None
-            experiment = build(rundir.with_own(run, config), tokenizer_dir=tokenizer)  # 1
+            experiment = build(rundir.with_own(run, config), tokenizer_dir=tokenizer, devices=devices, jit=jit)  # 1
             evaluators = experiment.evaluators()
         except UserError as error:
             multihost.agree({}, problem=str(error))
@@ -76,10 +88,10 @@ def train(config: configs.Config, run: Path, *, profile: tuple[int, int] | None 
         if watchdog.here is not None:
             watchdog.here.guard(run)
         if not main:
-            return _train(experiment, evaluators, facts, run, profile)
+            return _train(experiment, evaluators, facts, run, profile, stop or StopRequest())
         try:
             rundir.begin(run, experiment.config, experiment.data.tokenizer)
-            return _train(experiment, evaluators, facts, run, profile)
+            return _train(experiment, evaluators, facts, run, profile, stop or StopRequest())
         except BaseException as error:
             # What the end of another process leads to is not the reason; its watchdog has written that one.
             if isinstance(error, UserError) or not watchdog.lost():
@@ -93,6 +105,7 @@ def _train(
     facts: dict[str, str],
     run: Path,
     profile: tuple[int, int] | None,
+    stop: StopRequest,
 ) -> Outcome:
     main = multihost.is_main()
     with jax.set_mesh(experiment.layout.mesh):
@@ -109,7 +122,7 @@ def _train(
                 if main:
                     write_status(run, "finished", step=start.step)
                 return Outcome("finished", json.loads((run / "result.json").read_text()))
-            return _Loop(experiment, run, checkpoints, start, evaluators, facts, profile, main).run()
+            return _Loop(experiment, run, checkpoints, start, evaluators, facts, profile, stop, main).run()
         finally:
             checkpoints.close()
 
@@ -133,6 +146,7 @@ class _Loop:
         evaluators: dict[str, Evaluate],
         facts: dict[str, str],
         profile: tuple[int, int] | None,
+        stop: StopRequest,
         main: bool,
     ) -> None:
         self.experiment, self.run_dir, self.checkpoints = experiment, run, checkpoints
@@ -151,7 +165,7 @@ class _Loop:
         self.finals: Metrics = {}
         self.evaluated: int | None = None
         self.pending: tuple[int, Any] | None = None  # a step dispatched, and its metrics not yet read
-        self.stop = StopRequest()
+        self.stop = stop
         settings = experiment.log
         self.writers = (
             Writers(
