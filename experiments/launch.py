@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = None
     if name is not None:
         launch = names.resolve(name, package="tfm_jax.launch", attribute="launch", setting="--backend")
-        _add_flags(made.add_argument_group(f"--backend {name}", _summary(launch)), launch)
+        add_flags(made.add_argument_group(f"--backend {name}", _summary(launch)), launch)
     flags, _ = cli.parse(made, own)
     assert launch is not None
     if not train:
@@ -70,12 +70,14 @@ def _check(train: Sequence[str]) -> None:
     configs.resolve(configs.load(flags.config), overrides)
 
 
-def _add_flags(group: argparse._ArgumentGroup, launch: Callable[..., int]) -> None:
-    """A flag for each keyword argument of a backend; its docstring says what it is."""
+def add_flags(group: argparse._ArgumentGroup, launch: Callable[..., int], without: Sequence[str] = ()) -> list[str]:
+    """A flag for each keyword argument of a backend; its docstring says what it is. Returns their names."""
+    added = []
     hints, doc = typing.get_type_hints(launch), inspect.getdoc(launch) or ""
     for name, parameter in inspect.signature(launch).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or name in without:
             continue
+        added.append(name)
         hint, required = hints[name], parameter.default is inspect.Parameter.empty
         if isinstance(hint, types.UnionType):
             (hint,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
@@ -96,6 +98,7 @@ def _add_flags(group: argparse._ArgumentGroup, launch: Callable[..., int]) -> No
         else:
             options["type"] = hint
         group.add_argument(f"--{name}", **options)
+    return added
 
 
 def _summary(launch: Callable[..., int]) -> str:

@@ -13,6 +13,8 @@ from tfm_jax.errors import UserError
 from tfm_jax.files import write_atomic
 from tfm_jax.launch.job import MISTAKE, PREEMPTED, Job, at_least
 
+NUMBER = "slurm_job"
+
 
 def launch(
     job: Job,
@@ -29,7 +31,7 @@ def launch(
     sbatch: Sequence[str] = (),
     dry_run: bool = False,
 ) -> int:
-    """Write `RUN/job.sbatch` and submit it.
+    """Write `RUN/job.sbatch` and submit it; its number is in `RUN/slurm_job`.
 
     `notice` seconds before the end of its time, when preempted, or after `scancel --signal=TERM`, all tasks save and stop
     at the same step, and the job is put into the queue again. So is it when a node dies. When only a task dies, the
@@ -92,7 +94,9 @@ def launch(
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"sbatch did not take {path}: {done.stderr.strip()}")
-    print(f"Job {done.stdout.strip()}, log {run}/slurm-{done.stdout.partition(';')[0].strip()}.log")
+    number = done.stdout.partition(";")[0].strip()
+    write_atomic(run / NUMBER, number)
+    print(f"Job {done.stdout.strip()}, log {run}/slurm-{number}.log")
     return 0
 
 

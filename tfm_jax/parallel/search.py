@@ -110,7 +110,7 @@ def bounds(config: configs.Config, where: Topology) -> Iterator[Bound]:
     base = build(config, devices=where.devices)
     alone = {remat: on_one_chip(configs.changed(config, remat), base, where) for remat in _remats(config)}
     kept = {remat: _kept(experiment) for remat, experiment in alone.items()}
-    work = {remat: _work(experiment) for remat, experiment in alone.items()}
+    work = {remat: step_flops(experiment) for remat, experiment in alone.items()}
     plain = max(kept.values())
     state, spec = base.abstract_state(), getattr(base.model, "block", None)
     layers = _layers(config)
@@ -200,7 +200,7 @@ def _kept(experiment: Experiment) -> float:
         return held(2) - held(1)
 
 
-def _work(experiment: Experiment) -> float:
+def step_flops(experiment: Experiment) -> float:
     """FLOPs of a step on all chips, with what is computed again."""
     rows = experiment.data.train.batch_size
     one = experiment.data.train.batch_at(0, slice(0, 1))
