@@ -1,0 +1,237 @@
+"""Run a sweep's trials, on this machine or on a cluster; the same command goes on with one that was stopped, however that went.
+
+Trials are run directories in the sweep's folder, named by what differs between them. Several of these commands may work on one
+sweep. What failed is shown with its reason, and tried again with `--retry_failed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import cli
+from experiments.launch import add_flags
+from tfm_jax import config as configs
+from tfm_jax.errors import UserError, nearest
+from tfm_jax.launch.job import at_least
+from tfm_jax.launch.slurm import launch
+from tfm_jax.sweep import runner, slurm, trials
+from tfm_jax.sweep.space import Choice, Overrides, Study, Trial, named
+from tfm_jax.sweep.streams import ByThread
+
+EXAMPLES = """\
+  python -m experiments.sweep --config=configs/gpt_stdlib.py --sweep=configs/sweeps/lr.py --workdir=sweeps/lr --parallel=2
+  python -m experiments.sweep --config=configs/gpt_stdlib.py --sweep=configs/sweeps/lr.py --workdir=sweeps/lr --dry_run
+  python -m experiments.sweep --config=configs/gpt_stdlib.py --sweep=configs/sweeps/lr.py --workdir=sweeps/lr --vectorise=8
+  python -m experiments.sweep --config=configs/gpt_stdlib.py --sweep=configs/sweeps/asha.py --workdir=sweeps/asha
+  python -m experiments.sweep --config=configs/gpt_stdlib.py --sweep=configs/sweeps/lr.py --workdir=sweeps/lr \\
+    --backend=slurm --parallel=8 --time=24:00:00
+  optuna-dashboard sweeps/asha/study.log"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = cli.parser(str(__doc__), EXAMPLES)
+    made.add_argument(
+        "--config", required=True, metavar="FILE[:ARGS]", help="config file; --config.KEY=VALUE is for all trials"
+    )
+    made.add_argument(
+        "--sweep", required=True, metavar="FILE[:ARGS]", help="file with a function sweep(); it may be the config's"
+    )
+    made.add_argument("--workdir", type=Path, help="folder of the sweep")
+    made.add_argument("--parallel", type=int, default=1, help="trials at a time; here they share cores and GPUs out")
+    made.add_argument(
+        "--vectorise",
+        type=int,
+        metavar="N",
+        help="so many trials at a time in this process, by the same compiled programs: those that differ in numbers only",
+    )
+    made.add_argument("--retry_failed", action="store_true", help="start what has failed again")
+    made.add_argument("--storage", help="URL of a study's database; by default a journal file in the folder")
+    made.add_argument("--dry_run", action="store_true", help="list the trials with their cost, and stop")
+    made.add_argument("--backend", choices=("local", "slurm"), default="local", help="where trials run (%(default)s)")
+    settings = _backend_flags(made, argv)
+    flags, overrides = cli.parse(made, argv)
+    at_least(1, parallel=flags.parallel, vectorise=flags.vectorise)
+    if flags.vectorise is not None and flags.parallel > 1:
+        raise UserError(f"--vectorise={flags.vectorise} is one process, --parallel={flags.parallel} several: give one.")
+    if flags.vectorise is not None and flags.backend != "local":
+        raise UserError(f"--vectorise={flags.vectorise} is for --backend=local: submit this command itself as a job.")
+    common, sweep = dict(overrides), _sweep(flags.sweep)
+    if isinstance(sweep, Study):
+        listed = _corners(sweep)
+        _check_study(sweep, _check(flags.config, common, listed)[0])
+    else:
+        if flags.storage is not None:
+            raise UserError(f"--storage={flags.storage} is for studies; the sweep() of {flags.sweep} returns a list.")
+        listed = named(sweep)
+        _check(flags.config, common, listed)
+    if flags.dry_run:
+        return _dry_run(flags, common, sweep, listed)
+    if flags.workdir is None:
+        raise UserError("--workdir is not set: where should the runs go? For instance --workdir=sweeps/first")
+    source, record = _opened(sweep, listed, {"config": flags.config, "overrides": common}, flags)
+    signal.signal(signal.SIGTERM, _interrupted)
+    if flags.vectorise is not None:
+        _vectorised(source, flags, common, listed)
+    else:
+        start = runner.local(flags.config, flags.parallel, common)
+        if flags.backend == "slurm":
+            start = slurm.starter(flags.config, common, {name: getattr(flags, name) for name in settings})
+        runner.run(source, flags.workdir, start, parallel=flags.parallel)
+    rows = table(flags.workdir)
+    print(shown(rows, record["metric"], record["direction"]))
+    if isinstance(sweep, Study) and (best := source.best()) is not None:
+        print(f"The best: {best[0].name}, {sweep.metric} {best[1]:.4f}.")
+    if flags.json:
+        cli.print_json({"trials": rows})
+    return 1 if any(row["state"] == trials.FAILED for row in rows) else 0
+
+
+def _backend_flags(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> list[str]:
+    """Those of `experiments.launch --backend slurm`, where that is the backend."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--backend")
+    if first.parse_known_args(argv)[0].backend != "slurm":
+        return []
+    return add_flags(made.add_argument_group("--backend slurm"), launch, without=("dry_run",))
+
+
+def _interrupted(number: int, frame: Any) -> None:
+    """SIGTERM is as Ctrl-C: what runs is told to save."""
+    raise KeyboardInterrupt
+
+
+def _vectorised(source: Any, flags: Any, common: Mapping[str, str], listed: Sequence[Trial]) -> None:
+    with contextlib.redirect_stderr(ByThread(sys.stderr)) as streams:
+        cli.setup()
+        from tfm_jax.sweep.vectorised import starter
+
+        start = starter(lambda trial: _resolved(flags.config, common, trial), listed, streams)
+        runner.run(source, flags.workdir, start, parallel=flags.vectorise)
+
+
+def _opened(sweep: Any, listed: Sequence[Trial], record: dict[str, Any], flags: Any) -> tuple[Any, dict[str, Any]]:
+    """The source of trials, and what the folder says that it sweeps."""
+    if not isinstance(sweep, Study):
+        record |= {"study": None, "metric": None, "direction": "minimize"}
+        trials.open_folder(flags.workdir, record)
+        return runner.Listed(listed, flags.workdir, flags.retry_failed), record
+    from tfm_jax.sweep import study
+
+    record |= {"study": study.record(sweep), "metric": sweep.metric, "direction": sweep.direction}
+    trials.open_folder(flags.workdir, record)
+    return study.Drawn(sweep, flags.workdir, storage=flags.storage, retry=flags.retry_failed), record
+
+
+def _sweep(spec: str) -> Sequence[Overrides] | Study:
+    module, argument = configs.load_module(spec)
+    if not hasattr(module, "sweep"):
+        raise UserError(f"--sweep={spec}: the file has no function sweep().")
+    found: Any = module.sweep(argument) if argument else module.sweep()
+    return found if isinstance(found, Study) else list(found)
+
+
+def _corners(study: Study) -> list[Trial]:
+    """Trials that have every option and both ends of every range of a study."""
+    most = max(len(one.options) if isinstance(one, Choice) else 2 for one in study.space.values())
+    places = [i / most for i in range(most)] + [1 - 1e-9]
+    return [
+        Trial("each", {**study.fixed, **{key: one.at(place) for key, one in study.space.items()}}) for place in places
+    ]
+
+
+def _resolved(config: str, common: Mapping[str, str], trial: Trial) -> configs.Config:
+    pairs = [*common.items(), *((key, str(value)) for key, value in trial.overrides.items())]
+    return configs.resolve(configs.load(config), pairs)
+
+
+def _check(config: str, common: Mapping[str, str], listed: Sequence[Trial]) -> list[configs.Config]:
+    """Find before anything starts what every trial would stumble over: a key that is none, a value of a wrong type."""
+    return [_resolved(config, common, trial) for trial in listed]
+
+
+def _check_study(study: Study, config: configs.Config) -> None:
+    kind, _, rest = study.metric.partition("/")
+    name = rest.partition("/")[0]
+    if kind == "eval" and name not in config["evals"]:
+        known = [f"eval/{name}/loss" for name in config["evals"]]
+        raise UserError(f"sweep: metric={study.metric!r} is of no evaluator.{nearest(study.metric, known)}")
+    if study.pruner != "none" and kind == "eval" and not config["train"]["eval_every"]:
+        raise UserError(f"sweep: pruner={study.pruner!r} judges evaluations on the way: set train.eval_every.")
+
+
+def _dry_run(flags: Any, common: Mapping[str, str], sweep: Any, listed: Sequence[Trial]) -> int:
+    cli.setup()
+    from tfm_jax.parallel.plan import drawn
+    from tfm_jax.parallel.search import step_flops
+    from tfm_jax.train.build import build
+
+    studied = isinstance(sweep, Study)
+    count = sweep.trials if isinstance(sweep, Study) else len(listed)
+    rows, costs, known = [("trial", "steps", "FLOPs")], [], dict[str, float]()
+    for trial in listed[:1] if studied else listed:
+        config = _resolved(flags.config, common, trial)
+        steps = config["train"]["steps"]
+        key = configs.to_json(_without_numbers(config))
+        if key not in known:
+            known[key] = step_flops(build(drawn(config)))
+        costs.append(steps * known[key])
+        rows.append((trial.name, str(steps), f"{costs[-1]:.3g}"))
+    total = count * costs[0] if studied else sum(costs)
+    print(cli.table(rows))
+    print(f"{count} trials, {total:.3g} FLOPs in all{', if none is stopped early' if studied else ''}.")
+    if flags.json:
+        cli.print_json({"trials": count, "flops": total})
+    return 0
+
+
+def _without_numbers(config: configs.Config) -> configs.Config:
+    """What a step's products depend on: not seeds, rates and lengths of schedules, nor what runs beside it."""
+    out = {name: dict(config[name]) for name in ("model", "task", "data", "train")}
+    for section, keys in (("train", ("seed", "steps", "eval_every")), ("data", ("seed",))):
+        for key in keys:
+            out[section].pop(key, None)
+    return {**out, "optim": {"name": config["optim"]["name"]}}
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    """A row for each trial of a sweep: its name, state, reason, step, overrides and final metrics."""
+    rows = []
+    for trial in trials.read_folder(folder)[1]:
+        state = trials.state(folder / trial.name)
+        metrics = trials.result(folder / trial.name)
+        rows.append({"trial": trial.name, **state._asdict(), "overrides": trial.overrides, "metrics": metrics})
+        rows[-1]["state"] = rows[-1].pop("word")
+    return rows
+
+
+def shown(rows: Sequence[Mapping[str, Any]], metric: str | None, direction: str) -> str:
+    """The rows with a metric, or the evaluations' losses, the best first."""
+    losses = sorted(
+        {name for row in rows for name in row["metrics"] if name.startswith("eval/") and name.endswith("/loss")}
+    )
+    columns = losses if metric is None else [metric]
+    sign = 1 if direction == "minimize" else -1
+
+    def place(row: Mapping[str, Any]) -> tuple[bool, float]:
+        value = row["metrics"].get(columns[0]) if columns else None
+        return value is None, 0.0 if value is None else sign * value
+
+    lines = [("trial", "state", "step", *columns)]
+    for row in sorted(rows, key=place):
+        found = [f"{row['metrics'][name]:.4f}" if name in row["metrics"] else "" for name in columns]
+        lines.append((row["trial"], row["state"], str(row["step"]), *found))
+    reasons = [f"{row['trial']}: {row['state']}: {row['reason']}" for row in rows if row["state"] == trials.FAILED]
+    if reasons:
+        reasons.append(f"{len(reasons)} failed; --retry_failed tries again.")
+    return "\n".join(itertools.chain([cli.table(lines)], reasons))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,70 @@
+"""The command: trials in processes of their own, one of which fails; costs; and what is refused before anything starts."""
+
+import json
+
+import pytest
+
+from experiments import cli, sweep
+from tests.errors import says
+
+
+@pytest.fixture
+def arguments(config_file, tmp_path):
+    """`arguments("return [...]")`: the command's for a sweep of that body."""
+
+    def make(body, *more):
+        path = tmp_path / "sweep.py"
+        path.write_text(f"from tfm_jax.sweep.space import *\n\n\ndef sweep():\n    {body}\n")
+        return [f"--config={config_file}", f"--sweep={path}", f"--workdir={tmp_path}/out", *more]
+
+    return make
+
+
+def test_a_sweep(arguments, start_command, tmp_path):
+    body = "return grid({'optim.lr': [1e-2, 1e30]})"
+    more = ["--config.train.max_bad_steps=2", "--config.optim.clip_norm=None", "--parallel=2", "--json"]
+    child = start_command("sweep", *arguments(body, *more))
+    out, error = child.communicate(timeout=280)
+    assert child.returncode == 1, error
+    lines = out.splitlines()
+    assert "lr=0.01: finished at step 8." in lines and lines[-2] == "1 failed; --retry_failed tries again."
+    good, bad = json.loads(lines[-1])["trials"]
+    assert (good["state"], good["step"], bad["state"]) == ("finished", 8, "failed")
+    assert good["metrics"]["eval/validation/loss"] < 6 and "was not finite" in bad["reason"]
+    assert f"lr=1e+30: failed: {bad['reason']}" in lines
+    assert json.loads((tmp_path / "out" / "lr=0.01" / "config.json").read_text())["optim"]["lr"] == 0.01
+
+
+def test_costs(arguments, capsys, monkeypatch, tmp_path):
+    """Twice the width costs more than twice as much; nothing is written."""
+    monkeypatch.setattr(cli, "setup", lambda: None)
+    body = "return chain(grid({'model.width': [16, 32]}), [{'model.width': 16, 'train.steps': 16}])"
+    assert sweep.main(arguments(body, "--dry_run", "--json")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[1:4]}
+    one, wide, long = (rows[name] for name in ("width=16", "width=32", "width=16,steps=16"))
+    assert one[0] == 8 and long[0] == 16 and long[1] == pytest.approx(2 * one[1], rel=0.01) and wide[1] > 2 * one[1]
+    assert json.loads(lines[-1])["flops"] == pytest.approx(one[1] + wide[1] + long[1], rel=0.01)
+    assert not (tmp_path / "out").exists()
+
+
+STUDY = "return Study(space={'optim.lr': log_uniform(1e-3, 1e-1)}, trials=2, metric='eval/%s/loss', pruner=%r)"
+
+
+@pytest.mark.parametrize(
+    ("body", "more", "said"),
+    [
+        ("return grid({'optim.lrr': [1]})", (), "--config.optim.lrr=1: unknown key 'optim.lrr'. Did you mean 'optim.lr'?"),
+        ("return []", (), "sweep: the space is empty."),
+        (STUDY % ("validatoin", "none"), (), "sweep: metric='eval/validatoin/loss' is of no evaluator. Did you mean 'eval/validation/loss'?"),
+        (STUDY % ("validation", "asha"), (), "sweep: pruner='asha' judges evaluations on the way: set train.eval_every."),
+        ("return seeds(2)", ("--storage=sqlite:///x.db",), "--storage=sqlite:///x.db is for studies; the sweep() of {sweep} returns a list."),
+        ("return seeds(2)", ("--parallel=0",), "--parallel=0: must be at least 1."),
+        ("return seeds(2)", ("--parallel=2", "--vectorise=2"), "--vectorise=2 is one process, --parallel=2 several: give one."),
+        ("return seeds(2)", ("--backend=slurm", "--vectorise=2"), "--vectorise=2 is for --backend=local: submit this command itself as a job."),
+    ],
+)  # fmt: skip
+def test_what_is_refused(arguments, tmp_path, body, more, said):
+    with says(said.format(sweep=tmp_path / "sweep.py")):
+        sweep.main(arguments(body, *more))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,44 @@
+"""Functions that differ in a number, wherever it stands in the program: compiled once, each with its own answer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tfm_jax.sweep.programs import Shared, difference
+
+
+def function(a, b=2):
+    """`a` in a loop, a branch, a recomputed and a nested part, in a while loop, in a key, and in an array of its own."""
+
+    def f(x, steps):
+        table = np.arange(3.0, dtype=np.float32) * a
+        x = x + jax.random.normal(jax.random.key(int(10 * a)), x.shape) + table
+        x, ys = jax.lax.scan(lambda c, y: (c * jnp.float32(a) + y, c.sum() * a), x, jnp.ones((4, 3)), reverse=True)
+        x = jax.lax.cond(steps > 2, lambda x: x * a, lambda x: x - a, x)
+        x = jax.grad(jax.checkpoint(lambda x: (jnp.sin(x * a) ** b).sum()))(x)
+        x = jax.jit(lambda x: jax.nn.relu(x - a / 10) + a)(x)
+        (x, _) = jax.lax.while_loop(lambda c: c[1] < steps, lambda c: (c[0] + a, c[1] + 1), (x, 0))
+        return {"x": x, "ys": ys}
+
+    return f
+
+
+def test_one_program_for_all():
+    shared, x = Shared(), jnp.arange(3.0)
+    made = [shared(function(a), out_shardings=None) for a in (0.5, 1.5, 2.5)]
+    for one in made:
+        one.lower(x, jnp.int32(5))
+    (program,) = shared.programs
+    for one, a in zip(made, (0.5, 1.5, 2.5), strict=True):
+        for steps in (1, 5):
+            got, want = one(x, jnp.int32(steps)), jax.jit(function(a))(x, jnp.int32(steps))
+            jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6), got, want)
+    compiled = [one.compiled for one in shared.programs if one.compiled is not None]
+    assert len(compiled) == 1 and len(program.places) >= 8
+
+
+def test_other_programs_are_others():
+    shared, arguments = Shared(), (jnp.arange(3.0), jnp.int32(5))
+    first, other = (shared(function(1.5, b)).lower(*arguments).program for b in (2, 3))
+    assert first is not other and shared(function(2.5, 3)).lower(*arguments).program is other
+    assert "instead of" in difference(first, other)

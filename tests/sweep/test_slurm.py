@@ -1,0 +1,57 @@
+"""Trials as jobs, with programs that stand for Slurm's: submitted once, found again, cancelled when they are behind."""
+
+import os
+import stat
+import sys
+
+import pytest
+
+from tfm_jax.sweep import runner, slurm, trials
+from tfm_jax.sweep.space import grid, named
+
+LISTED = named(grid({"optim.lr": [0.1, 0.2]}))
+# A queue is a folder with a file for each job; a job ends when it is asked for the second time.
+PROGRAMS = {
+    "sbatch": """
+path = sys.argv[2]
+text = open(path).read()
+assert "--config.optim.lr=" in text and "#SBATCH --partition=gpu" in text
+number = str(40 + len(os.listdir(queue)))
+(queue / number).write_text(os.path.dirname(path))
+print(number + ";cluster")""",
+    "squeue": """
+job = queue / sys.argv[3].removeprefix("--jobs=")
+asked = queue.parent / f"{job.name}.asked"
+if asked.exists():
+    (pathlib.Path(job.read_text()) / "status.json").write_text('{"state": "finished"}')
+    print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr); sys.exit(1)
+asked.touch()
+print(job.name)""",
+    "scancel": '(queue.parent / "cancelled").write_text(sys.argv[1])',
+}
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    folder = tmp_path / "queue"
+    folder.mkdir()
+    for name, body in PROGRAMS.items():
+        path = tmp_path / name
+        path.write_text(f"#!{sys.executable}\nimport os, pathlib, sys\nqueue = pathlib.Path({str(folder)!r})\n{body}\n")
+        path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def test_jobs(queue, tmp_path):
+    """A launcher that ends leaves its jobs; the next one adopts them and submits what is left."""
+    folder, start = tmp_path / "sweep", slurm.starter("a.py", {}, {"partition": "gpu"}, every=0.0)
+    source = runner.Listed(LISTED, folder)
+    first = start(LISTED[0], folder / LISTED[0].name, 0, 0)
+    assert first.lasting and first.poll() is None
+    (tmp_path / "40.asked").unlink()
+    runner.run(source, folder, start, parallel=2, wait=0.01, say=lambda line: None)
+    assert sorted(path.name for path in queue.iterdir()) == ["40", "41"]
+    assert [trials.state(folder / trial.name).word for trial in LISTED] == ["finished", "finished"]
+    first.stop()
+    assert (tmp_path / "cancelled").read_text() == "40"

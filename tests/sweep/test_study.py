@@ -1,0 +1,156 @@
+"""Studies: what Optuna draws does not depend on how often a launcher dies; what is behind is stopped; errors."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.errors import says
+from tests.sweep.test_runner import RUN
+from tfm_jax.errors import UserError
+from tfm_jax.sweep import runner, trials
+from tfm_jax.sweep.space import Study, choice, log_uniform, uniform
+from tfm_jax.sweep.study import Drawn
+
+pytest.importorskip("optuna", reason="studies need the extra sweep")
+
+# The loss falls with the steps to how far the learning rate is from 0.01.
+LOSS = RUN.replace("10.0 - step", "abs(float(sys.argv[4])) + 1.0 / step").replace(
+    '"eval/v/loss": 5.0', '"eval/v/loss": 1.0'
+)
+
+
+def start(trial, run, lock, slot, pause=0.0):
+    far = math.log10(trial.overrides["optim.lr"]) + 2
+    command = [sys.executable, "-c", LOSS, str(run), "trains", str(pause), str(far)]
+    with open(run / "train.log", "ab") as log:
+        return runner.Process(subprocess.Popen(command, pass_fds=(lock,), stdout=log, stderr=log))
+
+
+def wanted(**changes):
+    space = {"optim.lr": log_uniform(1e-4, 1.0), "model.layers": choice(1, 2)}
+    return Study(**{"space": space, "metric": "eval/v/loss", "trials": 8, **changes})
+
+
+def drawn(folder, study):
+    folder.mkdir(exist_ok=True)
+    return Drawn(study, folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    source = drawn(folder, wanted())
+    runner.run(source, folder, start, wait=0.01, say=lambda line: None)
+    return folder, source
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from tests.sweep.test_study import drawn, runner, start, wanted
+folder = Path(sys.argv[1])
+runner.run(drawn(folder, wanted()), folder, lambda *a: start(*a, pause=0.02), wait=0.01)
+"""
+
+
+def test_killed_again_and_again(tmp_path, command_env, undisturbed):
+    """SIGKILLs at whatever it does: no trial is lost or doubled, and the result is the undisturbed one."""
+    _, quiet = undisturbed
+
+    def launch():
+        return subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], env=command_env())
+
+    kills, process = 0, launch()
+    while process.poll() is None:
+        time.sleep(0.25 + 0.05 * kills)
+        if kills < 3 and process.poll() is None and (tmp_path / "study.log").is_file():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills, process = kills + 1, launch()
+    assert process.returncode == 0 and kills == 3
+    loud = drawn(tmp_path, wanted())
+    assert loud.known() == quiet.known() and len(loud.known()) == 8 and loud.best() == quiet.best()
+    for trial in loud.known():
+        lines = [json.loads(x)["step"] for x in (tmp_path / trial.name / "metrics.jsonl").read_text().splitlines()]
+        assert lines == [1, 2, 3, 4, 5] and trials.state(tmp_path / trial.name).word == "finished"
+
+
+def test_the_best_is_the_nearest(undisturbed):
+    _, source = undisturbed
+    far = {trial.name: abs(math.log10(trial.overrides["optim.lr"]) + 2) for trial in source.known()}
+    best, value = source.best()
+    assert far[best.name] == min(far.values()) and value == pytest.approx(min(far.values()) + 1 / 5)
+    assert {trial.overrides["model.layers"] for trial in source.known()} == {1, 2}
+
+
+def test_what_is_behind_is_stopped(tmp_path):
+    """ASHA by two: of those at a rung the better half goes on, and what was stopped has made fewer steps."""
+    source = drawn(tmp_path, wanted(sampler="random", pruner="asha", reduction=2, trials=6))
+    runner.run(source, tmp_path, lambda *a: start(*a, pause=0.05), wait=0.01, say=lambda line: None)
+    found = {trial.name: trials.state(tmp_path / trial.name) for trial in source.known()}
+    stopped = [state for state in found.values() if state.word == "pruned"]
+    assert stopped and all(state.step < 5 for state in stopped) and len(found) == 6
+    far = {t.name: abs(math.log10(t.overrides["optim.lr"]) + 2) for t in source.known()}
+    assert found[min(far, key=far.get)].word == "finished" and found[max(far, key=far.get)].word == "pruned"
+
+
+def test_the_failed_are_tried_again_if_asked(tmp_path):
+    """A trial that fails counts once, and its second try is the study's."""
+
+    def failing(trial, run, lock, slot):
+        (run / "status.json").write_text(json.dumps({"state": "failed", "reason": "by chance"}))
+        return runner.Process(subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"]))
+
+    study, said = wanted(sampler="random", trials=2), []
+    runner.run(drawn(tmp_path, study), tmp_path, failing, wait=0.01, say=said.append)
+    assert len(said) == 2 and all("failed, by chance" in line for line in said)
+    runner.run(drawn(tmp_path, study), tmp_path, start, wait=0.01)
+    assert drawn(tmp_path, study).best() is None
+    again = Drawn(study, tmp_path, retry=True)
+    runner.run(again, tmp_path, start, wait=0.01, say=lambda line: None)
+    assert len(again.known()) == 2 and {trials.state(tmp_path / t.name).word for t in again.known()} == {"finished"}
+    assert again.best()[0] in again.known()
+
+
+def test_every_sampler_draws_what_the_space_has(tmp_path):
+    """And a grid ends when it is through; two folders that share a database draw for themselves and not the same."""
+    for sampler in ("tpe", "cmaes", "random"):
+        source = drawn(tmp_path / sampler, wanted(sampler=sampler, trials=3))
+        found = [source.draw() for _ in range(4)]
+        assert found[3] is None and all(1e-4 <= t.overrides["optim.lr"] <= 1 for t in found[:3])
+        assert len({t.overrides["optim.lr"] for t in found[:3]}) == 3
+    space = {"optim.lr": choice(0.1, 0.2), "model.block": choice({"a": 1}, {"a": 2})}
+    grid = drawn(tmp_path / "grid", wanted(space=space, sampler="grid", trials=9))
+    found = []
+    while (trial := grid.draw()) is not None:
+        found.append(trial)
+        grid.ended(trial, trials.State("failed"))
+    assert len(found) == 4 == len({repr(trial.overrides) for trial in found})
+    url, (a, b) = f"sqlite:///{tmp_path}/study.db", (tmp_path / "a" / "s", tmp_path / "b" / "s")
+    here, there = (Drawn(wanted(sampler="random", trials=3), folder, storage=url) for folder in (a, b))
+    first, second = here.draw(), there.draw()
+    assert first.overrides != second.overrides
+    assert here.candidates() == [first] and there.candidates() == [second] and here.known() == [first, second]
+
+
+def test_bad_studies(tmp_path):
+    with says("sweep: the space is empty."):
+        wanted(space={})
+    with says("sweep: sampler='tbe' does not exist. Did you mean 'tpe'?"):
+        wanted(sampler="tbe")
+    with says("sweep: optim.lr is in the space and fixed."):
+        wanted(fixed={"optim.lr": 1})
+    with says("sweep: nothing lies between 2 and 1."):
+        uniform(2, 1)
+    with says("sweep: sampler='grid' needs a choice for each key."):
+        wanted(sampler="grid")
+    source = drawn(tmp_path, wanted(metric="eval/v/los", trials=1))
+    with says("sweep: no trial logs metric='eval/v/los'. Did you mean 'eval/v/loss'?"):
+        runner.run(source, tmp_path, start, wait=0.01)
+    with pytest.raises(UserError, match=r"^--storage=sqlite:////nowhere/a\.db cannot be opened: "):
+        Drawn(wanted(), tmp_path, storage="sqlite:////nowhere/a.db")

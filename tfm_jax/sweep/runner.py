@@ -1,0 +1,279 @@
+"""Run a sweep's trials, a few at a time, until each has an end.
+
+Nothing is kept in memory that a launcher's death would lose: what a trial has come to stands in its run directory, who works on
+it is told by a lock that the kernel frees, and a run whose launcher dies is told to stop, saves, and is gone on with by the next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from tfm_jax.files import write_atomic
+from tfm_jax.launch.job import MISTAKE, PREEMPTED, job
+from tfm_jax.sweep import trials
+from tfm_jax.sweep.space import Trial
+from tfm_jax.sweep.trials import FAILED, PRUNED, State
+
+# A user's mistake is not tried again: it would be made again.
+ATTEMPTS = 3
+
+
+class Source(Protocol):
+    """Where trials come from: a list, or a study that draws them."""
+
+    def candidates(self) -> Sequence[Trial]:
+        """Those that are known and have no end yet, in the order in which they should start."""
+
+    def draw(self) -> Trial | None:
+        """One more; None where there are no more."""
+
+    def should_stop(self, trial: Trial) -> bool:
+        """Whether what a running trial has logged so far is not worth going on."""
+
+    def ended(self, trial: Trial, state: State) -> None:
+        """A trial has finished, failed, or was stopped."""
+
+
+class Running(Protocol):
+    """A trial at work.
+
+    Attributes:
+      lasting: whether it goes on without its launcher, and the next one finds it again.
+    """
+
+    lasting: bool
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+
+    def stop(self) -> None:
+        """Make it save and end."""
+
+
+Start = Callable[[Trial, Path, int, int], Running]
+
+
+@dataclass
+class _Slot:
+    """One of the places in which trials run."""
+
+    number: int
+    trial: Trial | None = None
+    running: Running | None = None
+    stack: ExitStack = field(default_factory=ExitStack)
+    stopped: bool = False
+
+
+def run(
+    source: Source,
+    folder: Path,
+    start: Start,
+    *,
+    parallel: int = 1,
+    say: Callable[[str], None] = print,
+    wait: float = 0.3,
+) -> None:
+    """Start trials, stop those that are not worth it, and come back when each has an end.
+
+    A trial that another launcher works on is left to it, and waited for. A run that dies without saying why is started again,
+    and has failed the third time.
+
+    Args:
+      start: `(trial, run, lock file descriptor, slot) -> Running`.
+      parallel: trials at a time.
+      wait: seconds between looks.
+    """
+    slots, deaths = [_Slot(number) for number in range(parallel)], dict[str, int]()
+    try:
+        while True:
+            for slot in slots:
+                if slot.running is not None and slot.running.poll() is not None:
+                    _empty(slot, source, folder, deaths, say)
+                if slot.trial is None:
+                    _fill(slot, source, folder, start)
+                elif not slot.stopped and source.should_stop(slot.trial):
+                    write_atomic(folder / slot.trial.name / PRUNED, "its metric is behind the others'")
+                    _stop(slot)
+            if all(slot.trial is None for slot in slots) and not source.candidates():
+                return
+            time.sleep(wait)
+    except BaseException:
+        ending = [slot for slot in slots if slot.running is not None and not slot.running.lasting]
+        for slot in ending:
+            _stop(slot)
+        while any(slot.running is not None and slot.running.poll() is None for slot in ending):
+            time.sleep(wait)
+        for slot in slots:
+            slot.stack.close()
+        raise
+
+
+def _stop(slot: _Slot) -> None:
+    if slot.running is not None:
+        slot.running.stop()
+        slot.stopped = True
+
+
+def _fill(slot: _Slot, source: Source, folder: Path, start: Start) -> None:
+    """Start a trial in an empty slot: one that somebody has left, or a new one."""
+    for trial in source.candidates():
+        if _started(slot, trial, source, folder, start):
+            return
+    while (drawn := source.draw()) is not None:
+        if _started(slot, drawn, source, folder, start):
+            return
+
+
+def _started(slot: _Slot, trial: Trial, source: Source, folder: Path, start: Start) -> bool:
+    file = slot.stack.enter_context(trials.held(folder, trial.name))
+    if file is None:
+        return False
+    state = trials.state(folder / trial.name)
+    if state.word in trials.ENDED:
+        # It has ended since it was looked for, its launcher had no time to say so, or its files are damaged.
+        if state.word == FAILED:
+            write_atomic(folder / trial.name / FAILED, state.reason)
+        source.ended(trial, state)
+        slot.stack.close()
+        return False
+    slot.trial, slot.stopped = trial, False
+    slot.running = start(trial, folder / trial.name, file.fileno(), slot.number)
+    return True
+
+
+def _empty(slot: _Slot, source: Source, folder: Path, deaths: dict[str, int], say: Callable[[str], None]) -> None:
+    assert slot.trial is not None and slot.running is not None
+    trial, code, run = slot.trial, slot.running.poll(), folder / slot.trial.name
+    state = trials.state(run)
+    deaths[trial.name] = deaths.get(trial.name, 0) + (code != PREEMPTED)
+    ended = state.word in trials.ENDED
+    if not ended and (code == MISTAKE or deaths[trial.name] >= ATTEMPTS):
+        # It had no time to say so itself.
+        state, ended = State(FAILED, _last_words(run) or f"exit code {code}", state.step), True
+        write_atomic(run / FAILED, state.reason)
+    if ended:
+        source.ended(trial, state)
+        say(f"{trial.name}: {state.word}{f', {state.reason}' if state.reason else ''} at step {state.step}.")
+    slot.stack.close()
+    slot.trial = slot.running = None
+
+
+def _last_words(run: Path) -> str:
+    log = run / "train.log"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.is_file() else []
+    return lines[-1].removeprefix("error: ") if lines else ""
+
+
+@dataclass
+class Listed:
+    """Trials that are known beforehand.
+
+    Args:
+      retry: let what has failed be tried again.
+    """
+
+    trials: Sequence[Trial]
+    folder: Path
+    retry: bool = False
+
+    def __post_init__(self) -> None:
+        trials.list_trials(self.folder, self.trials)
+        for trial in self.trials if self.retry else ():
+            if trials.state(self.folder / trial.name).word == FAILED:
+                trials.forget_failure(self.folder / trial.name)
+
+    def candidates(self) -> Sequence[Trial]:
+        return [trial for trial in self.trials if trials.said(self.folder / trial.name)[0] not in trials.ENDED]
+
+    def draw(self) -> Trial | None:
+        return None
+
+    def should_stop(self, trial: Trial) -> bool:
+        return False
+
+    def ended(self, trial: Trial, state: State) -> None:
+        """Its run says so already."""
+
+
+def local(config: str, parallel: int, common: Mapping[str, str]) -> Start:
+    """Start trials as processes here, each on its share of the CPU's cores and of the GPUs, ended by the kernel if this
+    process dies.
+
+    Args:
+      common: overrides of all trials, as texts; a trial's own come after them.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    gpus = _gpus()
+
+    def start(trial: Trial, run: Path, lock: int, slot: int) -> Running:
+        command = job(arguments(trial, run, config, common)).command(sys.executable)
+        share = _share(cores, slot, parallel)
+        chosen = {"CUDA_VISIBLE_DEVICES": ",".join(_share(gpus, slot, parallel))} if gpus else {}
+        parent = os.getpid()
+
+        def before() -> None:
+            if sys.platform == "linux":
+                # PR_SET_PDEATHSIG: it saves and ends when its launcher is gone, however that went.
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+                if os.getppid() != parent:
+                    os._exit(1)
+                os.sched_setaffinity(0, share)
+
+        with open(run / "train.log", "ab") as log:
+            # A session of its own: what a terminal sends to its group would reach it twice.
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(lock,), preexec_fn=before,
+                start_new_session=True, env={**os.environ, **chosen},
+            )  # fmt: skip
+        return Process(process)
+
+    return start
+
+
+def arguments(trial: Trial, run: Path, config: str, common: Mapping[str, str]) -> list[str]:
+    """Those of `experiments.train` for a trial."""
+    overrides = [f"--config.{key}={value}" for key, value in {**common, **trial.overrides}.items()]
+    return [f"--config={config}", f"--workdir={run}", *overrides]
+
+
+T = TypeVar("T")
+
+
+def _share(those: Sequence[T], slot: int, parallel: int) -> Sequence[T]:
+    """The slot's part of them; of fewer than there are slots, one that it shares."""
+    if len(those) < parallel:
+        return [those[slot % len(those)]]
+    return those[slot * len(those) // parallel : (slot + 1) * len(those) // parallel]
+
+
+def _gpus() -> list[str]:
+    """NVIDIA GPUs by the names that CUDA_VISIBLE_DEVICES has for them."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None:
+        return [name for name in said.split(",") if name]
+    return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+class Process:
+    """A run in a process of its own."""
+
+    lasting = False
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> None:
+        self._process.terminate()

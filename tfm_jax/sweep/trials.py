@@ -1,0 +1,185 @@
+"""A sweep's folder: a run directory for each trial, and what has become of each.
+
+DIR/sweep.json          what is swept: config, overrides of all trials, the study if there is one, metric and direction
+DIR/NAME/               a run directory as any other, and beside its files
+DIR/NAME/trial.json     the trial: its name, number and overrides; there as soon as the trial is known
+DIR/NAME/train.log      what the run has printed
+DIR/NAME/pruned         a launcher has stopped it, with the reason
+DIR/NAME/failed         it could not say itself why it failed
+DIR/study.log           Optuna's journal, of a study without a database
+DIR/.locks/NAME         held by who runs the trial, and by the run itself: who has it first, runs it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from tfm_jax.errors import UserError
+from tfm_jax.files import write_atomic
+from tfm_jax.sweep.space import Trial
+from tfm_jax.train.log import read_metrics
+
+# What a run's `status.json` may say, `waiting` before there is one, `pruned` where a launcher has stopped it.
+FINISHED, FAILED, PRUNED, WAITING = "finished", "failed", "pruned", "waiting"
+ENDED = (FINISHED, FAILED, PRUNED)
+
+
+class State(NamedTuple):
+    """What has become of a trial: one of the words above or of `status.json`, the reason, and its last step."""
+
+    word: str
+    reason: str = ""
+    step: int = 0
+
+
+def state(run: Path) -> State:
+    """From a run's files, which may be damaged: then it has failed, and says so."""
+    word, reason = said(run)
+    try:
+        return State(word, reason, max((int(line["step"]) for line in read_metrics(run)), default=0))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return State(FAILED, _damaged(run / "metrics.jsonl", error))
+
+
+def said(run: Path) -> tuple[str, str]:
+    """The state's word and reason by themselves, without reading the metrics."""
+    path = run / "status.json"
+    try:
+        status = json.loads(path.read_text())
+        word, reason = str(status["state"]), str(status.get("reason", ""))
+    except FileNotFoundError:
+        word, reason = WAITING, ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        word, reason = FAILED, _damaged(path, error)
+    for verdict in (PRUNED, FAILED):
+        # What a launcher says of a run that it has stopped, or that could not say so itself.
+        if word != FINISHED and (run / verdict).is_file():
+            return verdict, (run / verdict).read_text()
+    return word, reason
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path.name} is damaged: {type(error).__name__}: {error}"
+
+
+def forget_failure(run: Path) -> None:
+    """Let a failed trial be as one that was interrupted; damaged metrics are put aside."""
+    if state(run).reason.startswith("metrics.jsonl is damaged"):
+        (run / "metrics.jsonl").rename(run / "damaged_metrics.jsonl")
+    for name in (FAILED, "status.json"):
+        (run / name).unlink(missing_ok=True)
+
+
+def result(run: Path) -> dict[str, float]:
+    """The final metrics; none where it has not finished, or they cannot be read."""
+    try:
+        found = json.loads((run / "result.json").read_text())
+        return {key: value for key, value in found.items() if isinstance(value, int | float)}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def values(run: Path, metric: str) -> dict[int, float]:
+    """What a run has logged of a metric, by step."""
+    return {int(line["step"]): float(line[metric]) for line in read_metrics(run) if metric in line}
+
+
+@contextlib.contextmanager
+def held(folder: Path, name: str) -> Iterator[IO[str] | None]:
+    """The lock of a trial, or None where somebody has it. A process that inherits the file holds it on."""
+    path = folder / ".locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield file
+
+
+def open_folder(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write what is swept, or check that the folder's sweep is the same one.
+
+    Raises:
+      UserError: the folder belongs to another sweep, with what differs.
+    """
+    path = folder / "sweep.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = json.loads(json.dumps(record, default=repr))
+    if path.is_file():
+        own = _record(path)
+        if changed := [key for key in sorted(own.keys() | plain) if own.get(key) != plain.get(key)]:
+            lines = "".join(f"\n  {key}: {own.get(key)!r} -> {plain.get(key)!r}" for key in changed)
+            raise UserError(f"{folder} belongs to another sweep:{lines}\nUse another --workdir.")
+        return
+    write_atomic(path, json.dumps(plain, indent=2) + "\n")
+
+
+def write_trial(folder: Path, trial: Trial, number: int) -> None:
+    """Say in a trial's folder what it is.
+
+    Raises:
+      UserError: the folder is that of a trial with other overrides.
+    """
+    path = folder / trial.name / "trial.json"
+    record = {"trial": trial.name, "number": number, "overrides": trial.overrides}
+    text = json.dumps(record, default=repr) + "\n"
+    with contextlib.suppress(OSError, ValueError):
+        own = json.loads(path.read_text())
+        if own["overrides"] != json.loads(text)["overrides"]:
+            raise UserError(
+                f"{folder / trial.name} is of another sweep: it has {own['overrides']}. Use another --workdir."
+            )
+        if own == json.loads(text):
+            return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text)
+
+
+def list_trials(folder: Path, listed: Sequence[Trial]) -> None:
+    """Write all trials of a list, which may have more than the folder has so far.
+
+    Raises:
+      UserError: the folder has a trial that the list has not.
+    """
+    known = {trial.name for trial in listed}
+    if others := [path.parent.name for path in sorted(folder.glob("*/trial.json")) if path.parent.name not in known]:
+        raise UserError(
+            f"{folder} belongs to another sweep: it has the trial {others[0]}, which is not among the {len(listed)}."
+            " A sweep may become longer, as long as its trials keep their names. Use another --workdir."
+        )
+    for number, trial in enumerate(listed):
+        write_trial(folder, trial, number)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], list[Trial]]:
+    """What is swept, and the trials so far in their order; of one whose record is damaged no overrides are known.
+
+    Raises:
+      UserError: the folder is no sweep.
+    """
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a sweep: it has no sweep.json.")
+    found = []
+    for one in sorted(folder.glob("*/trial.json")):
+        try:
+            record = json.loads(one.read_text())
+            found.append((int(record["number"]), Trial(one.parent.name, dict(record["overrides"]))))
+        except (OSError, ValueError, KeyError, TypeError):
+            found.append((len(found), Trial(one.parent.name, {})))
+    return _record(path), [trial for _, trial in sorted(found, key=lambda pair: pair[0])]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = dict(json.loads(path.read_text()))
+        return found
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{_damaged(path, error)}. Delete it, and type the command of {path.parent} again.") from None
