@@ -9,8 +9,8 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help pretrain test lint evaluate generate convert benchmark parity clean reproduce-shakespeare reproduce-kills \
-	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans reproduce-parallel reproduce-elastic reproduce-slurm \
-	reproduce-report reproduce-follow results report
+	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans reproduce-parallel reproduce-elastic \
+	reproduce-slurm reproduce-report reproduce-follow reproduce-sweeps results report sweep
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9%-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%-]+):[^#]*## (.*)/\1|\2/' | \
@@ -40,6 +40,10 @@ test: $(VENV)/.ready  ## run the tests, in up to 4 processes
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+sweep: $(VENV)/.ready  ## make sweep SWEEP=configs/sweeps/lr.py RUN=sweeps/lr ARGS='--vectorise=8'; the same command goes on
+	@$(BIN)/python -m experiments.sweep --config=$(CONFIG) --sweep=$(or $(SWEEP),$(error give SWEEP=path/to/sweep.py)) \
+		--workdir=$(RUN) $(ARGS)
 
 evaluate: $(VENV)/.ready  ## evaluate RUN
 	@$(BIN)/python -m experiments.evaluate --run $(RUN) $(ARGS)
@@ -82,6 +86,9 @@ reproduce-report: $(VENV)/.ready  ## 16 small runs, their report and its picture
 
 reproduce-follow: $(VENV)/.ready  ## what evaluating a live run on other cores costs it (about 15 minutes)
 	@$(BIN)/python -m experiments.reproduce.follow $(ARGS)
+
+reproduce-sweeps: $(VENV)/.ready  ## 16 runs as processes and as one program, a study, killed; DATA=input.txt (about half an hour)
+	@$(BIN)/python -m experiments.reproduce.sweeps --data $(or $(DATA),$(error give DATA=path/to/input.txt)) $(ARGS)
 
 reproduce-minilm: $(VENV)/.ready  ## imported MiniLM on STS-B; MODEL=folder DATA=stsb-en-test.csv.gz (about 20 seconds)
 	@$(BIN)/python -m experiments.reproduce.minilm --model $(or $(MODEL),$(error give MODEL=path/to/model)) \
