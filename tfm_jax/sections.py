@@ -61,7 +61,7 @@ def section_fields(section: str, given: Mapping[str, Any], setting: str | None =
     if section == "optim":
         from tfm_jax.train import optim
 
-        return _signature(optim.make, hidden=("params", "steps"))
+        return _signature(optim.make, hidden=("params", "steps", "scales"))
     if section == "mesh":
         from tfm_jax.parallel import mesh
 

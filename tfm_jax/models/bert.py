@@ -41,6 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # Of `data.objectives`, those that make sense of it.
 OBJECTIVES = ("mask", "follow", "order")
+# See `models.gpt`; all other heads are kernels, known by their shapes.
+READOUT = (r"token_head/norm/(scale|bias)$",)
 RULES: tuple[Rule, ...] = (*embeddings.RULES, *heads.RULES, *block.RULES)
 
 

@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     for size in ("tiny", "small", "base")
 }
 RULES = vit.RULES
+READOUT = vit.READOUT
 RESIZE = ((r"position_embedding/embedding$", functools.partial(patches.resize_grid, extra=2)),)
 
 

@@ -80,6 +80,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # Of `data.objectives`, those that make sense of it.
 OBJECTIVES = ("next", "prefix_lm")
+# What `train.mup` scales for the logits: a table of their own, or what is multiplied with the one that embeds too.
+READOUT = (r"unembedding/embedding$", r"final_norm/(scale|bias)$")
 RULES: tuple[Rule, ...] = (
     (r"(token_embedding|unembedding)/embedding$", ("tensor", "fsdp")),
     (r"position_embedding/embedding$", (None, "fsdp")),

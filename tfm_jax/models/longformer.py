@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # Of `data.objectives`, those that make sense of it.
 OBJECTIVES = ("mask",)
+# See `models.bert`.
+READOUT = (r"token_head/norm/(scale|bias)$",)
 RULES: tuple[Rule, ...] = (*embeddings.RULES, *heads.RULES, *longformer.RULES, *block.RULES)
 
 

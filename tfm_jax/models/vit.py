@@ -44,6 +44,8 @@ RULES: tuple[Rule, ...] = (
     *patches.RULES,
     *block.RULES,
 )
+# See `models.gpt`; the head is a kernel, known by its shape.
+READOUT: tuple[str, ...] = ()
 # How a table of positions becomes that of another resolution; one row is the class token's.
 RESIZE = ((r"position_embedding/embedding$", functools.partial(patches.resize_grid, extra=1)),)
 

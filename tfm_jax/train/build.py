@@ -32,7 +32,7 @@ from tfm_jax.parallel.sharding import ROW_AXES, Layout
 from tfm_jax.sections import build_model, family, fill, make_named, section_fields
 from tfm_jax.tasks.base import Task, with_auxiliary
 from tfm_jax.tasks.ema import with_ema
-from tfm_jax.train import optim, quantize, schedules, settings
+from tfm_jax.train import mup, optim, quantize, schedules, settings
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.stages import pipeline_of
 from tfm_jax.train.state import TrainState, initialiser
@@ -184,7 +184,10 @@ def build(
     remat.check(config["model"].get("remat", "none"), traced)
     frozen = [*config["optim"]["freeze"], *task.frozen]
     trains = quantize.quantized(model, train.quantize, variables, inputs) if for_training and train.quantize else model
-    optimizer = optim.make(shapes, steps=train.steps, **{**config["optim"], "freeze": frozen})
+    scales = mup.scales(
+        config, lambda m: jax.eval_shape(lambda k: task.init_params(m.init(k, **inputs, train=False)["params"], k), key)
+    )
+    optimizer = optim.make(shapes, steps=train.steps, scales=scales, **{**config["optim"], "freeze": frozen})
     step = make_train_step(task, trains, optimizer.tx, accum=train.accum, seed=train.seed)
     return Experiment(
         config=config,
@@ -196,7 +199,7 @@ def build(
         model=model,
         task=task,
         optimizer=optimizer,
-        init=initialiser(model, task, optimizer.tx, inputs, train.seed),
+        init=initialiser(model, task, optimizer.tx, inputs, train.seed, scales),
         step=_from_host(step) if layout.optimizer_memory == "host" else step,
         jit=jit,
     )
@@ -241,6 +244,7 @@ def check(config: configs.Config, layout: Layout) -> None:
     names = set(inspect.signature(schedules.make).parameters) - {"steps"}
     schedules.make(steps=config["train"]["steps"], **{name: config["optim"][name] for name in names})
     optim.rule(config["optim"]["name"], config["optim"]["options"] or {}, config["optim"].get("moments", "float32"))
+    mup.check(config)
     length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
     if length is not None and limit is not None and length > limit:
         raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")

@@ -16,6 +16,7 @@ from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path, values_by_pattern
 from tfm_jax.train import schedules
 from tfm_jax.train.moments import Moments, stored
+from tfm_jax.train.mup import Scales
 
 Name = Literal["adamw", "adafactor", "lion", "muon"]
 
@@ -43,8 +44,9 @@ def make(
     freeze: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     moments: Moments = "float32",
+    scales: Scales | None = None,
 ) -> Optimizer:
-    """The config section `optim` (its `steps` is `train.steps`).
+    """The config section `optim` (its `steps` is `train.steps`, its `scales` come of `train.mup`).
 
     Args:
       params: abstract parameters, for the patterns.
@@ -78,8 +80,13 @@ def make(
         raise UserError(f"optim.weight_decay={weight_decay}: must be at least 0.")
     if clip_norm is not None and clip_norm <= 0:
         raise UserError(f"optim.clip_norm={clip_norm}: must be above 0, or None for no clipping.")
-    parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    # The gradient of w where the parameter is a w.
+    parts = [] if scales is None else [_scale_each(flat_lookup({p: s.multiplier for p, s in scales.items()}))]
+    parts += [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     parts += [rule(name, options or {}, moments)]
+    if scales is not None:
+        # In front of the decay, which takes the same share at every width (Wang and Aitchison 2024, arXiv 2405.13698).
+        parts += [_scale_each(flat_lookup({p: s.multiplier * s.rate for p, s in scales.items()}))]
     if weight_decay:
         decayed = values_by_pattern(params, [(decay_pattern, True)], False, setting="optim.decay_pattern")
         # Frozen parameters reach the chain as masked nodes, so the mask is looked up by path and not given as a tree.

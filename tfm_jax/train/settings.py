@@ -24,6 +24,9 @@ class Train:
         `{"rank": 8}`, or of what its `name` says (`adalora`); None for all parameters.
       quantize: `(regex on a kernel's path, "int8" | "fp8")` pairs: products of these kernels in 8 bits while training, and not
         when evaluating; see `train.quantize`. Needs `pip install 'tfm_jax[quantize]'`.
+      mup: maximal update parametrisation: sizes of a narrower base of the model, by their names in section `model`, for instance
+        `{"width": 64}`; initial values and learning rates then are the base's, carried over, and `optim.lr` is right for both. See
+        `train.mup`; None for the standard parametrisation.
       eval_every: steps between evaluations; 0 for only at the end.
       stop_metric: end the run before its last step when this metric, `eval/NAME/KEY`, has not become better for
         `stop_patience` evaluations; None for never. To have the best step's checkpoint then, let checkpoint.every be
@@ -39,6 +42,7 @@ class Train:
     ema: float | None = None
     adapter: Annotated[Mapping[str, Any] | None, Inside("adapter")] = None
     quantize: Sequence[Any] = ()
+    mup: Mapping[str, Any] | None = None
     eval_every: int = 0
     stop_metric: str | None = None
     stop_patience: int = 3

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from tfm_jax.tasks.base import Task
+from tfm_jax.train.mup import Scales, initial
 
 
 class TrainState(NamedTuple):
@@ -30,12 +31,13 @@ class TrainState(NamedTuple):
 
 
 def initialiser(
-    model: nn.Module, task: Task, tx: optax.GradientTransformation, inputs: Any, seed: int
+    model: nn.Module, task: Task, tx: optax.GradientTransformation, inputs: Any, seed: int, scales: Scales | None = None
 ) -> Callable[[], TrainState]:
     """A function that makes the initial state; jit it with shardings, so that parameters are born split.
 
     Args:
       inputs: one batch's `inputs`, abstract or not; only shapes and dtypes matter.
+      scales: see `train.mup`.
     """
 
     def init() -> TrainState:
@@ -44,6 +46,7 @@ def initialiser(
         key = jax.random.fold_in(jax.random.key(seed), 0)
         variables = dict(model.init(key, **blank, train=False))
         params = task.init_params(variables.pop("params"), jax.random.fold_in(key, 0))
+        params = params if scales is None else initial(params, scales)
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), task.init_extra(params), variables)
 
     return init
