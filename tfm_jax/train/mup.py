@@ -60,12 +60,16 @@ def check(config: configs.Config) -> None:
         raise UserError("train.mup={}: name the base's sizes, for instance train.mup.width=64.")
     name, optim = config["model"]["name"], config["optim"]
     if family(name, "READOUT", None) is None:
-        raise UserError(f"train.mup: model.name={name!r} does not say where its width ends. Those that do: {_families()}.")
+        raise UserError(
+            f"train.mup: model.name={name!r} does not say where its width ends. Those that do: {_families()}."
+        )
     own, base = (getattr(build_model(section), "block", None) for section in (config["model"], base_section(config)))
     if isinstance(own, BlockSpec) and isinstance(base, BlockSpec):
         _check_blocks(own, base)
     if config["train"]["adapter"] is not None:
-        raise UserError("train.mup: train.adapter trains beside a model that has its width already. Leave out one of them.")
+        raise UserError(
+            "train.mup: train.adapter trains beside a model that has its width already. Leave out one of them."
+        )
     if optim["name"] == "adafactor" and (optim["options"] or {}).get("multiply_by_parameter_scale", True):
         raise UserError(
             "train.mup: adafactor's updates follow the parameters' own size. Set"
@@ -194,4 +198,3 @@ def _matrix(own: tuple[int, ...], base: tuple[int, ...], orthogonal: bool) -> Sc
 def initial(params: Any, scales: Scales) -> Any:
     """A model's initial parameters, times a b."""
     return map_with_path(lambda path, x: x * (scales[path].multiplier * scales[path].init), params)
-

@@ -1,0 +1,115 @@
+"""Learning rates carried over widths: the coordinate check from 64 to 1,024, and the best rate at 64 and at 512.
+
+With `configs/gpt_mup.py`, standard and by muP. Writes `results/mup.json`, `results/mup_coordinates.png` and `results/mup_rates.png`, and
+fails where muP is not flat, or its best rates are further apart than one step of the grid, a factor of 2. What is in `--workdir` is
+not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments import cli, coordinates
+from experiments.reproduce.record import RESULTS, write_result
+from tfm_jax import config as configs
+from tfm_jax.train.coordinates import NAMES
+
+EXAMPLES = "  python -m experiments.reproduce.mup"
+CONFIG = "configs/gpt_mup.py"
+WIDTHS = (64, 512)
+# From too low to too high for both.
+GRID = tuple(2.0**power for power in range(-10, -3))
+METRIC = "eval/validation/loss"
+# By width and learning rate.
+Losses = dict[int, dict[float, float]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = cli.parser(str(__doc__), EXAMPLES)
+    made.add_argument("--workdir", type=Path, default=Path("runs/mup"))
+    # The rest is for trying it out: the figures are those of the defaults.
+    made.add_argument("--config", default=CONFIG, help=cli.HIDDEN)
+    made.add_argument("--widths", type=int, nargs=2, default=WIDTHS, help=cli.HIDDEN)
+    made.add_argument("--checked", type=int, nargs="+", default=(64, 128, 256, 512, 1024), help=cli.HIDDEN)
+    made.add_argument("--results", type=Path, default=RESULTS, help=cli.HIDDEN)
+    flags, overrides = cli.parse(made, argv)
+    cli.setup()
+    config = configs.resolve(configs.load(flags.config), overrides)
+    small = configs.changed(config, {"data.batch_size": 4})  # four rows show it as well as sixteen
+    checked = coordinates.check(small, flags.checked, 4, 2, flags.workdir / "coordinates")
+    print("\n".join(coordinates.report(checked)), flush=True)
+    losses = {name: sweep(config, flags.widths, name, flags.workdir) for name in ("standard", "mup")}
+    best = {name: {width: min(by, key=by.__getitem__) for width, by in found.items()} for name, found in losses.items()}
+    apart = {name: abs(math.log2(rates[flags.widths[1]] / rates[flags.widths[0]])) for name, rates in best.items()}
+    figures = {"coordinates": checked, "losses": losses, "best": best, "apart_in_factors_of_2": apart}
+    flags.results.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(flags.workdir / "coordinates" / "coordinates.png", flags.results / "mup_coordinates.png")
+    draw(flags.results / "mup_rates.png", losses)
+    write_result("mup", json.loads(json.dumps(figures)), config=flags.config, seed=0, folder=flags.results)
+    for name, found in losses.items():
+        for width, by in found.items():
+            rate = best[name][width]
+            print(
+                f"{name:8s} {width:4d} wide: best at 2^{math.log2(rate):.0f} = {rate:.3g}, {by[rate]:.3f} nats a byte"
+            )
+    if flags.json:
+        cli.print_json(json.loads(json.dumps(figures)))
+    return int(checked["worst"]["mup"] > coordinates.FLAT or apart["mup"] > 1)
+
+
+def sweep(config: configs.Config, widths: Sequence[int], name: str, folder: Path) -> Losses:
+    """The final loss at each width and rate; one that diverged has lost."""
+    found: Losses = {}
+    for width in widths:
+        for rate in GRID:
+            sizes = config["train"]["mup"] if name == "mup" else None
+            changes = {"model.width": width, "optim.lr": rate, "train.mup": sizes}
+            found.setdefault(width, {})[rate] = loss(
+                configs.changed(config, changes), folder / f"{name}-{width}-{rate:.6f}"
+            )
+    return found
+
+
+def loss(config: configs.Config, run: Path) -> float:
+    from tfm_jax.errors import UserError
+    from tfm_jax.train.run import train
+
+    if not (run / "result.json").is_file():
+        try:
+            train(config, run)
+        except UserError:
+            # Its status says why; a rate that is too high is an answer, anything else is not.
+            if "not finite" not in json.loads((run / "status.json").read_text()).get("reason", ""):
+                raise
+            return math.inf
+    return float(json.loads((run / "result.json").read_text())[METRIC])
+
+
+def draw(path: Path, losses: Mapping[str, Losses]) -> None:
+    """Loss over the learning rate, a line for each width."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(losses), sharey=True, squeeze=False)[0]
+    for axes, (name, found) in zip(panels, losses.items(), strict=True):
+        for width, by in found.items():
+            points = [(rate, y) for rate, y in by.items() if math.isfinite(y)]
+            (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{width} wide")
+            rate, least = min(points, key=lambda point: point[1])
+            axes.plot([rate], [least], marker="*", markersize=13, color=line.get_color())
+        axes.set(title=NAMES[name], xlabel="learning rate", xscale="log")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].set_ylabel("validation loss (nats a byte)")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    cli.run(main)

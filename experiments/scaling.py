@@ -1,0 +1,114 @@
+"""Scaling law of finished runs: loss against parameters and tokens, with its uncertainty, and the best size for a budget.
+
+Fits L = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, approach 3) to each run's last loss, N being all parameters and D the
+tokens trained on. Writes `scaling.json` and `scaling.png`. The runs should each have their learning rate's whole decay behind
+them: a loss from the middle of one is higher than that of a run of this length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import cli
+from tfm_jax import config as configs
+from tfm_jax.errors import UserError, nearest
+
+EXAMPLES = """\
+  python -m experiments.scaling runs/sizes/* --metric=eval/validation/loss --budget=1e18 --to=runs/law"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = cli.parser(str(__doc__), EXAMPLES)
+    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories, finished ones")
+    made.add_argument("--metric", required=True, help="a loss of result.json, for instance eval/validation/loss")
+    made.add_argument("--budget", type=float, required=True, help="FLOPs to spend, for instance 1e18")
+    made.add_argument("--to", type=Path, required=True, help="folder for the figures")
+    made.add_argument("--resamples", type=int, default=100, help="fits of resampled runs, for the uncertainty")
+    flags, _ = cli.parse(made, argv)
+    if not flags.budget > 0:
+        raise UserError(f"--budget={flags.budget}: must be above 0.")
+    if flags.resamples < 10:
+        raise UserError(f"--resamples={flags.resamples}: at least 10, or there is no interval.")
+    from tfm_jax.files import write_atomic
+    from tfm_jax.sweep import scaling
+
+    read = [_read(path, flags.metric) for path in flags.runs]
+    runs = [run for run, _ in read]
+    found = scaling.fit(runs, resamples=flags.resamples)
+    best = found.law.optimum(flags.budget)
+    intervals = {
+        name: found.interval(lambda law, name=name: getattr(law.optimum(flags.budget), name)) for name in best._fields
+    }
+    counted = sorted(flops / run.parameters for run, flops in read if flops is not None)
+    figures = {
+        "metric": flags.metric,
+        "runs": [run._asdict() for run in runs],
+        "law": {name: {"value": v, "low": low, "high": high} for name, (v, low, high) in scaling.constants(found).items()},
+        "residual": found.residual,
+        "budget": flags.budget,
+        "optimum": {name: {"value": v, "low": intervals[name][0], "high": intervals[name][1]} for name, v in best._asdict().items()},
+        "flops_per_parameter_and_token": {"used": scaling.FLOPS, "of_the_runs": counted and [counted[0], counted[-1]]},
+    }  # fmt: skip
+    flags.to.mkdir(parents=True, exist_ok=True)
+    write_atomic(flags.to / "scaling.json", configs.to_json(figures))
+    scaling.draw(flags.to / "scaling.png", runs, found, flags.budget)
+    rows = [("constant", "value", "90 % of resampled fits")]
+    for name, (value, low, high) in scaling.constants(found).items():
+        rows.append((name, f"{value:.4g}", f"{low:.4g} to {high:.4g}"))
+    print(cli.table(rows))
+    print(f"{len(runs)} runs, {100 * found.residual:.2f} % away from it (root mean square).")
+    low, high = (f"{scaling.short(x)}" for x in intervals["parameters"])
+    print(
+        f"Best for {flags.budget:.3g} FLOPs: {scaling.short(best.parameters)} parameters ({low} to {high}) on"
+        f" {scaling.short(best.tokens)} tokens, loss {best.loss:.4g}."
+    )
+    for line in _doubts(runs, best.parameters, flags.budget, counted):
+        print(line)
+    if flags.json:
+        cli.print_json(figures)
+    return 0
+
+
+def _doubts(runs: Sequence[Any], parameters: float, budget: float, counted: Sequence[float]) -> list[str]:
+    from tfm_jax.sweep import scaling
+
+    lines, most = [], max(scaling.FLOPS * run.parameters * run.tokens for run in runs)
+    if budget > 10 * most:
+        lines.append(f"That is {budget / most:.0f} times the largest run: far outside of what was measured.")
+    if counted and counted[-1] > 1.5 * scaling.FLOPS:
+        lines.append(
+            f"Counted are 6 FLOPs a parameter and token; these runs have {counted[0]:.1f} to {counted[-1]:.1f} by the model's own"
+            " count, as small models with long sequences do."
+        )
+    return lines
+
+
+def _read(run: Path, metric: str) -> tuple[Any, float | None]:
+    """A finished run, and its model's FLOPs a token where it says so."""
+    from tfm_jax.sections import build_model
+    from tfm_jax.sweep import scaling
+    from tfm_jax.train.rundir import read_config
+
+    config = read_config(run)
+    if not (run / "result.json").is_file():
+        status = run / "status.json"
+        state = json.loads(status.read_text())["state"] if status.is_file() else "unknown"
+        raise UserError(f"{run} is not finished ({state}): it has no result.json. Finish it, or leave it out.")
+    result = json.loads((run / "result.json").read_text())
+    if not isinstance(result.get(metric), int | float):
+        losses = [name for name, value in result.items() if name.endswith("/loss") and isinstance(value, int | float)]
+        raise UserError(f"{run} has no --metric={metric}.{nearest(metric, losses)}")
+    data = config["data"]
+    if data.get("seq_len") is None or data.get("batch_size") is None:
+        raise UserError(f"{run}: its data.name={data['name']!r} has no fixed number of tokens a step (data.seq_len).")
+    tokens = float(result["step"]) * data["batch_size"] * data["seq_len"]
+    flops = getattr(build_model(config["model"]), "train_flops_per_token", None)
+    counted = None if flops is None else float(flops(data["seq_len"]))
+    return scaling.Run(run.as_posix(), float(result["parameters"]), tokens, float(result[metric])), counted
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,58 @@
+"""The command on run directories that are there."""
+
+import json
+
+import pytest
+
+from experiments import scaling
+from tfm_jax import config as configs
+from tfm_jax.errors import UserError
+from tfm_jax.sweep.scaling import Law
+
+LAW = Law(E=1.2, A=40.0, B=90.0, alpha=0.3, beta=0.35)
+
+
+@pytest.fixture
+def runs(tmp_path, make_config):
+    """Finished runs of four sizes and three lengths, their losses those of a law."""
+    made = []
+    for width in (16, 32, 64, 128):
+        for steps in (100, 1000, 10000):
+            run, parameters = tmp_path / f"{width}-{steps}", 24 * width**2 + 512 * width
+            run.mkdir()
+            config = make_config({"model.width": width, "train.steps": steps, "model.vocab_size": 257})
+            (run / "config.json").write_text(configs.to_json(config))
+            loss = float(LAW.loss(parameters, steps * 8 * 8))
+            result = {"step": steps, "parameters": parameters, "eval/validation/loss": loss, "eval/validation/tokens": 9}
+            (run / "result.json").write_text(json.dumps(result))
+            made.append(run)
+    return made
+
+
+def test_a_law_from_run_directories(runs, tmp_path, capsys):
+    flags = ["--metric=eval/validation/loss", "--budget=1e12", f"--to={tmp_path}/law", "--resamples=10", "--json"]
+    assert scaling.main([*map(str, runs), *flags]) == 0
+    said = capsys.readouterr().out
+    found = json.loads(said.splitlines()[-1])
+    assert found["law"]["alpha"]["value"] == pytest.approx(LAW.alpha, rel=0.02)
+    best = LAW.optimum(1e12)
+    assert found["optimum"]["parameters"]["value"] == pytest.approx(best.parameters, rel=0.05)
+    assert found["runs"][0]["tokens"] == 100 * 8 * 8 and f"{len(runs)} runs" in said
+    # Attention of one head size over 8 positions adds to 6 FLOPs a parameter; tables of positions have none.
+    low, high = found["flops_per_parameter_and_token"]["of_the_runs"]
+    assert 2 < low < high < 12
+    assert (tmp_path / "law" / "scaling.png").stat().st_size > 10_000
+
+
+def test_what_is_no_finished_run_is_refused(runs, tmp_path):
+    flags = ["--budget=1e12", f"--to={tmp_path}/law"]
+    with pytest.raises(UserError, match=r"has no --metric=eval/valid/loss\. Did you mean 'eval/validation/loss'\?"):
+        scaling.main([str(runs[0]), "--metric=eval/valid/loss", *flags])
+    (runs[3] / "result.json").unlink()
+    (runs[3] / "status.json").write_text('{"state": "preempted"}')
+    with pytest.raises(UserError, match=r"32-100 is not finished \(preempted\): it has no result\.json"):
+        scaling.main([*map(str, runs), "--metric=eval/validation/loss", *flags])
+    with pytest.raises(UserError, match="is not a run directory"):
+        scaling.main([str(tmp_path / "none"), "--metric=eval/validation/loss", *flags])
+    with pytest.raises(UserError, match="--budget=-1.0: must be above 0"):
+        scaling.main([str(runs[0]), "--metric=x", "--budget=-1", f"--to={tmp_path}"])

@@ -1,0 +1,254 @@
+"""Scaling laws: loss against parameters and tokens, and the best size for a budget.
+
+L(N, D) = E + A / N^alpha + B / D^beta, approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556), section 3.3 and appendix D.3.
+N parameters, D training tokens, C FLOPs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+
+from tfm_jax.errors import UserError
+
+# Beyond this residual of log L the Huber loss is linear (appendix D.3).
+HUBER = 1e-3
+# FLOPs of a parameter and token, forward and backward (Kaplan et al. 2020, section 2.1; Hoffmann et al., appendix F).
+FLOPS = 6.0
+# As many as there are constants, and one more, so that the fit can fail.
+LEAST_RUNS = 6
+# Between the smallest and the largest N, and D.
+LEAST_SPREAD = 1.5
+# From the grid's best starts; the paper's 4,500 end in few minima.
+_STARTS = 24
+
+
+class Run(NamedTuple):
+    """One training run.
+
+    Attributes:
+      name: for the picture and for errors.
+      parameters: N.
+      tokens: D.
+      loss: at the end of the run, nats.
+    """
+
+    name: str
+    parameters: float
+    tokens: float
+    loss: float
+
+
+class Law(NamedTuple):
+    """The constants of L(N, D)."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def loss(self, parameters: Any, tokens: Any) -> Any:
+        return self.E + self.A / np.power(parameters, self.alpha) + self.B / np.power(tokens, self.beta)
+
+    def optimum(self, budget: float, flops: float = FLOPS) -> Optimum:
+        """The size and tokens of least loss for `flops` N D = budget (equation 4)."""
+        g = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        parameters = g * (budget / flops) ** (self.beta / (self.alpha + self.beta))
+        tokens = budget / flops / parameters
+        return Optimum(parameters, tokens, float(self.loss(parameters, tokens)))
+
+
+class Optimum(NamedTuple):
+    parameters: float
+    tokens: float
+    loss: float
+
+
+class Fit(NamedTuple):
+    """Attributes:
+    law: of all runs.
+    resampled: laws of as many runs drawn with replacement, the fit's uncertainty (Efron 1979).
+    residual: root mean square of log L - log of the law's.
+    """
+
+    law: Law
+    resampled: Sequence[Law]
+    residual: float
+
+    def interval(self, value: Any, share: float = 0.9) -> tuple[float, float]:
+        """Between which the middle `share` of `value(law)` lies over the resampled laws."""
+        found = [value(law) for law in self.resampled]
+        low, high = np.quantile(found, [(1 - share) / 2, (1 + share) / 2])
+        return float(low), float(high)
+
+
+def fit(runs: Sequence[Run], *, resamples: int = 100, seed: int = 0) -> Fit:
+    """The law that the runs follow.
+
+    Raises:
+      UserError: too few runs, or all of nearly the same size or length: no law follows from them.
+    """
+    check(runs)
+    data = _logs(runs)
+    starts = _grid()
+    starts = starts[np.argsort([_objective(start, *data)[0] for start in starts])[:_STARTS]]
+    best = min((_descend(start, data) for start in starts), key=lambda found: found.fun)
+    draw, resampled = np.random.default_rng(seed), []
+    while len(resampled) < resamples:
+        chosen = draw.integers(0, len(runs), len(runs))
+        some = [runs[i] for i in chosen]
+        # A sample in which nothing varies says nothing of what it would do.
+        if len({run.parameters for run in some}) > 1 and len({run.tokens for run in some}) > 1:
+            # Near the law of all, with other exponents in case the sample has another minimum.
+            near = [best.x, best.x + np.array([0, 1, 0, 0.1, 0]), best.x + np.array([0, 0, 1, 0, 0.1])]
+            resampled.append(_law(min((_descend(x, _logs(some)) for x in near), key=lambda found: found.fun).x))
+    law = _law(best.x)
+    predicted = law.loss(*(np.array([getattr(run, name) for run in runs]) for name in ("parameters", "tokens")))
+    residual = np.log([run.loss for run in runs]) - np.log(predicted)
+    return Fit(law, resampled, float(np.sqrt(np.mean(residual**2))))
+
+
+def check(runs: Sequence[Run]) -> None:
+    """Refuse runs from which no law follows."""
+    for run in runs:
+        for name in ("parameters", "tokens", "loss"):
+            if not (math.isfinite(getattr(run, name)) and getattr(run, name) > 0):
+                raise UserError(f"{run.name}: {name}={getattr(run, name)} must be a number above 0.")
+    points = {(run.parameters, run.tokens) for run in runs}
+    if len(points) < LEAST_RUNS:
+        raise UserError(
+            f"A law of five constants needs at least {LEAST_RUNS} runs of different size or length; here are {len(points)}."
+        )
+    for name, unit in (("parameters", "model.width or model.layers"), ("tokens", "train.steps")):
+        values = [getattr(run, name) for run in runs]
+        if max(values) < LEAST_SPREAD * min(values):
+            raise UserError(
+                f"All runs have nearly the same {name}, {min(values):.3g} to {max(values):.3g}: nothing says how the loss depends"
+                f" on it. Train some with another {unit}."
+            )
+
+
+def _logs(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    n, d, y = np.log([[run.parameters, run.tokens, run.loss] for run in runs]).T
+    return n, d, y
+
+
+def _grid() -> np.ndarray:
+    """The starts of appendix D.3, (starts, 5): log E, log A, log B, alpha, beta."""
+    axes = [
+        np.arange(0, 26, 5),
+        np.arange(0, 26, 5),
+        np.arange(-1, 1.1, 0.5),
+        np.arange(0, 2.1, 0.5),
+        np.arange(0, 2.1, 0.5),
+    ]
+    log_a, log_b, log_e, alpha, beta = np.meshgrid(*axes, indexing="ij")
+    return np.stack([x.ravel() for x in (log_e, log_a, log_b, alpha, beta)], axis=1).astype(float)
+
+
+def _objective(x: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """The sum of Huber losses of log L(N, D) - log L (equation 3) and its gradient; x is log E, log A, log B, alpha, beta.
+
+    The sum and not the mean, so that the descent does not end too early (Besiroglu et al. 2024, arXiv 2404.10102, section 3).
+    """
+    terms = np.stack([np.full_like(n, x[0]), x[1] - x[3] * n, x[2] - x[4] * d])
+    total = logsumexp(terms, axis=0)
+    r = total - y
+    inside = np.abs(r) <= HUBER
+    value = np.sum(np.where(inside, 0.5 * r**2, HUBER * (np.abs(r) - 0.5 * HUBER)))
+    slope = np.where(inside, r, HUBER * np.sign(r)) * np.exp(terms - total)
+    return float(value), np.array([slope[0].sum(), slope[1].sum(), slope[2].sum(), -slope[1] @ n, -slope[2] @ d])
+
+
+def _descend(start: np.ndarray, data: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Any:
+    # Losses of 1e-3 squared are below what the algorithm takes for nothing.
+    scale = HUBER**-2
+
+    def scaled(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = _objective(x, *data)
+        return value * scale, gradient * scale
+
+    return minimize(scaled, start, jac=True, method="L-BFGS-B", options={"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-10})
+
+
+def _law(x: np.ndarray) -> Law:
+    return Law(*(float(v) for v in (*np.exp(x[:3]), x[3], x[4])))
+
+
+def draw(path: Path, runs: Sequence[Run], found: Fit, budget: float, flops: float = FLOPS) -> None:
+    """The runs beside the law, and its best size for each budget with the resampled laws' own around it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    sizes = sorted({run.parameters for run in runs})
+    tokens = np.array([run.tokens for run in runs])
+    line = np.geomspace(tokens.min() / 1.5, tokens.max() * 1.5, 100)
+    for i, size in enumerate(sizes):
+        color = f"C{i % 10}"
+        left.plot(
+            line,
+            found.law.loss(size, line),
+            color=color,
+            linewidth=1,
+            label=f"{short(size)} parameters" if len(sizes) <= 10 else None,
+        )
+        own = [run for run in runs if run.parameters == size]
+        left.plot([run.tokens for run in own], [run.loss for run in own], "o", color=color, markersize=4)
+    left.set(xlabel="training tokens", ylabel="loss (nats)", xscale="log", title=_title(found))
+    if len(sizes) <= 10:
+        left.legend(fontsize=7)
+    spent = [flops * run.parameters * run.tokens for run in runs]
+    budgets = np.geomspace(min(spent), max(*spent, budget) * 2, 60)
+    for law in found.resampled:
+        right.plot(budgets, [law.optimum(c, flops).parameters for c in budgets], color="C0", alpha=0.08, linewidth=1)
+    right.plot(budgets, [found.law.optimum(c, flops).parameters for c in budgets], color="C0", label="best size")
+    right.plot(spent, [run.parameters for run in runs], "o", color="grey", markersize=3, label="runs")
+    best = found.law.optimum(budget, flops)
+    right.plot(
+        [budget],
+        [best.parameters],
+        "*",
+        color="C3",
+        markersize=13,
+        label=f"{short(best.parameters)}, {short(best.tokens)} tokens",
+    )
+    right.set(xlabel="FLOPs", ylabel="parameters", xscale="log", yscale="log", title="compute-optimal size")
+    # A law that says nothing of N must not flatten what the others say.
+    own = [run.parameters for run in runs] + [best.parameters]
+    right.set_ylim(min(own) / 10, max(own) * 10)
+    right.legend(fontsize=7)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _title(found: Fit) -> str:
+    law = found.law
+    return f"{law.E:.3g} + {law.A:.3g} / N^{law.alpha:.2f} + {law.B:.3g} / D^{law.beta:.2f}"
+
+
+def short(value: float) -> str:
+    """1.23 M."""
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def constants(found: Fit) -> Mapping[str, tuple[float, float, float]]:
+    """Each constant with its interval."""
+    return {
+        name: (getattr(found.law, name), *found.interval(lambda law, name=name: getattr(law, name)))
+        for name in Law._fields
+    }
