@@ -23,7 +23,12 @@ def runs(tmp_path, make_config):
             config = make_config({"model.width": width, "train.steps": steps, "model.vocab_size": 257})
             (run / "config.json").write_text(configs.to_json(config))
             loss = float(LAW.loss(parameters, steps * 8 * 8))
-            result = {"step": steps, "parameters": parameters, "eval/validation/loss": loss, "eval/validation/tokens": 9}
+            result = {
+                "step": steps,
+                "parameters": parameters,
+                "eval/validation/loss": loss,
+                "eval/validation/tokens": 9,
+            }
             (run / "result.json").write_text(json.dumps(result))
             made.append(run)
     return made
@@ -54,5 +59,5 @@ def test_what_is_no_finished_run_is_refused(runs, tmp_path):
         scaling.main([*map(str, runs), "--metric=eval/validation/loss", *flags])
     with pytest.raises(UserError, match="is not a run directory"):
         scaling.main([str(tmp_path / "none"), "--metric=eval/validation/loss", *flags])
-    with pytest.raises(UserError, match="--budget=-1.0: must be above 0"):
+    with pytest.raises(UserError, match=r"--budget=-1\.0: must be above 0"):
         scaling.main([str(runs[0]), "--metric=x", "--budget=-1", f"--to={tmp_path}"])

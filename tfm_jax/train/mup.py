@@ -113,7 +113,7 @@ def base_section(config: configs.Config) -> dict[str, Any]:
 
 
 def scales(config: configs.Config, shapes: Callable[[Any], Any]) -> Scales | None:
-    """The factors of every parameter of a checked config; None without `train.mup`.
+    """The factors of every parameter of a checked config; None where all are 1: without `train.mup`, and at the base itself.
 
     Args:
       shapes: from a model, its abstract parameters, as they are trained.
@@ -123,13 +123,14 @@ def scales(config: configs.Config, shapes: Callable[[Any], Any]) -> Scales | Non
     section = base_section(config)
     own, base = build_model(config["model"]), build_model(section)
     tokens = "tokens" in getattr(own, "outputs", ("tokens",))
-    return from_shapes(
+    found = from_shapes(
         shapes(own),
         shapes(base),
         readout=family(section["name"], "READOUT", ()) if tokens else (),
         scores=_scores(getattr(own, "block", None), getattr(base, "block", None)),
         orthogonal=config["optim"]["name"] == "muon",
     )
+    return found if any(scale != Scale() for scale in found.values()) else None
 
 
 def _scores(own: Any, base: Any) -> float:
