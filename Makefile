@@ -10,7 +10,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help pretrain test lint evaluate generate convert benchmark parity clean reproduce-shakespeare reproduce-kills \
 	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans reproduce-parallel reproduce-elastic \
-	reproduce-slurm reproduce-report reproduce-follow reproduce-sweeps results report sweep
+	reproduce-slurm reproduce-report reproduce-follow reproduce-sweeps reproduce-mup results report sweep
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9%-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%-]+):[^#]*## (.*)/\1|\2/' | \
@@ -116,6 +116,9 @@ reproduce-plans: $(VENV)-tpu/.ready  ## plan eight models on pods with the TPU c
 
 reproduce-parallel: $(VENV)/.ready  ## losses and gradients on every kind of mesh beside one device (about 5 minutes)
 	@$(BIN)/python -m experiments.reproduce.parallel $(ARGS)
+
+reproduce-mup: $(VENV)/.ready  ## muP: the coordinate check over widths, and the best learning rate at 64 and 512 (about 25 minutes); resumes
+	@$(BIN)/python -m experiments.reproduce.mup $(ARGS)
 
 reproduce-longformer: $(VENV)/.ready  ## Longformer's time and memory at 2,048, 4,096 and 8,192 tokens
 	@$(BIN)/python -m experiments.reproduce.longformer_cost $(ARGS)

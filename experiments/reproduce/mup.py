@@ -21,8 +21,8 @@ from tfm_jax.train.coordinates import NAMES
 EXAMPLES = "  python -m experiments.reproduce.mup"
 CONFIG = "configs/gpt_mup.py"
 WIDTHS = (64, 512)
-# From too low to too high for both.
-GRID = tuple(2.0**power for power in range(-10, -3))
+# Powers of 2, from too low to too high for both.
+GRID = tuple(range(-10, -3))
 METRIC = "eval/validation/loss"
 # By width and learning rate.
 Losses = dict[int, dict[float, float]]
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--config", default=CONFIG, help=cli.HIDDEN)
     made.add_argument("--widths", type=int, nargs=2, default=WIDTHS, help=cli.HIDDEN)
     made.add_argument("--checked", type=int, nargs="+", default=(64, 128, 256, 512, 1024), help=cli.HIDDEN)
+    made.add_argument("--powers", type=int, nargs="+", default=GRID, help=cli.HIDDEN)
     made.add_argument("--results", type=Path, default=RESULTS, help=cli.HIDDEN)
     flags, overrides = cli.parse(made, argv)
     cli.setup()
@@ -42,14 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     small = configs.changed(config, {"data.batch_size": 4})  # four rows show it as well as sixteen
     checked = coordinates.check(small, flags.checked, 4, 2, flags.workdir / "coordinates")
     print("\n".join(coordinates.report(checked)), flush=True)
-    losses = {name: sweep(config, flags.widths, name, flags.workdir) for name in ("standard", "mup")}
+    losses = {name: sweep(config, flags.widths, flags.powers, name, flags.workdir) for name in ("standard", "mup")}
     best = {name: {width: min(by, key=by.__getitem__) for width, by in found.items()} for name, found in losses.items()}
     apart = {name: abs(math.log2(rates[flags.widths[1]] / rates[flags.widths[0]])) for name, rates in best.items()}
-    figures = {"coordinates": checked, "losses": losses, "best": best, "apart_in_factors_of_2": apart}
+    # JSON has no infinity: what diverged has no loss.
+    known = {
+        name: {width: {rate: y if math.isfinite(y) else None for rate, y in by.items()} for width, by in found.items()}
+        for name, found in losses.items()
+    }
+    figures = json.loads(
+        json.dumps({"coordinates": checked, "losses": known, "best": best, "apart_in_factors_of_2": apart})
+    )
     flags.results.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(flags.workdir / "coordinates" / "coordinates.png", flags.results / "mup_coordinates.png")
     draw(flags.results / "mup_rates.png", losses)
-    write_result("mup", json.loads(json.dumps(figures)), config=flags.config, seed=0, folder=flags.results)
+    write_result("mup", figures, config=flags.config, seed=0, folder=flags.results)
     for name, found in losses.items():
         for width, by in found.items():
             rate = best[name][width]
@@ -57,15 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{name:8s} {width:4d} wide: best at 2^{math.log2(rate):.0f} = {rate:.3g}, {by[rate]:.3f} nats a byte"
             )
     if flags.json:
-        cli.print_json(json.loads(json.dumps(figures)))
+        cli.print_json(figures)
     return int(checked["worst"]["mup"] > coordinates.FLAT or apart["mup"] > 1)
 
 
-def sweep(config: configs.Config, widths: Sequence[int], name: str, folder: Path) -> Losses:
+def sweep(config: configs.Config, widths: Sequence[int], powers: Sequence[int], name: str, folder: Path) -> Losses:
     """The final loss at each width and rate; one that diverged has lost."""
     found: Losses = {}
     for width in widths:
-        for rate in GRID:
+        for rate in (2.0**power for power in powers):
             sizes = config["train"]["mup"] if name == "mup" else None
             changes = {"model.width": width, "optim.lr": rate, "train.mup": sizes}
             found.setdefault(width, {})[rate] = loss(

@@ -153,8 +153,8 @@ def test_training_is_that_of_explicit_multipliers(make_config, monkeypatch):
         assert np.mean(np.abs(flatten(got)[path] - want) > 1e-3 * moved) < 2e-3, path
 
 
-@pytest.mark.parametrize("name, power", [("muon", 0.0), ("adamw", 0.0)])
-def test_an_update_changes_a_layers_output_as_much_at_any_width(name, power):
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_an_update_changes_a_layers_output_as_much_at_any_width(name):
     """The spectral norm of a hidden kernel's first update is the base's (Yang et al. 2023, condition 1).
 
     For AdamW of a gradient of one rank, as that of a few tokens is; Muon's has the whole rank."""
@@ -181,7 +181,7 @@ def test_an_update_changes_a_layers_output_as_much_at_any_width(name, power):
         return np.linalg.norm(updates["up"]["kernel"], 2)
 
     # Newton's iteration leaves singular values between 0.7 and 1.2 (Jordan 2024).
-    assert np.log2(norm(128) / norm(16)) / 3 == pytest.approx(power, abs=0.15 if name == "muon" else 1e-3)
+    assert np.log2(norm(128) / norm(16)) / 3 == pytest.approx(0.0, abs=0.15 if name == "muon" else 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def scales(config: configs.Config, shapes: Callable[[Any], Any]) -> Scales | Non
     Args:
       shapes: from a model, its abstract parameters, as they are trained.
     """
-    if config["train"]["mup"] is None:
+    if config["train"].get("mup") is None:
         return None
     section = base_section(config)
     own, base = build_model(config["model"]), build_model(section)
