@@ -16,7 +16,6 @@ from pathlib import Path
 from experiments import cli, coordinates
 from experiments.reproduce.record import RESULTS, write_result
 from tfm_jax import config as configs
-from tfm_jax.train.coordinates import NAMES
 
 EXAMPLES = "  python -m experiments.reproduce.mup"
 CONFIG = "configs/gpt_mup.py"
@@ -73,11 +72,12 @@ def sweep(config: configs.Config, widths: Sequence[int], powers: Sequence[int], 
     """The final loss at each width and rate; one that diverged has lost."""
     found: Losses = {}
     for width in widths:
+        # At the base both are one.
+        sizes = config["train"]["mup"] if name == "mup" and width != config["train"]["mup"]["width"] else None
         for rate in (2.0**power for power in powers):
-            sizes = config["train"]["mup"] if name == "mup" else None
             changes = {"model.width": width, "optim.lr": rate, "train.mup": sizes}
             found.setdefault(width, {})[rate] = loss(
-                configs.changed(config, changes), folder / f"{name}-{width}-{rate:.6f}"
+                configs.changed(config, changes), folder / f"{'mup' if sizes else 'standard'}-{width}-{rate:.6f}"
             )
     return found
 
@@ -85,7 +85,9 @@ def sweep(config: configs.Config, widths: Sequence[int], powers: Sequence[int], 
 def loss(config: configs.Config, run: Path) -> float:
     from tfm_jax.errors import UserError
     from tfm_jax.train.run import train
+    from tfm_jax.train.rundir import check_config
 
+    check_config(run, config)
     if not (run / "result.json").is_file():
         try:
             train(config, run)
@@ -101,6 +103,8 @@ def draw(path: Path, losses: Mapping[str, Losses]) -> None:
     """Loss over the learning rate, a line for each width."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from tfm_jax.train.coordinates import NAMES
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
