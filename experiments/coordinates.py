@@ -63,7 +63,7 @@ def check(config: configs.Config, widths: Sequence[int], steps: int, seeds: int,
         for width in widths:
             for seed in range(seeds):
                 one = coordinates.at_width(configs.changed(config, {"train.seed": seed}), width, name, min(widths))
-                path = folder / f"{name}-{width}-{seed}-{steps}-{configs.digest(one)}.json"
+                path = folder / f"{width}-{seed}-{steps}-{configs.digest(one)}.json"
                 if not path.is_file():
                     write_atomic(path, json.dumps(coordinates.moves(one, steps=steps)) + "\n")
                     print(f"{name}, {width} wide, seed {seed}: measured", flush=True)

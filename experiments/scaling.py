@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append((name, f"{value:.4g}", f"{low:.4g} to {high:.4g}"))
     print(cli.table(rows))
     print(f"{len(runs)} runs, {100 * found.residual:.2f} % away from it (root mean square).")
-    low, high = (f"{scaling.short(x)}" for x in intervals["parameters"])
+    least, most = (scaling.short(x) for x in intervals["parameters"])
     print(
-        f"Best for {flags.budget:.3g} FLOPs: {scaling.short(best.parameters)} parameters ({low} to {high}) on"
+        f"Best for {flags.budget:.3g} FLOPs: {scaling.short(best.parameters)} parameters ({least} to {most}) on"
         f" {scaling.short(best.tokens)} tokens, loss {best.loss:.4g}."
     )
     for line in _doubts(runs, best.parameters, flags.budget, counted):

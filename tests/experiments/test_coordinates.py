@@ -2,15 +2,17 @@
 
 import json
 
+import jax
 import pytest
 
 from experiments import coordinates
 from tfm_jax.errors import UserError
 
 
-def test_flat_for_mup_and_not_for_the_standard(config_file, tmp_path, capsys):
+def test_flat_for_mup_and_not_for_the_standard(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_, found=jax.devices()[:1]: found)
     flags = [f"--config={config_file}", f"--to={tmp_path}", "--steps=3", "--seeds=1", "--json"]
-    flags += ["--config.optim.lr=0.01", "--config.model.bias=none", "--config.mesh.data=8"]
+    flags += ["--config.optim.lr=0.01", "--config.model.bias=none"]
     assert coordinates.main([*flags, "--widths", "16", "128"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found["slopes"]["mup"]) == {"logits", "stack/block_0/states", "stack/block_0/attention/scores"}

@@ -100,7 +100,7 @@ def fit(runs: Sequence[Run], *, resamples: int = 100, seed: int = 0) -> Fit:
     starts = _grid()
     starts = starts[np.argsort([_huber(_residuals(start, *data)) for start in starts])[:_STARTS]]
     best = min((_descend(start, data) for start in starts), key=lambda found: found.cost)
-    draw, resampled = np.random.default_rng(seed), []
+    draw, resampled = np.random.default_rng(seed), list[Law]()
     while len(resampled) < resamples:
         chosen = draw.integers(0, len(runs), len(runs))
         some = [runs[i] for i in chosen]
@@ -230,8 +230,8 @@ def draw(path: Path, runs: Sequence[Run], found: Fit, budget: float, flops: floa
     )
     right.set(xlabel="FLOPs", ylabel="parameters", xscale="log", yscale="log", title="compute-optimal size")
     # A law that says nothing of N must not flatten what the others say.
-    own = [run.parameters for run in runs] + [best.parameters]
-    right.set_ylim(min(own) / 10, max(own) * 10)
+    shown = [*(run.parameters for run in runs), best.parameters]
+    right.set_ylim(min(shown) / 10, max(shown) * 10)
     right.legend(fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3)

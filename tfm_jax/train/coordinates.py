@@ -32,6 +32,10 @@ def at_width(config: configs.Config, width: int, parametrisation: str, base: int
       base: the width of the base where `train.mup` does not say.
     """
     sizes = None if parametrisation == "standard" else config["train"]["mup"] or {"width": base}
+    if sizes is not None and all(
+        size == (config["model"] | {"width": width}).get(name) for name, size in sizes.items()
+    ):
+        sizes = None  # the base itself, where both are one
     # Constant from the first step on: a warm-up would hide what a step does.
     rate = {"optim.schedule": "constant", "optim.warmup_steps": 0}
     return configs.changed(config, {"model.width": width, "train.mup": sizes, **rate})
