@@ -65,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Best for {flags.budget:.3g} FLOPs: {scaling.short(best.parameters)} parameters ({least} to {most}) on"
         f" {scaling.short(best.tokens)} tokens, loss {best.loss:.4g}."
     )
-    for line in _doubts(runs, best.parameters, flags.budget, counted):
+    for line in _doubts(runs, flags.budget, counted):
         print(line)
     if flags.json:
         cli.print_json(figures)
     return 0
 
 
-def _doubts(runs: Sequence[Any], parameters: float, budget: float, counted: Sequence[float]) -> list[str]:
+def _doubts(runs: Sequence[Any], budget: float, counted: Sequence[float]) -> list[str]:
     from tfm_jax.sweep import scaling
 
     lines, most = [], max(scaling.FLOPS * run.parameters * run.tokens for run in runs)
