@@ -105,9 +105,9 @@ def loss(config: configs.Config, run: Path) -> float:
     if not (run / "result.json").is_file():
         try:
             train(config, run)
-        except UserError:
-            # Its status says why; a rate that is too high is an answer, anything else is not.
-            if "not finite" not in json.loads((run / "status.json").read_text()).get("reason", ""):
+        except UserError as error:
+            # A rate that is too high is an answer, anything else is a mistake.
+            if "not finite" not in str(error):
                 raise
             return math.inf
     return float(json.loads((run / "result.json").read_text())[METRIC])
