@@ -34,7 +34,7 @@ def test_defaults_are_those_of_the_signatures(make_config):
     }  # fmt: skip
     assert config["train"] == {
         "steps": 8, "seed": 0, "accum": 1, "ema": None, "adapter": None, "quantize": [], "mup": None, "eval_every": 0,
-        "stop_patience": 3, "stop_goal": "lower", "max_bad_steps": 10,
+        "stop_metric": None, "stop_patience": 3, "stop_goal": "lower", "max_bad_steps": 10,
     }  # fmt: skip
     assert config["evals"]["validation"] == {
         "name": "loss", "data": None, "split": "validation", "batch_size": None, "max_batches": None,
