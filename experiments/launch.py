@@ -94,7 +94,7 @@ def add_flags(group: argparse._ArgumentGroup, launch: Callable[..., int], withou
         elif typing.get_origin(hint) is typing.Literal:
             options |= {"choices": typing.get_args(hint), "metavar": None}
         elif typing.get_origin(hint) is Sequence:
-            options["action"] = "append"
+            options |= {"action": "append", "default": list(parameter.default)}
         else:
             options["type"] = hint
         group.add_argument(f"--{name}", **options)

@@ -51,13 +51,15 @@ def test_help_has_a_line_for_each_setting(name, capsys):
 
 def test_a_backend_of_ones_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_cluster.py").write_text(
-        "def launch(job, *, queue: str, cores: int = 4, tags: tuple = ()) -> int:\n"
+        "from collections.abc import Sequence\n\n\n"
+        "def launch(job, *, queue: str, cores: int = 4, tags: Sequence[str] = ()) -> int:\n"
         '    """Queue it.\n\n    Args:\n      queue: whose\n        turn it is.\n      cores: how many.\n      tags: any.\n    """\n'
-        "    print(job.run, queue, cores)\n    return 75\n"
+        "    print(job.run, queue, cores, *tags)\n    return 75\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert launch.main(["--backend=my_cluster:launch", "--queue=long", "--cores=8", *TRAIN]) == 75
-    assert capsys.readouterr().out == "runs/x long 8\n"
+    assert launch.main(["--backend=my_cluster:launch", "--queue=long", "--cores=8", "--tags=a", "--tags=b", *TRAIN]) == 75
+    assert launch.main(["--backend=my_cluster:launch", "--queue=long", *TRAIN]) == 75
+    assert capsys.readouterr().out == "runs/x long 8 a b\nruns/x long 4\n"
 
 
 def test_local_dry_run(capsys):
