@@ -8,7 +8,7 @@ CONFIG ?= configs/gpt_stdlib.py
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test lint evaluate generate convert benchmark parity clean reproduce-shakespeare reproduce-kills \
+.PHONY: help pretrain test lint evaluate generate convert benchmark journeys parity clean reproduce-shakespeare reproduce-kills \
 	reproduce-minilm reproduce-albert reproduce-longformer reproduce-plans reproduce-parallel reproduce-elastic \
 	reproduce-slurm reproduce-report reproduce-follow reproduce-sweeps reproduce-mup results report sweep
 
@@ -65,6 +65,9 @@ $(VENV)/.parity: $(VENV)/.ready
 	@if command -v uv >/dev/null; then uv pip install --quiet --python $(BIN)/python -e '.[parity]' 'torch==2.13.0'; \
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' -e '.[parity]'; fi
 	@touch $@
+
+journeys: $(VENV)/.ready  ## the long tests: whole commands, killed processes, a real Slurm where there is one
+	@$(BIN)/python -m pytest -m journey --numprocesses=auto --maxprocesses=4 $(ARGS)
 
 parity: $(VENV)/.parity  ## compare with PyTorch live
 	@$(BIN)/python -m pytest -m parity tests/parity $(ARGS)

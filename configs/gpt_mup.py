@@ -24,7 +24,6 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "width": 32 if smoke else 64,
                 "heads": 4,
                 "max_len": 64,
-                "bias": "none",
             },
             "data": {"name": "tokens", "source": "stdlib", "tokenizer": "bytes", "seq_len": 64, "batch_size": 16},
             "optim": {"lr": 2**-7, "warmup_steps": 10, "options": {"b2": 0.99}},

@@ -116,6 +116,7 @@ def test_summaries_of_the_recipe(tmp_path):
     assert code == 0 and json.loads((tmp_path / "scitldr-smoke.json").read_text())["figures"]["mean"] >= 0
 
 
+@pytest.mark.journey
 @pytest.mark.parametrize("first", ["bert_books", "t5_books"])
 def test_pretraining_and_what_it_is_for(corpus, tmp_path, first):
     """With the ids that pretraining has added; and it goes on when the donor is gone."""

@@ -21,6 +21,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.journey
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_run_and_a_journey_there_and_back(name, corpus, tmp_path, capsys):
     objective, model = FAMILIES[name]

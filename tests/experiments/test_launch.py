@@ -57,7 +57,9 @@ def test_a_backend_of_ones_own(tmp_path, monkeypatch, capsys):
         "    print(job.run, queue, cores, *tags)\n    return 75\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert launch.main(["--backend=my_cluster:launch", "--queue=long", "--cores=8", "--tags=a", "--tags=b", *TRAIN]) == 75
+    assert (
+        launch.main(["--backend=my_cluster:launch", "--queue=long", "--cores=8", "--tags=a", "--tags=b", *TRAIN]) == 75
+    )
     assert launch.main(["--backend=my_cluster:launch", "--queue=long", *TRAIN]) == 75
     assert capsys.readouterr().out == "runs/x long 8 a b\nruns/x long 4\n"
 

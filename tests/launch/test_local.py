@@ -17,6 +17,7 @@ from tfm_jax.train.restore import load_params
 from tfm_jax.train.run import train
 
 
+@pytest.mark.journey
 @pytest.mark.timeout(900)  # five process starts, which a busy machine stretches
 def test_a_killed_process_is_named_and_the_run_goes_on_to_the_same_end(
     start_command, command_env, config_file, make_config, tmp_path

@@ -1,6 +1,8 @@
 """The batch file by itself, with programs that stand for Slurm's, and on a real cluster of one node."""
 
 import subprocess
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +76,7 @@ def test_numbers_that_cannot_be(a_job, says):
         slurm.launch(a_job, sbatch=["gpus=8"])
 
 
+@pytest.mark.journey
 @pytest.mark.timeout(900)  # four process starts, which a busy machine stretches
 @pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"there can be no Slurm: {slurm_cluster.missing()}")
 def test_a_real_job_is_told_to_stop_requeued_and_ends_as_if_nothing_had_happened(
@@ -89,7 +92,8 @@ def test_a_real_job_is_told_to_stop_requeued_and_ends_as_if_nothing_had_happened
     }  # with its saves long enough: JAX hears of a signal once a second
     config = [f"--config={config_file}", *(f"--config.{key}={value}" for key, value in changes.items())]
     run, quiet = tmp_path / "run", tmp_path / "quiet"
-    with slurm_cluster.cluster(tmp_path / "cluster") as variables:
+    # Slurm's sockets have names of at most 108 characters.
+    with tempfile.TemporaryDirectory() as short, slurm_cluster.cluster(Path(short)) as variables:
         told = tell_to_stop(run, config, variables, step=5)
     assert told["checkpoint_at_stop"] and told["requeued"] and 5 <= told["stopped_at_step"] < 100
     train(make_config(changes | {"checkpoint.every": 0}), quiet)

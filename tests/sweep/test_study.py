@@ -58,6 +58,7 @@ runner.run(drawn(folder, wanted()), folder, lambda *a: start(*a, pause=0.02), wa
 """
 
 
+@pytest.mark.journey
 def test_killed_again_and_again(tmp_path, command_env, undisturbed):
     """SIGKILLs at whatever it does: no trial is lost or doubled, and the result is the undisturbed one."""
     _, quiet = undisturbed

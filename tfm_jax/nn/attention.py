@@ -326,12 +326,12 @@ def scores(q: jax.Array, k: jax.Array, spec: BlockSpec, mask: Mask) -> jax.Array
     return found if allowed is None else jnp.where(allowed[:, None], found, 0.0)
 
 
-def looked(q: jax.Array, k: jax.Array, mask: Mask, scale: float) -> jax.Array:
+def looked(q: jax.Array, k: jax.Array, mask: Mask, spec: BlockSpec) -> jax.Array:
     """What queries (B, T, H, K) take of keys (B, S, G, K): (B, H, T, S) float32, each row adding up to 1."""
     if (split := ring.parts(q.shape[1])) > 1:
         raise UserError(f"mesh.context={split} splits the length, so nobody has all attention weights. Use mesh.fsdp.")
     queries, keys = slice(0, q.shape[1]), slice(0, k.shape[1])
-    q_BGRTK, k_BGSK, _ = _grouped(q, k, k, scale)
+    q_BGRTK, k_BGSK, _ = _grouped(q, k, k, q.shape[-1] ** -0.5 if spec.attention_scale == "sqrt" else 1.0)
     found = _weights(q_BGRTK, k_BGSK, mask, queries, keys)
     return found.reshape(q.shape[0], q.shape[2], *found.shape[3:])
 
@@ -364,6 +364,7 @@ class Attention(nn.Module):
             cache = written(cache, k, v, mask)
             k, v = cache
         say(self, "scores", lambda: scores(q, k, spec, mask))
+        say(self, "weights", lambda: looked(q, k, mask, spec), LOOKED)
         return mixed(self, q, k, v, mask, x.shape[-1]), cache
 
 
@@ -386,7 +387,9 @@ class CrossAttention(nn.Module):
             k, v = (heads(self, context.source, spec.groups, name) for name in ("key", "value"))
             cache = Cache(k, v)
         assert cache is not None, "A decoder needs the encoder's states, or a cache of them."
-        return mixed(self, q, cache.k, cache.v, context.source_mask, x.shape[-1]), cache
+        said, mask = cache, context.source_mask
+        say(self, "weights", lambda: looked(q, said.k, mask, spec), LOOKED)
+        return mixed(self, q, cache.k, cache.v, mask, x.shape[-1]), cache
 
 
 class AttentionModule(Protocol):
@@ -415,7 +418,6 @@ def mixed(module: AttentionModule, q: jax.Array, k: jax.Array, v: jax.Array, mas
     split, biased = ring.parts(q.shape[1]), mask.bias is not None
     implementation = choose(spec, platform(), biased=biased, split=split, unfit=splash.unfit(q, k, mask))
     scale = None if spec.attention_scale == "sqrt" else 1.0
-    say(module, "weights", lambda: looked(q, k, mask, q.shape[-1] ** -0.5 if scale is None else scale), LOOKED)
     out = attention(q, k, v, mask, scale=scale, implementation=implementation, dropout=weight_dropout)
     out = named(module, out.reshape(*q.shape[:2], spec.heads * spec.key_size), "mixed")
     return dense(spec, width, "residual", out.shape[-1], module.layers, "out")(out)
