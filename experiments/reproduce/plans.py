@@ -125,7 +125,15 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
             f"{figures['params'] / 1e9:.3g} B",
         )
         rows.append(
-            (*name_and_size, *_said(own), f"{own['compile_seconds']:.0f} s", *found, pod.published, pod.note, clock)
+            (
+                *name_and_size,
+                *_said(own),
+                f"{own['compile_seconds']:.0f} s",
+                *found,
+                pod.published,
+                _beyond(own, pod.note),
+                clock,
+            )
         )
     lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return f"# Plans\n\n{_ABOUT}\n\n{lines}\n"

@@ -13,7 +13,8 @@ from tfm_jax.parallel.plan import drawn
 from tfm_jax.train.build import build
 
 ONE = {"params": 7e9, "hbm_gib_per_chip": 54.8, "fits": True, "step_seconds": 2.0, "mfu": 0.7, "bottleneck": "compute",
-       "compile_seconds": 40.0}  # fmt: skip
+       "compile_seconds": 40.0, "compute_seconds": 1.6, "memory_seconds": 0.5, "model_flops": 3.0, "hardware_flops": 4.0,
+       "traffic": [{"axes": ["fsdp"], "network": False, "exposed_seconds": 0.4}]}  # fmt: skip
 
 
 def test_the_page(tmp_path, capsys):
@@ -35,6 +36,7 @@ def test_the_page(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["planned"] == sorted(figures)
     rows = {line.split("]")[1].split("|")[0]: line for line in page.splitlines() if line.startswith("| [")}
     assert len(rows) == 4 and "| 3000 ms | 50.0 % | compute | 40 s | `mesh.data=4` | 54.8 | 2000 ms | 70.0 %" in page
+    assert page.count("links along fsdp 400; computed again 400") == 3  # which one does not fit is not known
     assert "| 120.0, too much |  |  |  | 40 s | `mesh.data=2` |" in page
     assert page.rstrip().endswith("| 4000 ms, the prediction -50 % |")
     with pytest.raises(UserError, match=r"^'gpt2_v5e' is not planned here\. Did you mean 'gpt2_v5e_2x4'\?"):
