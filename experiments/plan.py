@@ -140,6 +140,8 @@ def figures(plan: Any, tokens: float) -> dict[str, Any]:
         "params": plan.params,
         "tokens_per_step": plan.tokens,
         "hbm_gib_per_chip": plan.hbm / 2**30,
+        "arguments_gib_per_chip": plan.arguments / 2**30 if plan.fits else None,
+        "temporaries_gib_per_chip": plan.temporaries / 2**30 if plan.fits else None,
         "fits": plan.fits,
         "step_seconds": step,
         "mfu": plan.mfu,
@@ -151,7 +153,7 @@ def figures(plan: Any, tokens: float) -> dict[str, Any]:
         "model_flops_causal_halved": plan.causal_flops,
         "hardware_flops": plan.hardware_flops,
         "traffic": [
-            {"axes": one.axes, "network": one.network, "gib_per_chip": one.bytes_per_chip / 2**30, "seconds": one.seconds,
+            {"kind": one.kind, "axes": one.axes, "network": one.network, "gib_per_chip": one.bytes_per_chip / 2**30, "seconds": one.seconds,
              "exposed_seconds": one.exposed}
             for one in plan.traffic
         ],
@@ -168,8 +170,13 @@ def _report(plan: Any, chip: Any, tokens: float) -> str:
         f" ({plan.topology}), compiled in {plan.compile_seconds:.0f} s.",
         f"Memory: {plan.hbm / 2**30:.1f} of {room:.0f} GiB a chip: {'fits' if plan.fits else 'DOES NOT FIT'}.",
     ]
+    if plan.fits:
+        lines[-1] += f" Arguments {plan.arguments / 2**30:.1f}, temporaries {plan.temporaries / 2**30:.1f} GiB."
     gave_way = [row for row in plan.table if row.note]
-    lines += [f"  {row.path} {'x'.join(map(str, row.shape))}: {row.note}" for row in gave_way[:8]]
+    lines += [
+        f"  {row.path} {'x'.join(map(str, row.shape))}: {row.note} ({row.bytes_per_device / 2**20:.1f} MiB a chip)"
+        for row in gave_way[:8]
+    ]
     lines += [f"  ... and {len(gave_way) - 8} more (--table)"] if len(gave_way) > 8 else []
     if plan.step == float("inf"):
         return "\n".join(lines)
@@ -178,14 +185,21 @@ def _report(plan: Any, chip: Any, tokens: float) -> str:
     rows.append(("memory", "", f"{1e3 * plan.memory:.1f}", ""))
     for one in plan.traffic:
         rows.append(
-            (one.name, f"{one.bytes_per_chip / 2**30:.2f}", f"{1e3 * one.seconds:.1f}", f"{1e3 * one.exposed:.1f}")
+            (
+                f"{one.kind}, {one.links}",
+                f"{one.bytes_per_chip / 2**30:.2f}",
+                f"{1e3 * one.seconds:.1f}",
+                f"{1e3 * one.exposed:.1f}",
+            )
         )
     again = plan.hardware_flops / plan.model_flops
     days = tokens / plan.tokens * plan.step / 86400
     lines += [
         cli.table(rows),
+        f"FLOPs a step: the model's {plan.model_flops:.3g} ({plan.causal_flops:.3g} with causal attention halved), computed"
+        f" {plan.hardware_flops:.3g}, {again:.2f} times as many.",
         f"Step: {1e3 * plan.step:.1f} ms; MFU {100 * plan.mfu:.1f} % ({100 * plan.halved_mfu:.1f} % with causal attention halved);"
-        f" bottleneck: {plan.bottleneck}. Products are {again:.2f} times the model's.",
+        f" bottleneck: {plan.bottleneck}.",
         f"{tokens:.3g} tokens: {days:.1f} days, {24 * days * plan.chips:,.0f} chip-hours.",
     ]
     if plan.endless_loops:
@@ -200,7 +214,7 @@ def _picture(plan: Any, path: Path) -> None:
 
     names, values, shown = ["products", "memory"], [plan.compute, plan.memory], [0.0, 0.0]
     for one in plan.traffic:
-        names.append(one.name)
+        names.append(f"{one.kind}, {one.links}")
         values.append(one.seconds)
         shown.append(one.exposed)
     figure = Figure(figsize=(7, 0.45 * len(names) + 1.3), layout="constrained")

@@ -121,7 +121,9 @@ def test_a_plan_adds_up(make_config, slow):
     state = experiment.abstract_state()
     held = sum(row.bytes_per_device for row in experiment.layout.table(state))
     assert held < plan.hbm < 2**30 and plan.fits and plan.memory > held / 1e10
+    assert 0 < plan.arguments < plan.hbm and plan.temporaries < plan.hbm
     axes = {one.axes for one in plan.traffic}
+    assert ("all-gather", ("fsdp",)) in {(one.kind, one.axes) for one in plan.traffic} and len(axes) < len(plan.traffic)
     assert ("fsdp",) in axes and any("data" in one for one in axes) and not any(one.network for one in plan.traffic)
     exposed = sum(one.exposed for one in plan.traffic)
     hidden = sum(one.seconds for one in plan.traffic) - exposed

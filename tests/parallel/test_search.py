@@ -86,7 +86,7 @@ def test_the_fastest_that_fits_wins(config, slow, bounds, monkeypatch):
         seen.append((sizes["data"], sizes["fsdp"], sizes["tensor"], accum, remat))
         fits = len(seen) != 2
         took = 10.0 if len(seen) == 1 else 3.0 - len(seen) / 10
-        plan = Plan("8 cores", 8, 1, 1, 1.0, fits, 1.0, 1.0, 1.0, 1.0, 1.0, [], took, 0.5, "compute", 1.0, 0)
+        plan = Plan("8 cores", 8, 1, 1, 1.0, 1.0, 1.0, fits, 1.0, 1.0, 1.0, 1.0, 1.0, [], took, 0.5, "compute", 1.0, 0)
         return experiment, plan
 
     monkeypatch.setattr(searching, "bounds", lambda config, where: iter(bounds))

@@ -41,8 +41,9 @@ class Topology:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What goes along some axes of the mesh, and how long it takes; `exposed` is the part that nothing hides."""
+    """What collectives of a kind send along some axes of the mesh, and how long it takes; `exposed` is the part that nothing hides."""
 
+    kind: str
     axes: tuple[str, ...]
     network: bool
     bytes_per_chip: float = 0.0
@@ -50,7 +51,7 @@ class Traffic:
     exposed: float = 0.0
 
     @property
-    def name(self) -> str:
+    def links(self) -> str:
         return f"{'network' if self.network else 'links'} along {' and '.join(self.axes) or 'all'}"
 
 
@@ -61,6 +62,7 @@ class Plan:
     Attributes:
       params: of the model.
       hbm: what the program needs at its highest; `fits` says whether a chip has it.
+      arguments, temporaries: of that, the state and batch that it is given, and what it works with; nan where it does not fit.
       model_flops, hardware_flops: of a step on all chips, without and with what is computed again; attention is not halved.
       causal_flops: the model's, with causal attention counted half.
       compute, memory: of a step if nothing else took time.
@@ -74,6 +76,8 @@ class Plan:
     params: int
     tokens: int
     hbm: float
+    arguments: float
+    temporaries: float
     fits: bool
     model_flops: float
     causal_flops: float
@@ -165,11 +169,11 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
         traced: Any = experiment.jitted_step().trace(state, batch)
         hardware = hardware_flops(traced, experiment)
         began = time.perf_counter()
-        compiled, needed = _compiled(traced, where.devices[0].platform)
+        compiled, needed, arguments, temporaries = _compiled(traced, where.devices[0].platform)
         took = time.perf_counter() - began
     base = Plan(
         topology=where.name, chips=len(where.devices), params=experiment.parameter_count,
-        tokens=math.prod(batch["weights"].shape), hbm=needed, fits=compiled is not None and needed <= where.chip.hbm,
+        tokens=math.prod(batch["weights"].shape), hbm=needed, arguments=arguments, temporaries=temporaries, fits=compiled is not None and needed <= where.chip.hbm,
         model_flops=model, causal_flops=halved, hardware_flops=hardware,
         compute=hardware / len(where.devices) / where.chip.flops, memory=0.0, traffic=[], step=math.inf, mfu=0.0,
         bottleneck="memory does not suffice", compile_seconds=took, endless_loops=0,
@@ -182,7 +186,7 @@ def planned(config: configs.Config, where: Topology) -> tuple[Experiment, Plan]:
     traffic = _traffic(program, experiment.layout.mesh.devices.flatten().tolist(), where.chip)
     rivals = {"compute": base.compute, "memory": hbm.moved(text) / where.chip.hbm_rate}
     for one in traffic:
-        rivals[one.name] = one.seconds
+        rivals[one.links] = rivals.get(one.links, 0.0) + one.seconds
     hidden = sum(one.seconds - one.exposed for one in traffic)
     step = max(base.compute, rivals["memory"], hidden) + sum(one.exposed for one in traffic)
     return experiment, dataclasses.replace(
@@ -234,31 +238,32 @@ def _causal(experiment: Experiment) -> bool:
     return "decoder_tokens" not in _batch(experiment, 1)["inputs"] and hasattr(experiment.model, "init_caches")
 
 
-def _compiled(traced: Any, platform: str) -> tuple[Any, float]:
-    """The program and its highest memory; no program where the compiler says that it does not fit."""
+def _compiled(traced: Any, platform: str) -> tuple[Any, float, float, float]:
+    """The program, its highest memory, and of that its arguments and temporaries; no program where the compiler says that it does not fit."""
     try:
         compiled = traced.lower(lowering_platforms=(platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)(?: of|\) exceeds)", str(error))
         if used is None:
             raise
-        return None, float(used[1]) * 1024 ** "_KMGT".index(used[2] or "_")
+        return None, float(used[1]) * 1024 ** "_KMGT".index(used[2] or "_"), math.nan, math.nan
     sizes = compiled.memory_analysis()
     own = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
-    return compiled, float(own + sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    highest = float(own + sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    return compiled, highest, float(sizes.argument_size_in_bytes), float(sizes.temp_size_in_bytes)
 
 
 def _traffic(program: hlo.Program, devices: Sequence[Any], chip: Chip) -> list[Traffic]:
-    """By mesh axes, inside slices and between them, the slowest first."""
-    found: dict[tuple[tuple[str, ...], bool], Traffic] = {}
+    """By kind and mesh axes, inside slices and between them, the slowest first."""
+    found: dict[tuple[str, tuple[str, ...], bool], Traffic] = {}
     for one in program.collectives:
         members = [devices[i] for i in one.members]
         across = one.across or len({getattr(device, "slice_index", 0) for device in members}) > 1
         places = np.array([getattr(device, "coords", (device.id,)) for device in members])
         dimensions = sum(len(set(column.tolist())) > 1 for column in places.T)
         took = seconds(chip, one, dimensions=dimensions, across=across)
-        old = found.setdefault((one.axes, across), Traffic(one.axes, across))
-        found[one.axes, across] = dataclasses.replace(
+        old = found.setdefault((one.kind, one.axes, across), Traffic(one.kind, one.axes, across))
+        found[one.kind, one.axes, across] = dataclasses.replace(
             old,
             bytes_per_chip=old.bytes_per_chip + one.size * one.times,
             seconds=old.seconds + took,
