@@ -47,7 +47,8 @@ def row(record: Mapping[str, Any]) -> str:
     spread = f" ± {number(found['deviation'])}" if len(seeds) > 1 else ""
     also = "; ".join(f"{name.removeprefix('eval/')} {number(value)}" for name, value in found["also"].items())
     file, _, variant = record["config"]["file"].rpartition("/")[2].partition(":")
-    changed = " ".join(f"--config.{key}={value}" for key, value in record["config"]["overrides"].items())
+    flags = [f"--config.{key}={value}" for key, value in record["config"]["overrides"].items()]
+    changed = " ".join([*([f"--seeds {' '.join(seeds)}"] if len(seeds) > 1 else []), *flags])
     command = f"make reproduce-{file.removesuffix('.py')}" + (f" VARIANT={variant}" if variant else "")
     command += f" ARGS='{changed}'" if changed else ""
     cells = (
