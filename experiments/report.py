@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     from tfm_jax.files import write_atomic
     from tfm_jax.sweep import results
+    from tfm_jax.sweep.content import Report
     from tfm_jax.sweep.importance import importances
-    from tfm_jax.sweep.page import Report, page
+    from tfm_jax.sweep.page import page
     from tfm_jax.sweep.pictures import draw
 
     runs = results.read_all(flags.folders)
@@ -84,7 +85,7 @@ def _looked_into(run: Path, flags: Any) -> tuple[list[tuple[str, str]], list[Any
     from experiments.generate import Loaded
     from tfm_jax.decode.attention import attention_weights, chosen
     from tfm_jax.decode.sample import Sampling
-    from tfm_jax.sweep.page import Map
+    from tfm_jax.sweep.content import Map
 
     cli.setup()
     model = Loaded(run)

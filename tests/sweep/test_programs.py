@@ -1,9 +1,13 @@
 """Functions that differ in a number, wherever it stands in the program: compiled once, each with its own answer."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.errors import says
+from tfm_jax.sweep import programs
 from tfm_jax.sweep.programs import Shared, difference
 
 
@@ -42,3 +46,10 @@ def test_other_programs_are_others():
     first, other = (shared(function(1.5, b)).lower(*arguments).program for b in (2, 3))
     assert first is not other and shared(function(2.5, 3)).lower(*arguments).program is other
     assert "instead of" in difference(first, other)
+
+
+def test_numbers_where_they_cannot_become_arguments():
+    """A kernel's program is compiled as it is."""
+    kernel = SimpleNamespace(primitive=SimpleNamespace(name="pallas_call"), params={})
+    with says("--vectorise: numbers differ inside of 'pallas_call', which is compiled as it is. Use --parallel."):
+        programs._inside(kernel, [], {})

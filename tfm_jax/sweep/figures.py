@@ -21,10 +21,11 @@ from bokeh.models import (
 from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
 
-from tfm_jax.sweep import page
+from tfm_jax.sweep import content
+from tfm_jax.sweep.content import Map, Report, finite, scale, shown
 from tfm_jax.sweep.importance import is_log
-from tfm_jax.sweep.page import Map, Report, finite, scale, shown
-from tfm_jax.sweep.results import metrics, ranked, short
+from tfm_jax.sweep.results import metrics, ranked
+from tfm_jax.sweep.space import short
 
 TOOLS = "tap,box_zoom,pan,reset,save"
 DIM = {"nonselection_alpha": 0.08, "selection_alpha": 1.0}
@@ -50,10 +51,10 @@ class Figures:
             columns[key] = values if kind != "category" else [shown(v) if v == v else "" for v in values]
         for name in self._columns():
             columns[name] = [finite(run.value(name)) for run in self.runs]
-        for name in page.curves(self.runs):
+        for name in content.curves(self.runs):
             series = [run.series(name) for run in self.runs]
-            columns[f"x {name}"] = [page.thinned(x) for x, _ in series]
-            columns[f"y {name}"] = [page.thinned(y) for _, y in series]
+            columns[f"x {name}"] = [content.thinned(x) for x, _ in series]
+            columns[f"y {name}"] = [content.thinned(y) for _, y in series]
         # Dark is good; alone, a run is not pale.
         places = np.linspace(0, 210, len(self.runs)).astype(int)
         columns["color"] = [Viridis256[i] for i in places]
@@ -63,7 +64,7 @@ class Figures:
         """Metrics in the table: the deciding one, other scores, the loss, and how fast."""
         known = metrics(self.runs)
         scores = [n for n in known if n.startswith("eval/") and not n.endswith(("/tokens", "/examples"))]
-        fast = [n for n in known if n.endswith("_per_sec") and not n.endswith(page.HIDDEN)]
+        fast = [n for n in known if n.endswith("_per_sec") and not n.endswith(content.HIDDEN)]
         extra = [n for n in ("train/loss", *fast, "perf/data_wait_frac", "train_seconds") if n in known]
         return list(dict.fromkeys([self.report.metric, *scores, *extra]))
 
@@ -94,7 +95,7 @@ class Figures:
             for name in list(dict.fromkeys([self.report.metric, *self._columns()]))
         ]
         columns += [column("state", "state", 80), column("step", "step", 70)]
-        height = 25 * (min(len(self.runs), page.ROWS) + 1) + 22
+        height = 25 * (min(len(self.runs), content.ROWS) + 1) + 22
         return DataTable(
             source=self.source, columns=columns, index_position=None, height=height, autosize_mode="none",
             sizing_mode="stretch_width", reorderable=False,

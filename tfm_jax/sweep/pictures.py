@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tfm_jax.sweep.page import Report, curves, finite, scale, shown, thinned
-from tfm_jax.sweep.results import ranked, short
+from tfm_jax.sweep.content import Report, curves, finite, scale, shown, thinned
+from tfm_jax.sweep.results import ranked
+from tfm_jax.sweep.space import short
 
 
 def draw(report: Report, folder: Path) -> list[Path]:

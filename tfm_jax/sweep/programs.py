@@ -19,6 +19,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.linear_util import WrappedFun
 
+from tfm_jax.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -291,4 +293,4 @@ def _inside(equation: Any, read: Sequence[Any], changed: Mapping[int, Any]) -> A
         options = {key: params[key] for key in ("length", "reverse", "unroll")}
         carry, ys = jax.lax.scan(step, list(read[a:b]), list(read[b:]), **options)
         return [*carry, *ys]
-    raise NotImplementedError(f"Numbers that differ inside of {name}: run these trials with --parallel.")
+    raise UserError(f"--vectorise: numbers differ inside of {name!r}, which is compiled as it is. Use --parallel.")

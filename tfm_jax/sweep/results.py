@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeGuard
 
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.sweep import trials
 from tfm_jax.train.log import read_metrics
 
 Goal = Literal["lower", "higher"]
@@ -91,15 +92,10 @@ def read(name: str, path: Path) -> Run:
     """A run from its files. What cannot be read is said in its state, so that one bad folder does not hide the others."""
     try:
         config = configs.flat(_object(path / "config.json"))
-        status, result = _object(path / "status.json"), _object(path / "result.json")
-        state, reason = str(status.get("state", "waiting")), str(status.get("reason", ""))
-        lines = read_metrics(path)
+        result, lines = _object(path / "result.json"), read_metrics(path)
     except (OSError, ValueError) as error:
         return Run(name, path, {}, "damaged", f"{type(error).__name__}: {error}")
-    for word in ("pruned", "failed"):
-        if state != "finished" and (path / word).is_file():
-            state, reason = word, (path / word).read_text().strip()
-    return Run(name, path, config, state, reason, lines, result)
+    return Run(name, path, config, *trials.said(path), lines, result)
 
 
 def read_all(folders: Sequence[Path]) -> list[Run]:
@@ -130,12 +126,6 @@ def differing(runs: Sequence[Run]) -> list[str]:
         if len(set(column)) > 1:
             out.setdefault(column, key)
     return list(out.values())
-
-
-def short(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted key, where no other key ends so."""
-    ends = [key.rpartition(".")[2] for key in keys]
-    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
 
 
 def metrics(runs: Sequence[Run]) -> list[str]:

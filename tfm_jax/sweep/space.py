@@ -199,10 +199,10 @@ def named(sweep: Sequence[Overrides]) -> list[Trial]:
         raise UserError("sweep: the space is empty.")
     keys = list(dict.fromkeys(key for one in sweep for key in one))
     varying = [key for key in keys if len({repr(one.get(key, _UNSET)) for one in sweep}) > 1]
-    short = _short(varying, sweep)
+    said = short(_told_apart(varying, sweep))
     seen: dict[str, Overrides] = {}
     for one in sweep:
-        name = ",".join(f"{said}={text_of(one[key])}" for key, said in short.items() if key in one) or "only"
+        name = ",".join(f"{end}={text_of(one[key])}" for key, end in said.items() if key in one) or "only"
         if name in seen:
             raise UserError(f"sweep: the spaces overlap: {name} is there twice.")
         seen[name] = dict(one)
@@ -212,15 +212,21 @@ def named(sweep: Sequence[Overrides]) -> list[Trial]:
 _UNSET = object()
 
 
-def _short(keys: Sequence[str], sweep: Sequence[Overrides]) -> dict[str, str]:
-    """The last part of a dotted key where no other key ends so; once for keys that always have the same value."""
+def short(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted key, where no other key ends so."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
+
+
+def _told_apart(keys: Sequence[str], sweep: Sequence[Overrides]) -> list[str]:
+    """Of keys that end alike and always have the same value, the first."""
     by_end: dict[str, list[str]] = {}
     for key in keys:
         by_end.setdefault(key.rpartition(".")[2], []).append(key)
-    out: dict[str, str] = {}
-    for end, those in by_end.items():
+    out: list[str] = []
+    for those in by_end.values():
         alike = all(len({repr(one.get(key, _UNSET)) for key in those}) == 1 for one in sweep)
-        out |= {those[0]: end} if alike else {key: key for key in those}
+        out += those[:1] if alike else those
     return out
 
 

@@ -109,7 +109,7 @@ class Drawn:
     def should_stop(self, trial: Trial) -> bool:
         try:
             lines = read_metrics(self._folder / trial.name)
-            found = trials.values(self._folder / trial.name, self._wanted.metric)
+            found = trials.values(lines, self._wanted.metric)
         except (OSError, ValueError, TypeError):
             # A damaged file is found when the trial ends.
             return False
@@ -144,7 +144,7 @@ class Drawn:
         if behind and values:
             outcome = {"state": self._states.PRUNED}
         elif state.word == FINISHED:
-            found = trials.values(self._folder / trial.name, self._wanted.metric)
+            found = trials.values(read_metrics(self._folder / trial.name), self._wanted.metric)
             last = found[max(found)] if found else math.nan
             if math.isfinite(last):
                 outcome = {"state": self._states.COMPLETE, "values": [last]}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from tfm_jax.errors import UserError
-from tfm_jax.files import write_atomic
+from tfm_jax.files import read_status, write_atomic
 from tfm_jax.sweep.space import Trial
 from tfm_jax.train.log import read_metrics
 
@@ -48,14 +48,11 @@ def state(run: Path) -> State:
 
 def said(run: Path) -> tuple[str, str]:
     """The state's word and reason by themselves, without reading the metrics."""
-    path = run / "status.json"
     try:
-        status = json.loads(path.read_text())
-        word, reason = str(status["state"]), str(status.get("reason", ""))
-    except FileNotFoundError:
-        word, reason = WAITING, ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        word, reason = FAILED, _damaged(path, error)
+        status = read_status(run)
+        word, reason = str(status.get("state", WAITING)), str(status.get("reason", ""))
+    except (OSError, ValueError) as error:
+        word, reason = FAILED, _damaged(run / "status.json", error)
     for verdict in (PRUNED, FAILED):
         # What a launcher says of a run that it has stopped, or that could not say so itself.
         if word != FINISHED and (run / verdict).is_file():
@@ -84,9 +81,9 @@ def result(run: Path) -> dict[str, float]:
         return {}
 
 
-def values(run: Path, metric: str) -> dict[int, float]:
-    """What a run has logged of a metric, by step."""
-    return {int(line["step"]): float(line[metric]) for line in read_metrics(run) if metric in line}
+def values(lines: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """What a run's `metrics.jsonl` has of a metric, by step."""
+    return {int(line["step"]): float(line[metric]) for line in lines if metric in line}
 
 
 @contextlib.contextmanager

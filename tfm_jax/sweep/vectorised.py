@@ -106,6 +106,7 @@ class Thread:
                 print(f"error: {error}", file=sys.stderr)
                 code = MISTAKE
             except Exception:
+                # The thread's end, as a process ends: said in the trial's log, and no other trial's matter.
                 traceback.print_exc()
         self._code = code
 

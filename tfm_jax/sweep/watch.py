@@ -12,8 +12,9 @@ from rich.table import Table
 
 from tfm_jax.errors import UserError
 from tfm_jax.sweep import results
-from tfm_jax.sweep.page import shown
+from tfm_jax.sweep.content import shown
 from tfm_jax.sweep.results import Goal, Run
+from tfm_jax.sweep.space import short
 
 COLORS = {
     "finished": "green",
@@ -28,7 +29,7 @@ COLORS = {
 def table(runs: Sequence[Run], metric: str | None, goal: Goal | None, now: float) -> Table:
     """Every run, the best first: settings that differ, state, step of steps, losses, speed, and how long nothing has come."""
     keys, known = results.differing(runs), results.metrics(runs)
-    names = results.short(keys)
+    names = short(keys)
     losses = [metric] if metric is not None else [n for n in known if n.startswith("eval/") and n.endswith("/loss")]
     losses = list(dict.fromkeys([*losses, "train/loss"]))
     fast = [n for n in known if n.endswith("_per_sec") and n != "perf/steps_per_sec"]
