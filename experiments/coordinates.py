@@ -7,6 +7,7 @@ something grows or shrinks with the width under muP.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(config: configs.Config, widths: Sequence[int], steps: int, seeds: int, folder: Path) -> dict[str, Any]:
     """Slopes of both parametrisations, with a picture; each measurement is kept in the folder."""
-    import json
-
     from tfm_jax.files import write_atomic
     from tfm_jax.train import coordinates
 

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 record = {"run": run.as_posix(), **evaluations.of(run, step)}
             except Exception:
+                # Orbax has many errors for a folder that goes away while it reads; all others are raised again.
                 if flags.steps == "all" and not (run / "checkpoints" / str(step)).is_dir():
                     log.warning("%s: the run has deleted the checkpoint of step %d meanwhile.", run, step)
                     continue

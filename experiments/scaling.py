@@ -88,14 +88,14 @@ def _doubts(runs: Sequence[Any], budget: float, counted: Sequence[float]) -> lis
 
 def _read(run: Path, metric: str) -> tuple[Any, float | None]:
     """A finished run, and its model's FLOPs a token where it says so."""
+    from tfm_jax.files import read_status
     from tfm_jax.sections import build_model
     from tfm_jax.sweep import scaling
     from tfm_jax.train.rundir import read_config
 
     config = read_config(run)
     if not (run / "result.json").is_file():
-        status = run / "status.json"
-        state = json.loads(status.read_text())["state"] if status.is_file() else "unknown"
+        state = read_status(run).get("state", "unknown")
         raise UserError(f"{run} is not finished ({state}): it has no result.json. Finish it, or leave it out.")
     result = json.loads((run / "result.json").read_text())
     if not isinstance(result.get(metric), int | float):

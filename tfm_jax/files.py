@@ -19,6 +19,21 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
+def read_status(run: Path) -> dict[str, Any]:
+    """What `status.json` says; nothing where there is none.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    try:
+        found = json.loads((run / "status.json").read_text())
+    except FileNotFoundError:
+        return {}
+    if not isinstance(found, dict) or "state" not in found:
+        raise ValueError("it says no state")
+    return found
+
+
 def write_status(run: Path, state: str, reason: str = "", **more: Any) -> None:
     """A run's `status.json`: running, finished, preempted or failed, with the reason."""
     record = {"state": state, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}

@@ -98,11 +98,12 @@ def sweep(config: configs.Config, widths: Sequence[int], powers: Sequence[int], 
 
 def loss(config: configs.Config, run: Path) -> float:
     from tfm_jax.errors import UserError
+    from tfm_jax.sweep import trials
     from tfm_jax.train.run import train
     from tfm_jax.train.rundir import check_config
 
     check_config(run, config)
-    if not (run / "result.json").is_file():
+    if METRIC not in trials.result(run):
         try:
             train(config, run)
         except UserError as error:
@@ -110,7 +111,7 @@ def loss(config: configs.Config, run: Path) -> float:
             if "not finite" not in str(error):
                 raise
             return math.inf
-    return float(json.loads((run / "result.json").read_text())[METRIC])
+    return trials.result(run)[METRIC]
 
 
 def draw(path: Path, losses: Mapping[str, Losses]) -> None:

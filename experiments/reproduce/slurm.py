@@ -6,7 +6,6 @@ that nobody disturbed, bit for bit. Needs root, and Debian's `slurm-wlm` and `mu
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from experiments.reproduce import slurm_cluster
 from experiments.reproduce.kills import finished_steps, same_state
 from experiments.reproduce.record import write_result
 from tfm_jax.errors import UserError
+from tfm_jax.files import read_status
 from tfm_jax.train.log import read_metrics
 
 EXAMPLES = """\
@@ -77,7 +77,7 @@ def tell_to_stop(run: Path, config: Sequence[str], variables: Mapping[str, str],
     wait_for(lambda: any(line.get("train/loss") and line["step"] >= step for line in read_metrics(run)), run)
     subprocess.run(["scancel", "--signal=TERM", job], env=env, check=True)
     wait_for(lambda: status(run) in ("preempted", "finished"), run)
-    stopped = json.loads((run / "status.json").read_text()).get("step")
+    stopped = read_status(run).get("step")
     saved = stopped in finished_steps(run)
 
     def pending() -> bool:
@@ -110,8 +110,7 @@ def wait_for_end(run: Path, job: str, variables: Mapping[str, str]) -> None:
 
 
 def status(run: Path) -> str | None:
-    path = run / "status.json"
-    return str(json.loads(path.read_text())["state"]) if path.is_file() else None
+    return read_status(run).get("state")
 
 
 def wait_for(true: Callable[[], bool], run: Path, seconds: float = 1800) -> None:

@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {}
     for name in flags.only:
         found[name] = PARTS[name](flags)
-        write_result(f"sweep_{name}", found[name], config=" ".join(_base(flags)), seed=0)
+        write_result(
+            f"sweep_{name}", found[name], config=" ".join(_base(flags)).replace(str(flags.data), "DATA"), seed=0
+        )
         print(f"{name}: {found[name]}", flush=True)
     if flags.json:
         cli.print_json(found)

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from tfm_jax.errors import UserError
 from tfm_jax.parallel import multihost
@@ -126,3 +128,12 @@ def test_one_process_asks_nobody(monkeypatch):
     monkeypatch.setattr(multihost, "_gather_text", lambda _: pytest.fail("a collective"))
     multihost.agree({"config": "x"})
     assert multihost.is_main()
+
+
+@pytest.mark.parametrize(("gke", "gce", "hosts"), [(None, None, 1), (4, None, 4), (None, 16, 16), (8, 16, 8)])
+def test_hosts_of_a_tpu_pod(monkeypatch, gke, gce, hosts):
+    """As JAX's own detection says; nobody is asked where there is no TPU."""
+    for name, count in (("GkeTpuCluster", gke), ("GceTpuCluster", gce)):
+        found = SimpleNamespace(is_env_present=lambda c=count: c is not None, get_process_count=lambda c=count: c)
+        monkeypatch.setattr(cloud_tpu_cluster, name, found)
+    assert multihost._tpu_hosts() == hosts

@@ -10,6 +10,7 @@ from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.parallel import mesh
+from tfm_jax.train.build import check
 from tfm_jax.train.log import read_metrics
 from tfm_jax.train.run import train
 from tfm_jax.train.stages import pipeline_of
@@ -87,3 +88,23 @@ def test_a_run_on_stages_is_evaluated_without_them(make_config, tmp_path, capsys
     assert evaluate.main(["--run", str(tmp_path / "run"), "--json"]) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again["eval/validation/loss"] == pytest.approx(logged, rel=1e-5) and jax.device_count() == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model.experts": 2, "model.bias": "none", "mesh.data": 1, "mesh.context": 2},
+            "mesh.stage=2 with mesh.context=2: a mixture of experts puts a row's tokens in order over `context`, which a pipeline's"
+            " stages cannot. Use mesh.expert with one of them.",
+        ),
+        (
+            {"train.quantize": (("mlp/", "int8"),)},
+            "mesh.stage=2: products on stages cannot be in 8 bits (train.quantize). Leave one out.",
+        ),
+    ],
+)
+def test_what_else_stages_cannot(make_config, changes, message):
+    config = make_config(ON_STAGES | changes)
+    with says(message):
+        check(config, mesh.make(**config["mesh"]))

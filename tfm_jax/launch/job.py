@@ -6,13 +6,14 @@ exit code; `my_lab.cluster:launch` is one too. Its keyword arguments are the com
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tfm_jax.errors import UserError
+from tfm_jax.files import read_status
+from tfm_jax.train.rundir import checkpoint_steps
 
 FINISHED, FAILED, MISTAKE, PREEMPTED = 0, 1, 2, 75
 
@@ -63,8 +64,7 @@ def at_least(least: int, **settings: int | None) -> None:
 
 def newest_step(run: Path) -> int | None:
     """The step of the newest whole checkpoint."""
-    folder = run / "checkpoints"
-    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=None) if folder.is_dir() else None
+    return max(checkpoint_steps(run), default=None)
 
 
 def recorded(run: Path, since: float) -> str:
@@ -72,7 +72,7 @@ def recorded(run: Path, since: float) -> str:
     path = run / "status.json"
     if not path.is_file() or path.stat().st_mtime < since:
         return ""
-    status = json.loads(path.read_text())
+    status = read_status(run)
     return str(status["reason"]) if status["state"] == "failed" else ""
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from tfm_jax.parallel.hlo import bits_of, computations_of, runs_of
+from tfm_jax.parallel.hlo import array_bytes, computations_of, runs_of
 
 
 class Instruction(NamedTuple):
@@ -75,8 +74,7 @@ def _arrays(shape: str) -> list[tuple[int, bool]]:
     """Bytes of each array of a type, and whether it lies in memory."""
     out = []
     for dtype, dims, layout in _SHAPE.findall(shape):
-        size = math.prod(int(d) for d in dims.split(",") if d) * (bits_of(dtype) // 8 or 1)
-        out.append((size, not re.search(r"S\([1-9]", layout)))
+        out.append((array_bytes(dtype, dims), not re.search(r"S\([1-9]", layout)))
     return out
 
 

@@ -151,7 +151,7 @@ def _collective(lines: Sequence[str], number: int, mesh: Mapping[str, int], time
     if started and kind != "all-reduce":
         # What goes in and what comes out, each an array or several that travel together.
         shapes = _sides(shapes)[kind != "reduce-scatter"]
-    size = sum(_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shapes))
+    size = sum(array_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shapes))
     if not size:
         return None
     groups = _groups(lines[number], math.prod(mesh.values()))
@@ -195,7 +195,7 @@ def _sent(lines: Sequence[str], number: int, axis: str, times: int) -> Collectiv
     shape, meeting, kind = found.groups()
     slices = re.search(r"_xla_megascale_target=\"\{([\d,]+)\}x", lines[number])
     group = len(slices[1].split(",")) if slices else 2
-    size = sum(_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shape))
+    size = sum(array_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shape))
     if kind == "ALL_GATHER":
         size *= group
     received = [re.search(r"%?([\w.\-]+) = .* recv\(", line) for line in lines if f'rendezvous="{meeting}"' in line]
@@ -207,7 +207,8 @@ def _sent(lines: Sequence[str], number: int, axis: str, times: int) -> Collectiv
     return Collective(_TRANSFERS[kind], size, (axis,), group, times, hidden=busy, across=True)
 
 
-def _bytes(dtype: str, dims: str) -> int:
+def array_bytes(dtype: str, dims: str) -> int:
+    """Of an array by the words of its type: `bf16`, `8,128`."""
     return math.prod(int(d) for d in dims.split(",") if d) * max(bits_of(dtype) // 8, 1)
 
 

@@ -17,6 +17,7 @@ import jax
 
 from tfm_jax import config as configs
 from tfm_jax.evals.base import Evaluate
+from tfm_jax.files import read_status
 from tfm_jax.parallel import multihost
 from tfm_jax.train import rundir
 from tfm_jax.train.build import Experiment, build
@@ -142,8 +143,7 @@ def _digest(path: Path) -> str:
 
 def ended(run: Path) -> bool:
     """Whether no more checkpoints are to come, by what the run says of itself."""
-    path = run / "status.json"
-    return path.is_file() and json.loads(path.read_text())["state"] != "running"
+    return read_status(run).get("state", "running") != "running"
 
 
 def following(runs: Sequence[Path], wait: Callable[[], None]) -> Iterator[tuple[Path, int]]:
