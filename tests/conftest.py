@@ -3,9 +3,8 @@ from importlib.metadata import version
 
 # Tests compile far longer than they compute.
 FAST_COMPILE = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
-if version("jaxlib").startswith(
-    "0.10."
-):  # where it halves the time; later ones do not know it, and stop at what they do not know
+# Halves the time; other lines of jaxlib do not know it, and stop at what they do not know.
+if version("jaxlib").startswith("0.10."):
     FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 from types import SimpleNamespace
 
@@ -70,7 +71,7 @@ def test_processes_train_the_same_run(start_together, start_command, config_file
     assert ours["eval/validation/loss"] == pytest.approx(theirs["eval/validation/loss"], rel=1e-5)
     if count == 2:
         # One process takes the last checkpoint away and goes on from the one before, which both wrote.
-        __import__("shutil").rmtree(run / "checkpoints" / "8")
+        shutil.rmtree(run / "checkpoints" / "8")
         child = start_command("train", f"--config={config_file}", f"--workdir={run}")
         _, error = child.communicate(timeout=TIMEOUT)
         assert child.returncode == 0 and "continued at step 4." in error, error

@@ -38,7 +38,8 @@ def wrap(
     beta2: float = 0.85,
 ) -> Task:
     """The task with kernels W + alpha / rank P diag(s) Q (equation 3), of which `p` (.., in, r), `s` (.., r) and `q`
-    (.., r, out) are trained. s starts at zero.
+    (.., r, out) are trained. s starts at zero, P and Q orthogonal: from the paper's small random ones the penalty's gradient,
+    many times the loss's at first, stays in the optimizer's second moments for a thousand steps.
 
     The loss gets orthogonality * sum (|P'P - 1|^2 + |QQ' - 1|^2) (equation 4). Every `every` steps the triplets of all
     kernels are ranked by their importance (equations 7 to 11) and those beyond the budget lose their s, which may grow
@@ -83,9 +84,9 @@ def wrap(
         left, right = jax.random.split(key)
         lead = x.shape[:-2]
         return {
-            "p": 0.02 * jax.random.normal(left, (*x.shape[:-1], most), x.dtype),
+            "p": _orthogonal(left, lead, x.shape[-2], most, x.dtype),
             "s": jnp.zeros((*lead, most), x.dtype),
-            "q": 0.02 * jax.random.normal(right, (*lead, most, x.shape[-1]), x.dtype),
+            "q": jnp.swapaxes(_orthogonal(right, lead, x.shape[-1], most, x.dtype), -1, -2),
         }
 
     def change(arrays: Arrays) -> jax.Array:
@@ -150,6 +151,13 @@ def wrap(
         return out._replace(total=out.total + orthogonality * penalty * out.weight, metrics=metrics)
 
     return dataclasses.replace(wider, loss=loss, project=project)
+
+
+def _orthogonal(key: jax.Array, lead: tuple[int, ...], size: int, count: int, dtype: Any) -> jax.Array:
+    """(*lead, size, count), the columns of length 1 and orthogonal as far as there is room for them."""
+    made = jax.nn.initializers.orthogonal()
+    keys = jax.random.split(key, math.prod(lead))
+    return jax.vmap(lambda key: made(key, (size, count), dtype))(keys).reshape(*lead, size, count)
 
 
 def _only_s(branch: Any) -> Any:
