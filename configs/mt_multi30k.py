@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/mt_multi30k.py --config.data.manual_dir=path/to/data --workdir=runs/mt_multi30k
 
-3 + 3 layers of 256, dropout 0.3, 22 epochs, decoded by beams of 5 from an average of the parameters. On two CPU cores about an hour;
+3 + 3 layers of 256, dropout 0.3, 22 epochs, decoded by beams of 5 from a running average of the parameters (`--average=10` has that of the last ten checkpoints). On two CPU cores about an hour;
 36.9 BLEU, cased and detokenized. Wu et al. 2021 ("Good for Misconceived Reasons") have 41.02 with 4 + 4 layers of 128, trained longer, on
 lower-cased tokens. `:smoke` is a smaller one, in seconds, on pairs of your own (`--config.data.source=jsonl:GLOB` with the fields
 `source` and `target`).
@@ -16,7 +16,7 @@ RECIPES = {
     "": {
         "title": "Multi30k, English to German, test_2016_flickr: BLEU with 5 beams",
         "metrics": ("eval/test/bleu", "eval/test/chrf", "eval/flickr2017/bleu", "eval/coco2017/bleu"),
-        "at_least": 38.0,
+        "goals": ({"least": 38.0},),
         "published": "41.02 (Wu et al. 2021, Transformer-Tiny, trained longer, 10 checkpoints averaged; lower-cased and tokenized)",
         "tried": "4+4 layers of 128 with AdamW and norms behind as published: 7.5 after 8,500 steps; with norms in front and Muon 28.2"
         " after 2,000 and a validation loss of 2.04 after 4,000, where 3+3 of 256 have 1.93 after 2,500",
@@ -61,7 +61,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "weight_decay": 0.01,
             },
             "train": {"steps": 5000, "eval_every": 2500, "ema": 0.998},
-            "checkpoint": {"every": 250},
+            "checkpoint": {"every": 250, "keep": 10},
             "evals": {
                 "validation": {"split": "validation"},
                 "test": {"name": "generation", "split": "test", "beams": 5, "max_new": 64},

@@ -4,7 +4,8 @@
     python -m experiments.train --config=configs/qa_policyqa.py --config.data.manual_dir=path/to/data --workdir=runs/qa_policyqa
 
 The published train file is not to be had, so it trains on 16 of the 20 sites of the dev file. `test` is the published one,
-`xquad` the 1,190 English questions of XQuAD. `:smoke` is a tiny network from scratch, in seconds; give it a source.
+`xquad` the 1,190 English questions of XQuAD. 47 minutes on two CPU cores that another run shares; F1 42.2, and 11.1 on XQuAD.
+`:smoke` is a tiny network from scratch, in seconds; give it a source.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             "train": {"steps": 1000, "eval_every": 0},
             "checkpoint": {"init_from": "runs/minilm", "every": 50},
             "evals": {
-                "validation": {"name": "squad", "split": "validation"},
-                "test": {"name": "squad", "split": "test"},
+                # A tenth of the answers in policies are whole sentences, longer than SQuAD's.
+                "validation": {"name": "squad", "split": "validation", "longest": 100},
+                "test": {"name": "squad", "split": "test", "longest": 100},
                 "xquad": {
                     "name": "squad",
                     "split": "validation",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
+from experiments.reproduce.goals import check, number
 from experiments.reproduce.record import RESULTS
 from tfm_jax.errors import UserError
 from tfm_jax.files import write_atomic
@@ -21,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of the files")
     made.add_argument("--readme", type=Path, default=Path("README.md"))
     flags, _ = cli.parse(made, argv)
-    records = [json.loads(path.read_text()) for path in sorted(flags.results.glob("*.json"))]
-    rows = [row(record) for record in records if "metric" in record["figures"]]
+    paths = sorted(flags.results.glob("*.json"), key=lambda path: path.stem)
+    records = [json.loads(path.read_text()) for path in paths]
+    rows = [row(record, flags.results) for record in records if "metric" in record["figures"]]
     header = "| what | figure | asked | published | seeds | training | revision | command |\n|" + " --- |" * 8
     table = "\n".join([header, *rows]) + "\n"
     text = flags.readme.read_text() if flags.readme.is_file() else ""
@@ -36,21 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def row(record: Mapping[str, Any]) -> str:
-    """A recipe's line."""
+def row(record: Mapping[str, Any], folder: Path) -> str:
+    """A recipe's line; the goals' other figures are in `folder`."""
     found = record["figures"]
-    least, most, seeds = found["at_least"], found["at_most"], found["by_seed"]
-    asked = "" if least is None else f"at least {number(least)}"
-    asked += "" if most is None else f"at most {number(most)}"
-    short = (least is not None and found["mean"] < least) or (most is not None and found["mean"] > most)
-    asked += f", missed; tried: {found['tried']}" if short and found.get("tried") else ", missed" if short else ""
+    seeds, checked = found["by_seed"], [check(goal, found, folder) for goal in found["goals"]]
+    asked = "; ".join(f"{words}, **missed**" if met is False else words for words, met in checked)
+    asked += f". Tried: {found['tried']}" if found["tried"] else ""
     spread = f" ± {number(found['deviation'])}" if len(seeds) > 1 else ""
     also = "; ".join(f"{name.removeprefix('eval/')} {number(value)}" for name, value in found["also"].items())
-    file, _, variant = record["config"]["file"].rpartition("/")[2].partition(":")
-    flags = [f"--config.{key}={value}" for key, value in record["config"]["overrides"].items()]
-    changed = " ".join([*([f"--seeds {' '.join(seeds)}"] if len(seeds) > 1 else []), *flags])
-    command = f"make reproduce-{file.removesuffix('.py')}" + (f" VARIANT={variant}" if variant else "")
-    command += f" ARGS='{changed}'" if changed else ""
     cells = (
         found["title"] or record["name"],
         f"**{number(found['mean'])}**{spread}" + (f" ({also})" if also else ""),
@@ -59,14 +54,21 @@ def row(record: Mapping[str, Any]) -> str:
         str(len(seeds)),
         f"{found['train_seconds'] / 60:.0f} min",
         record["revision"],
-        f"`{command}`",
+        f"`{command(record)}`",
     )
     return "| " + " | ".join(cells) + " |"
 
 
-def number(value: float) -> str:
-    """Four digits that count."""
-    return f"{value:.4g}"
+def command(record: Mapping[str, Any]) -> str:
+    """What writes a record anew."""
+    config, seeds = record["config"], record["figures"]["by_seed"]
+    if "command" in config:
+        return str(config["command"])
+    file, _, variant = config["file"].rpartition("/")[2].partition(":")
+    flags = [f"--config.{key}={value}" for key, value in config["overrides"].items()]
+    changed = " ".join([*([f"--seeds {' '.join(seeds)}"] if len(seeds) > 1 else []), *flags])
+    made = f"make reproduce-{file.removesuffix('.py')}" + (f" VARIANT={variant}" if variant else "")
+    return made + (f" ARGS='{changed}'" if changed else "")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from experiments import cli
+from experiments.reproduce.goals import Goal, check
 from experiments.reproduce.record import RESULTS, write_result
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
@@ -30,19 +31,20 @@ class Recipe(TypedDict, total=False):
     Attributes:
       title: what is measured, in a line of a table.
       metrics: of a run's `result.json`; the first is the figure.
-      at_least, at_most: what the figure should be.
+      goals: what the figures should be.
       published: a figure to stand beside it, where it is from and under which protocol.
       tried: where the figure falls short, what did not help.
       model: the run directory that an imported model goes to (`--model`).
+      needs: runs of other recipes that it starts from.
     """
 
     title: str
     metrics: Sequence[str]
-    at_least: float
-    at_most: float
+    goals: Sequence[Goal]
     published: str
     tried: str
     model: str
+    needs: Sequence[str]
 
 
 # Where files lie is this machine's matter.
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--model", type=Path, help="folder of the model that the recipe starts from")
     made.add_argument("--data", type=Path, help="folder of the data set's files: data.manual_dir")
     made.add_argument("--metric", nargs="+", help="other metrics than the recipe's")
-    made.add_argument("--at-least", type=float, help="another goal than the recipe's")
+    made.add_argument("--at-least", type=float, help="of the first metric: another goal than the recipe's")
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
     made.add_argument("--workdir", type=Path, default=Path("runs"), help="folder of the runs")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of NAME.json")
@@ -63,16 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, arguments = configs.load_module(flags.config)
     recipe = dict(getattr(module, "RECIPES", {}).get(arguments, {}))
     recipe |= {"metrics": flags.metric} if flags.metric else {}
-    recipe |= {} if flags.at_least is None else {"at_least": flags.at_least}
+    recipe |= {} if flags.at_least is None else {"goals": [{"least": flags.at_least}]}
     if "metrics" not in recipe:
-        known = [name for name in getattr(module, "RECIPES", {})]
-        raise UserError(
-            f"--config={flags.config} says no figure in RECIPES.{nearest(arguments, known)} Or give --metric."
-        )
+        known = [f"{flags.config.partition(':')[0]}:{name}" for name in getattr(module, "RECIPES", {})]
+        others = f" Its recipes are {', '.join(known)}." if known else ""
+        raise UserError(f"--config={flags.config} says no figure in RECIPES.{others} Or give --metric.")
     if flags.data is not None:
         overrides = [*overrides, ("data.manual_dir", str(flags.data.absolute()))]
+    for run in map(Path, recipe.get("needs", ())):
+        if not (run / "result.json").is_file():
+            first, seed = run.name.rpartition("-")[::2]
+            raise UserError(f"{flags.config} starts from {run}: finish `make reproduce-{first}` (seed {seed}) first.")
     if "model" in recipe:
         _imported(Path(recipe["model"]), flags.model)
+    elif flags.model is not None:
+        raise UserError(f"--model={flags.model}: {flags.config} starts from no imported model.")
     name = "-".join(part for part in (Path(flags.config.partition(":")[0]).stem, arguments) if part)
     found: dict[int, dict[str, Any]] = {}
     for seed in flags.seeds:
@@ -83,20 +90,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Written as they come: what is done is not lost with what is not.
         figures = _figures(found, recipe)
         settings = {key: value for key, value in overrides if key not in LOCAL}
-        write_result(name, figures, config={"file": flags.config, "overrides": settings}, folder=flags.results)
+        write_result(
+            name,
+            figures,
+            config={"file": flags.config, "overrides": settings},
+            folder=flags.results,
+            # A finished run may be older than the code and the day.
+            **{key: ", ".join(sorted({result[key] for result in found.values()})) for key in ("revision", "date")},
+        )
     spread = f" (+- {figures['deviation']:.4f} over {len(found)} seeds)" if len(found) > 1 else ""
-    least, most = recipe.get("at_least"), recipe.get("at_most")
-    wanted = "" if least is None else f", at least {least} was asked for"
-    wanted += "" if most is None else f", at most {most} was asked for"
-    print(f"{name}: {figures['metric']} {figures['mean']:.4f}{spread}{wanted}")
+    print(f"{name}: {figures['metric']} {figures['mean']:.4f}{spread}")
+    checked = [check(goal, figures, flags.results) for goal in figures["goals"]]
+    for words, met in checked:
+        print(f"  asked: {words}{'' if met is None else ': met' if met else ': missed'}")
     if flags.json:
         cli.print_json(figures)
-    return 0 if (least is None or figures["mean"] >= least) and (most is None or figures["mean"] <= most) else 1
+    return int(any(met is False for _, met in checked))
 
 
 def _imported(run: Path, model: Path | None) -> None:
     """The run that a recipe starts from, made from a model's folder if it is not there."""
     if (run / "config.json").is_file():
+        origin = json.loads((run / "origin.json").read_text())["folder"]
+        if model is not None and Path(origin).resolve() != model.resolve():
+            raise UserError(f"--model={model}, but {run} is {origin}: move that away first.")
         return
     if model is None:
         raise UserError(f"This recipe starts from a model. Name its folder: --model=FOLDER; it is imported to {run}.")
@@ -127,8 +144,7 @@ def _figures(found: Mapping[int, Mapping[str, Any]], recipe: Mapping[str, Any]) 
         "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
         "by_seed": {str(seed): result[first] for seed, result in found.items()},
         "also": {metric: statistics.fmean(result[metric] for result in found.values()) for metric in others},
-        "at_least": recipe.get("at_least"),
-        "at_most": recipe.get("at_most"),
+        "goals": list(recipe.get("goals", ())),
         "published": recipe.get("published", ""),
         "tried": recipe.get("tried", ""),
         "train_seconds": statistics.fmean(result["train_seconds"] for result in found.values()),

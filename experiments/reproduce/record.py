@@ -16,16 +16,23 @@ RESULTS = Path("results")
 
 
 def write_result(
-    name: str, figures: dict[str, Any], *, config: Any, seed: int | None = None, folder: Path = RESULTS
+    name: str,
+    figures: dict[str, Any],
+    *,
+    config: Any,
+    seed: int | None = None,
+    folder: Path = RESULTS,
+    revision: str | None = None,
+    date: str | None = None,
 ) -> Path:
-    """Write figures beside the config, seed, code revision, date and machine that they came from."""
+    """Write figures beside the config, seed, code revision (here and today if None), date and machine that they came from."""
     record = {
         "name": name,
         "figures": figures,
         "config": config,
         "seed": seed,
-        "revision": rundir.revision(),
-        "date": time.strftime("%Y-%m-%d"),
+        "revision": revision or rundir.revision(),
+        "date": date or time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "versions": rundir.versions(),
     }

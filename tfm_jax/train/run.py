@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -299,6 +300,8 @@ class _Loop:
         result: dict[str, Any] = {
             **recorded,
             "step": self.total,
+            "revision": self.facts["revision"],
+            "date": time.strftime("%Y-%m-%d"),
             "train_seconds": self.meter.train_seconds,
             "parameters": self.experiment.parameter_count,
             **self.meter.last,

@@ -117,7 +117,8 @@ def read_config(run: Path) -> configs.Config:
 
 
 def revision() -> str:
-    """The code's git commit, with `+changes` if the tree is not clean; `unknown` outside a git checkout."""
+    """The code's git commit, with `+changes` if the tree, but for figures written into it, is not clean; `unknown` outside a
+    git checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -125,7 +126,8 @@ def revision() -> str:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        figures = [f":(top,exclude){name}" for name in ("results", "README.md")]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *figures)
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
