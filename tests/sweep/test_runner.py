@@ -99,6 +99,16 @@ def test_launchers_that_die_and_share(tmp_path, command_env):
         assert lines == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted on Linux")
+def test_looking_at_what_another_launcher_runs_leaves_no_file_open(tmp_path):
+    source, slot = runner.Listed(LISTED[:1], tmp_path), runner._Slot(0)
+    with trials.held(tmp_path, LISTED[0].name):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(50):
+            runner._fill(slot, source, tmp_path, starter())
+        assert slot.trial is None and len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_folder_of_another_sweep(tmp_path):
     record = {"config": "a.py", "overrides": {}}
     trials.open_folder(tmp_path, record)

@@ -137,6 +137,8 @@ def _fill(slot: _Slot, source: Source, folder: Path, start: Start) -> None:
 def _started(slot: _Slot, trial: Trial, source: Source, folder: Path, start: Start) -> bool:
     file = slot.stack.enter_context(trials.held(folder, trial.name))
     if file is None:
+        # At every look: what is not closed now stays open.
+        slot.stack.close()
         return False
     state = trials.state(folder / trial.name)
     if state.word in trials.ENDED:
