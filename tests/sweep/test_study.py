@@ -116,6 +116,21 @@ def test_the_failed_are_tried_again_if_asked(tmp_path):
     runner.run(again, tmp_path, start, wait=0.01, say=lambda line: None)
     assert len(again.known()) == 2 and {trials.state(tmp_path / t.name).word for t in again.known()} == {"finished"}
     assert again.best()[0] in again.known()
+    # Asked once more, nothing is left to try.
+    third = Drawn(study, tmp_path, retry=True)
+    assert {trials.said(tmp_path / t.name)[0] for t in third.known()} == {"finished"} and not third.candidates()
+
+
+def test_one_that_finishes_without_its_metric_has_failed_and_is_no_second_try(tmp_path):
+    study = wanted(trials=1)
+    source = drawn(tmp_path, study)
+    run = tmp_path / source.draw().name
+    (run / "metrics.jsonl").write_text('{"step": 1, "eval/v/loss": NaN}\n')
+    (run / "status.json").write_text('{"state": "finished"}')
+    for retry in (False, True, True):
+        source = Drawn(study, tmp_path, retry=retry)
+        runner.run(source, tmp_path, start, wait=0.0, say=lambda line: None)
+        assert source.best() is None and len(source.known()) == 1 and not (run / "starts").exists()
 
 
 def test_every_sampler_draws_what_the_space_has(tmp_path):

@@ -191,8 +191,7 @@ class Listed:
     def __post_init__(self) -> None:
         trials.list_trials(self.folder, self.trials)
         for trial in self.trials if self.retry else ():
-            if trials.state(self.folder / trial.name).word == FAILED:
-                trials.forget_failure(self.folder / trial.name)
+            trials.forget_failure(self.folder, trial.name)
 
     def candidates(self) -> Sequence[Trial]:
         return [trial for trial in self.trials if trials.said(self.folder / trial.name)[0] not in trials.ENDED]

@@ -67,14 +67,13 @@ class Drawn:
             sizes = [len(one.options) for one in wanted.space.values() if isinstance(one, Choice)]
             self._limit = min(self._limit, math.prod(sizes))
         if retry:
-            for one in self._mine(self._states.FAIL):
-                trials.forget_failure(folder / self._trial(one).name)
+            for one in self._untried():
+                trials.forget_failure(folder, self._trial(one).name)
 
     def candidates(self) -> Sequence[Trial]:
         found = self._mine(self._states.RUNNING)
         if self._retry:
-            tried = {one.user_attrs[AGAIN] for one in self._all() if AGAIN in one.user_attrs}
-            found += [one for one in self._mine(self._states.FAIL) if one.number not in tried and not self._failed(one)]
+            found += [one for one in self._untried() if not self._failed(one)]
         return [self._written(one) for one in found]
 
     def draw(self) -> Trial | None:
@@ -149,8 +148,8 @@ class Drawn:
             if math.isfinite(last):
                 outcome = {"state": self._states.COMPLETE, "values": [last]}
         if one.state == self._states.FAIL:
-            if outcome["state"] != self._states.FAIL:
-                # Optuna's trials do not come back from failing.
+            # Optuna's trials do not come back from failing. One that has now finished is through, with a metric or without.
+            if state.word != FAILED and any(other.number == one.number for other in self._untried()):
                 self._study.add_trial(
                     self._optuna.trial.create_trial(
                         **outcome,
@@ -185,6 +184,11 @@ class Drawn:
     def _mine(self, state: Any) -> list[Any]:
         found = self._study.get_trials(deepcopy=False, states=(state,))
         return [one for one in found if one.user_attrs.get(FOLDER) == self._own and AGAIN not in one.user_attrs]
+
+    def _untried(self) -> list[Any]:
+        """Those that have failed, and not been tried a second time to an end."""
+        tried = {one.user_attrs[AGAIN] for one in self._all() if AGAIN in one.user_attrs}
+        return [one for one in self._mine(self._states.FAIL) if one.number not in tried]
 
     def _failed(self, one: Any) -> bool:
         return trials.said(self._folder / self._trial(one).name)[0] == FAILED

@@ -64,12 +64,17 @@ def _damaged(path: Path, error: Exception) -> str:
     return f"{path.name} is damaged: {type(error).__name__}: {error}"
 
 
-def forget_failure(run: Path) -> None:
-    """Let a failed trial be as one that was interrupted; damaged metrics are put aside."""
-    if state(run).reason.startswith("metrics.jsonl is damaged"):
-        (run / "metrics.jsonl").rename(run / "damaged_metrics.jsonl")
-    for name in (FAILED, "status.json"):
-        (run / name).unlink(missing_ok=True)
+def forget_failure(folder: Path, name: str) -> None:
+    """Let a failed trial be as one that was interrupted, if nobody works on it; damaged metrics are put aside."""
+    run = folder / name
+    with held(folder, name) as lock:
+        found = state(run)
+        if lock is None or found.word != FAILED:
+            return
+        if found.reason.startswith("metrics.jsonl is damaged"):
+            (run / "metrics.jsonl").rename(run / "damaged_metrics.jsonl")
+        for file in (FAILED, "status.json"):
+            (run / file).unlink(missing_ok=True)
 
 
 def result(run: Path) -> dict[str, float]:
