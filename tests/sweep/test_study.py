@@ -1,5 +1,6 @@
 """Studies: what Optuna draws does not depend on how often a launcher dies; what is behind is stopped; errors."""
 
+import contextlib
 import json
 import math
 import signal
@@ -12,9 +13,11 @@ import pytest
 from tests.errors import says
 from tests.sweep.test_runner import RUN
 from tfm_jax.errors import UserError
+from tfm_jax.files import write_atomic, write_status
 from tfm_jax.sweep import runner, trials
 from tfm_jax.sweep.space import Study, choice, log_uniform, uniform
 from tfm_jax.sweep.study import Drawn
+from tfm_jax.train.log import read_metrics
 
 pytest.importorskip("optuna", reason="studies need the extra sweep")
 
@@ -29,6 +32,34 @@ def start(trial, run, lock, slot, pause=0.0):
     command = [sys.executable, "-c", LOSS, str(run), "trains", str(pause), str(far)]
     with open(run / "train.log", "ab") as log:
         return runner.Process(subprocess.Popen(command, pass_fds=(lock,), stdout=log, stderr=log))
+
+
+class Quick:
+    """A run without a process: an evaluation at each look, and one more while it stops."""
+
+    lasting = False
+
+    def __init__(self, trial, run, lock, slot):
+        self._path, self._code = run / "metrics.jsonl", None
+        self._far = abs(math.log10(trial.overrides["optim.lr"]) + 2)
+
+    def _evaluate(self):
+        step = len(read_metrics(self._path.parent)) + 1
+        if step <= 5:
+            with self._path.open("a") as out:
+                out.write(json.dumps({"step": step, "eval/v/loss": self._far + 1 / step}) + "\n")
+        return step
+
+    def poll(self):
+        if self._code is None and self._evaluate() >= 5:
+            write_status(self._path.parent, "finished")
+            self._code = 0
+        return self._code
+
+    def stop(self):
+        if self._code is None:
+            self._evaluate()
+            self._code = 75
 
 
 def wanted(**changes):
@@ -98,6 +129,44 @@ def test_what_is_behind_is_stopped(tmp_path):
     assert stopped and all(state.step < 5 for state in stopped) and len(found) == 6
     far = {t.name: abs(math.log10(t.overrides["optim.lr"]) + 2) for t in source.known()}
     assert found[min(far, key=far.get)].word == "finished" and found[max(far, key=far.get)].word == "pruned"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_killed_between_any_two_writes(tmp_path, monkeypatch):
+    """The study comes out the same, wherever between a judgement's first write and its last the launcher dies."""
+    from optuna.storages.journal import JournalFileBackend
+
+    small, left = wanted(sampler="random", pruner="asha", reduction=2, trials=4), [0]
+
+    def until_killed(write):
+        def counted(*arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return write(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(JournalFileBackend, "append_logs", until_killed(JournalFileBackend.append_logs))
+    monkeypatch.setattr("os.fsync", lambda file: None)  # thousands, each some milliseconds
+    monkeypatch.setattr("tfm_jax.sweep.study.write_atomic", until_killed(write_atomic))
+
+    def outcome(folder, *kills):
+        for left[0] in (*kills, 0):
+            with contextlib.suppress(Killed):
+                source = drawn(folder, small)
+                runner.run(source, folder, Quick, wait=0.0, say=lambda line: None)
+        found = source._study.get_trials(deepcopy=False)
+        return [(t.state.name, t.params, t.intermediate_values, t.values, t.system_attrs) for t in found]
+
+    quiet = outcome(tmp_path / "quiet")
+    writes = -left[0]
+    assert {"PRUNED", "COMPLETE"} == {one[0] for one in quiet} and writes > 20
+    for kill in range(1, writes + 1):
+        assert outcome(tmp_path / str(kill), kill) == quiet, kill
 
 
 def test_the_failed_are_tried_again_if_asked(tmp_path):

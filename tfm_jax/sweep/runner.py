@@ -22,7 +22,7 @@ from tfm_jax.files import write_atomic
 from tfm_jax.launch.job import MISTAKE, PREEMPTED, job
 from tfm_jax.sweep import trials
 from tfm_jax.sweep.space import Trial
-from tfm_jax.sweep.trials import FAILED, PRUNED, State
+from tfm_jax.sweep.trials import FAILED, State
 
 # A user's mistake is not tried again: it would be made again.
 ATTEMPTS = 3
@@ -38,7 +38,7 @@ class Source(Protocol):
         """One more; None where there are no more."""
 
     def should_stop(self, trial: Trial) -> bool:
-        """Whether what a running trial has logged so far is not worth going on."""
+        """Whether what a running trial has logged so far is not worth going on; its file `pruned` then says so."""
 
     def ended(self, trial: Trial, state: State) -> None:
         """A trial has finished, failed, or was stopped."""
@@ -102,7 +102,6 @@ def run(
                 if slot.trial is None:
                     _fill(slot, source, folder, start)
                 elif not slot.stopped and source.should_stop(slot.trial):
-                    write_atomic(folder / slot.trial.name / PRUNED, "its metric is behind the others'")
                     _stop(slot)
             if all(slot.trial is None for slot in slots) and not source.candidates():
                 return

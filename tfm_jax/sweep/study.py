@@ -14,23 +14,14 @@ from typing import Any
 
 from tfm_jax.data.locks import locked
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.sweep import trials
-from tfm_jax.sweep.space import Choice, Distribution, Study, Trial, text_of
+from tfm_jax.files import write_atomic
+from tfm_jax.sweep import terms, trials
+from tfm_jax.sweep.space import Choice, Study, Trial, text_of
 from tfm_jax.sweep.trials import FAILED, FINISHED, PRUNED, State
 from tfm_jax.train.log import read_metrics
 
 # User attributes of Optuna's trials: whose it is, and of which failed one it is the second try.
 FOLDER, AGAIN = "folder", "second try of"
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise UserError("A study needs Optuna: pip install 'tfm_jax[sweep]'.") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    return optuna
 
 
 def record(wanted: Study) -> dict[str, Any]:
@@ -56,12 +47,12 @@ class Drawn:
     """
 
     def __init__(self, wanted: Study, folder: Path, *, storage: str | None = None, retry: bool = False) -> None:
-        self._optuna, self._wanted, self._folder, self._retry = _optuna(), wanted, folder, retry
+        self._optuna, self._wanted, self._folder, self._retry = terms.optuna(), wanted, folder, retry
         # Launchers that share the folder draw one after the other; those elsewhere must not draw the same.
         place = f"{socket.gethostname()}:{folder.absolute()}"
         self._seed = wanted.seed * 1_000_003 + (zlib.crc32(place.encode()) if storage else 0)
         self._own = place if storage else ""
-        self._study = self._create(folder.absolute().name, _storage(self._optuna, folder, storage))
+        self._study = self._create(folder.absolute().name, terms.storage(self._optuna, folder, storage))
         self._limit = wanted.trials
         if wanted.sampler == "grid":
             sizes = [len(one.options) for one in wanted.space.values() if isinstance(one, Choice)]
@@ -88,10 +79,10 @@ class Drawn:
         """Draw in memory, from a copy of the study, and add the trial to the study in one piece."""
         copy = self._create("copy", self._optuna.storages.InMemoryStorage())
         copy.add_trials(before)
-        copy.sampler = _sampler(self._optuna, self._wanted, self._seed + len(before))
+        copy.sampler = terms.sampler(self._optuna, self._wanted, self._seed + len(before))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            asked = copy.ask({key: _distribution(self._optuna, one) for key, one in self._wanted.space.items()})
+            asked = copy.ask({key: terms.distribution(self._optuna, one) for key, one in self._wanted.space.items()})
         drawn = copy.get_trials(deepcopy=False)[asked.number]
         self._study.add_trial(
             self._optuna.trial.create_trial(
@@ -113,17 +104,42 @@ class Drawn:
             # A damaged file is found when the trial ends.
             return False
         self._check_metric(lines, found)
-        one = self._frozen(trial)
+        one, run = self._frozen(trial), self._folder / trial.name
         if one.state.is_finished():
             return False
-        asked = self._optuna.trial.Trial(self._study, one._trial_id)
-        # Rungs are evaluations, of which all trials have the same. Each is judged by itself, however late it is looked at.
-        for count, step in enumerate(sorted(found), 1):
-            if count not in one.intermediate_values:
-                asked.report(found[step], count)
-                if asked.should_prune():
-                    return True
-        return False
+        values = [found[step] for step in sorted(found)]
+        stopped = _stopped_at(run, len(values))
+        # Rungs are evaluations, of which all trials have the same. Each is judged by itself, however late it is looked at,
+        # and judged again unless its value is stored, which comes last: a launcher may die before any of these lines.
+        for count in range(1, len(values[:stopped]) + 1):
+            if count in one.intermediate_values:
+                continue
+            behind, marks = self._verdict(one, values[:count])
+            if behind and stopped is None:
+                stopped = count
+                write_atomic(run / PRUNED, f"its metric is behind the others' at evaluation {count}")
+            for key, mark in marks.items():
+                self._study._storage.set_trial_system_attr(one._trial_id, key, mark)
+            self._optuna.trial.Trial(self._study, one._trial_id).report(values[count - 1], count)
+            if count == stopped:
+                break
+        return stopped is not None
+
+    def _verdict(self, one: Any, values: Sequence[float]) -> tuple[bool, dict[str, Any]]:
+        """Whether a trial with these values so far is behind, and what its pruner notes of it, found on a copy of the study."""
+        behind = False
+        if self._wanted.pruner == "none":
+            return behind, {}
+        copy = self._create(self._study.study_name, self._optuna.storages.InMemoryStorage())
+        bare = self._optuna.trial.create_trial(
+            state=self._states.RUNNING, params=one.params, distributions=one.distributions
+        )
+        copy.add_trials([bare if other.number == one.number else other for other in self._all()])
+        asked = self._optuna.trial.Trial(copy, copy.get_trials(deepcopy=False)[one.number]._trial_id)
+        for count, value in enumerate(values, 1):
+            asked.report(value, count)
+            behind = asked.should_prune()
+        return behind, copy.get_trials(deepcopy=False)[one.number].system_attrs
 
     def _check_metric(self, lines: Sequence[dict[str, Any]], found: dict[int, float]) -> None:
         """Before a misspelled metric costs more than one evaluation."""
@@ -135,12 +151,10 @@ class Drawn:
 
     def ended(self, trial: Trial, state: State) -> None:
         # One that went on to its end before it could be stopped is behind all the same.
-        behind = (self._folder / trial.name / PRUNED).is_file() or (state.word == FINISHED and self.should_stop(trial))
+        behind = state.word in (FINISHED, PRUNED) and self.should_stop(trial)
         one = self._frozen(trial)
-        values = one.intermediate_values
-        last = values[max(values)] if values else math.nan
         outcome: dict[str, Any] = {"state": self._states.FAIL}
-        if behind and values:
+        if behind and one.intermediate_values:
             outcome = {"state": self._states.PRUNED}
         elif state.word == FINISHED:
             found = trials.values(read_metrics(self._folder / trial.name), self._wanted.metric)
@@ -199,12 +213,12 @@ class Drawn:
             storage=storage,
             direction=self._wanted.direction,
             load_if_exists=True,
-            pruner=_pruner(self._optuna, self._wanted),
+            pruner=terms.pruner(self._optuna, self._wanted),
         )
 
     def _trial(self, one: Any) -> Trial:
         number = one.user_attrs.get(AGAIN, one.number)
-        chosen = {key: _chosen(self._wanted.space[key], one.params[key]) for key in self._wanted.space}
+        chosen = {key: terms.chosen(self._wanted.space[key], one.params[key]) for key in self._wanted.space}
         said = ",".join(f"{key.rpartition('.')[2]}={text_of(value)}" for key, value in chosen.items())
         return Trial(f"{number:04d},{said}", {**self._wanted.fixed, **chosen})
 
@@ -218,57 +232,9 @@ class Drawn:
         return next(one for one in self._all() if one.number == number)
 
 
-def _plain(one: Choice) -> bool:
-    """Whether a storage can keep the options themselves."""
-    return all(isinstance(option, str | int | float | bool | None) for option in one.options)
-
-
-def _distribution(optuna: Any, one: Distribution) -> Any:
-    if isinstance(one, Choice):
-        return optuna.distributions.CategoricalDistribution(one.options if _plain(one) else range(len(one.options)))
-    if one.whole:
-        return optuna.distributions.IntDistribution(int(one.low), int(one.high), log=one.log)
-    return optuna.distributions.FloatDistribution(one.low, one.high, log=one.log)
-
-
-def _chosen(one: Distribution, value: Any) -> Any:
-    return one.options[int(value)] if isinstance(one, Choice) and not _plain(one) else value
-
-
-def _storage(optuna: Any, folder: Path, url: str | None) -> Any:
-    if url is None:
-        backend = optuna.storages.journal.JournalFileBackend(str(folder / "study.log"))
-        return optuna.storages.JournalStorage(backend)
-    try:
-        return optuna.storages.RDBStorage(url)
-    except Exception as error:
-        # Each database's driver has errors of its own.
-        raise UserError(
-            f"--storage={url} cannot be opened: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def _sampler(optuna: Any, wanted: Study, seed: int) -> Any:
-    if wanted.sampler == "grid":
-        space = {
-            key: list(one.options if _plain(one) else range(len(one.options)))
-            for key, one in wanted.space.items()
-            if isinstance(one, Choice)
-        }
-        # One order for all draws.
-        return optuna.samplers.GridSampler(space, seed=wanted.seed)
-    if wanted.sampler == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed)
-    if wanted.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed)
-    return optuna.samplers.RandomSampler(seed=seed)
-
-
-def _pruner(optuna: Any, wanted: Study) -> Any:
-    if wanted.pruner == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=wanted.first_rung, reduction_factor=wanted.reduction)
-    if wanted.pruner == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=wanted.first_rung, reduction_factor=wanted.reduction)
-    if wanted.pruner == "median":
-        return optuna.pruners.MedianPruner(n_warmup_steps=wanted.first_rung)
-    return optuna.pruners.NopPruner()
+def _stopped_at(run: Path, so_far: int) -> int | None:
+    """The evaluation at which a trial was found to be behind, None if at none."""
+    if not (run / PRUNED).is_file():
+        return None
+    number = (run / PRUNED).read_text().rpartition(" ")[2]
+    return int(number) if number.isdigit() else so_far
