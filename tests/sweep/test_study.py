@@ -234,8 +234,17 @@ def test_bad_studies(tmp_path):
         uniform(2, 1)
     with says("sweep: sampler='grid' needs a choice for each key."):
         wanted(sampler="grid")
-    source = drawn(tmp_path, wanted(metric="eval/v/los", trials=1))
-    with says("sweep: no trial logs metric='eval/v/los'. Did you mean 'eval/v/loss'?"):
-        runner.run(source, tmp_path, start, wait=0.01)
     with pytest.raises(UserError, match=r"^--storage=sqlite:////nowhere/a\.db cannot be opened: "):
         Drawn(wanted(), tmp_path, storage="sqlite:////nowhere/a.db")
+
+
+@pytest.mark.parametrize(
+    ("metric", "nearest"), [("eval/v/los", "eval/v/loss"), ("evl/v/loss", "eval/v/loss"), ("eval/w/los", "eval/v/loss")]
+)
+def test_a_metric_that_no_trial_logs(tmp_path, metric, nearest):
+    """Found in the first trial: at its first evaluation, or at its end where it might be another evaluator's."""
+    source = drawn(tmp_path, wanted(metric=metric, trials=2))
+    with says(f"sweep: no trial logs metric={metric!r}. Did you mean {nearest!r}?"):
+        runner.run(source, tmp_path, Quick, wait=0.0, say=lambda line: None)
+    assert len(source.known()) == 1
+    assert len(read_metrics(tmp_path / source.known()[0].name)) == (5 if metric.startswith("eval/w") else 2)

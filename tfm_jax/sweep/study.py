@@ -97,14 +97,15 @@ class Drawn:
         return mine[-1]
 
     def should_stop(self, trial: Trial) -> bool:
+        run = self._folder / trial.name
         try:
-            lines = read_metrics(self._folder / trial.name)
+            lines = read_metrics(run)
             found = trials.values(lines, self._wanted.metric)
         except (OSError, ValueError, TypeError):
             # A damaged file is found when the trial ends.
             return False
-        self._check_metric(lines, found)
-        one, run = self._frozen(trial), self._folder / trial.name
+        self._check_metric(run, lines, found)
+        one = self._frozen(trial)
         if one.state.is_finished():
             return False
         values = [found[step] for step in sorted(found)]
@@ -141,13 +142,19 @@ class Drawn:
             behind = asked.should_prune()
         return behind, copy.get_trials(deepcopy=False)[one.number].system_attrs
 
-    def _check_metric(self, lines: Sequence[dict[str, Any]], found: dict[int, float]) -> None:
-        """Before a misspelled metric costs more than one evaluation."""
-        metric = self._wanted.metric
-        place = metric.rpartition("/")[0]
-        known = sorted({key for line in lines for key in line if key.rpartition("/")[0] == place})
-        if known and not found and not any(one.intermediate_values for one in self._all()):
-            raise UserError(f"sweep: no trial logs metric={metric!r}.{nearest(metric, known)}")
+    def _check_metric(self, run: Path, lines: Sequence[dict[str, Any]], found: dict[int, float]) -> None:
+        """Before a misspelled metric costs more than one evaluation, or one trial where it has nothing near."""
+        metric, logged = self._wanted.metric, {key for line in lines for key in line} - {"step"}
+        near = {key for key in logged if key.rpartition("/")[0] == metric.rpartition("/")[0]}
+        if found or not (near or trials.said(run)[0] == FINISHED or self._is_of_no_kind(logged)):
+            return
+        if not any(one.intermediate_values for one in self._all()):
+            raise UserError(f"sweep: no trial logs metric={metric!r}.{nearest(metric, near or logged)}")
+
+    def _is_of_no_kind(self, logged: set[str]) -> bool:
+        """Whether a run has evaluated, and logged nothing whose first part is the metric's."""
+        kinds = {key.partition("/")[0] for key in logged}
+        return "eval" in kinds and self._wanted.metric.partition("/")[0] not in kinds
 
     def ended(self, trial: Trial, state: State) -> None:
         # One that went on to its end before it could be stopped is behind all the same.
