@@ -223,6 +223,38 @@ def test_every_sampler_draws_what_the_space_has(tmp_path):
     assert here.candidates() == [first] and there.candidates() == [second] and here.known() == [first, second]
 
 
+def test_machines_that_draw_at_the_same_moment(tmp_path):
+    """What is more than asked for, or twice in a grid, is given up by the one that was later; nobody counts it."""
+    url = f"sqlite:///{tmp_path}/study.db"
+    cells = {"optim.lr": choice(0.1, 0.2)}
+    for name, study, cell in (("s", wanted(trials=1), None), ("g", wanted(space=cells, sampler="grid"), 2)):
+        here, there = (Drawn(study, tmp_path / place / name, storage=url) for place in "ab")
+        added, first = here._added, []
+
+        def later(before, there=there, first=first, added=added):
+            if not first:
+                first.append(there.draw())
+            return added(before)
+
+        here._added = later
+        drawn_here = here.draw()
+        assert here.known() == there.known() == [*first, *([drawn_here] if cell else [])]
+        assert drawn_here is None if cell is None else drawn_here.overrides != first[0].overrides
+        assert here.draw() is None and there.draw() is None and there.candidates() == first
+        assert [one.state.name for one in here._all()][1] == "FAIL"
+        assert len(list(tmp_path.glob(f"*/{name}/*/trial.json"))) == len(here.known())
+
+
+def test_a_database_has_one_study_of_a_name(tmp_path):
+    """The same study from a folder that was moved finds its trials; another one of that name is refused."""
+    url, folder = f"sqlite:///{tmp_path}/study.db", tmp_path / "a" / "s"
+    mine = Drawn(wanted(), folder, storage=url).draw()
+    folder.parent.rename(tmp_path / "moved")
+    assert Drawn(wanted(trials=9), tmp_path / "moved" / "s", storage=url).candidates() == [mine]
+    with says("The study 's' of that storage belongs to another sweep:\n  seed: 0 -> 1\nUse another --workdir."):
+        Drawn(wanted(seed=1), tmp_path / "b" / "s", storage=url)
+
+
 def test_bad_studies(tmp_path):
     with says("sweep: the space is empty."):
         wanted(space={})

@@ -4,8 +4,8 @@ machines share, each with a folder of its own."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-import socket
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -20,8 +20,10 @@ from tfm_jax.sweep.space import Choice, Study, Trial, text_of
 from tfm_jax.sweep.trials import FAILED, FINISHED, PRUNED, State
 from tfm_jax.train.log import read_metrics
 
-# User attributes of Optuna's trials: whose it is, and of which failed one it is the second try.
-FOLDER, AGAIN = "folder", "second try of"
+# User attributes of Optuna's trials: whose it is, of which failed one it is the second try, and that it was drawn in vain.
+FOLDER, AGAIN, SURPLUS = "folder", "second try of", "surplus"
+# And of its study: what is studied.
+STUDY = "study"
 
 
 def record(wanted: Study) -> dict[str, Any]:
@@ -43,16 +45,19 @@ class Drawn:
       retry: let what has failed be tried again.
 
     Raises:
-      UserError: Optuna is not installed, or the database cannot be reached.
+      UserError: Optuna is not installed, the database cannot be reached, or its study of this name is another one.
     """
 
     def __init__(self, wanted: Study, folder: Path, *, storage: str | None = None, retry: bool = False) -> None:
         self._optuna, self._wanted, self._folder, self._retry = terms.optuna(), wanted, folder, retry
         # Launchers that share the folder draw one after the other; those elsewhere must not draw the same.
-        place = f"{socket.gethostname()}:{folder.absolute()}"
-        self._seed = wanted.seed * 1_000_003 + (zlib.crc32(place.encode()) if storage else 0)
-        self._own = place if storage else ""
-        self._study = self._create(folder.absolute().name, terms.storage(self._optuna, folder, storage))
+        self._own = trials.owner(folder) if storage else ""
+        self._seed = wanted.seed * 1_000_003 + zlib.crc32(self._own.encode())
+        name = folder.absolute().name
+        self._study = self._create(name, terms.storage(self._optuna, folder, storage))
+        if STUDY not in self._study.user_attrs:
+            self._study.set_user_attr(STUDY, json.loads(json.dumps(record(wanted), default=repr)))
+        trials.check_same(f"The study {name!r} of that storage", self._study.user_attrs[STUDY], record(wanted))
         self._limit = wanted.trials
         if wanted.sampler == "grid":
             sizes = [len(one.options) for one in wanted.space.values() if isinstance(one, Choice)]
@@ -69,11 +74,25 @@ class Drawn:
 
     def draw(self) -> Trial | None:
         with locked(self._folder / ".locks" / "draw"):
-            before = self._all()
-            # Those that failed and were tried again count once.
-            if sum(AGAIN not in one.user_attrs for one in before) >= self._limit:
-                return None
-            return self._written(self._added(before))
+            while len(self._counted()) < self._limit:
+                one = self._added(self._all())
+                if any(other.number == one.number for other in self._counted()):
+                    return self._written(one)
+                # Another machine has drawn at the same moment, and was first.
+                self._optuna.trial.Trial(self._study, one._trial_id).set_user_attr(SURPLUS, True)
+                self._study.tell(one.number, state=self._states.FAIL)
+        return None
+
+    def _counted(self) -> list[Any]:
+        """The study's trials in their order: second tries are none of their own, nor what is more than asked for, or twice in a
+        grid, because machines have drawn at once."""
+        found, cells = list[Any](), set[Any]()
+        for one in self._all():
+            cell = repr(sorted(one.params.items())) if self._wanted.sampler == "grid" else one.number
+            if not {AGAIN, SURPLUS} & set(one.user_attrs) and cell not in cells and len(found) < self._limit:
+                found.append(one)
+                cells.add(cell)
+        return found
 
     def _added(self, before: Sequence[Any]) -> Any:
         """Draw in memory, from a copy of the study, and add the trial to the study in one piece."""
@@ -93,8 +112,8 @@ class Drawn:
                 system_attrs=drawn.system_attrs,
             )
         )
-        mine = [one for one in self._mine(self._states.RUNNING) if one.number >= len(before)]
-        return mine[-1]
+        added = self._all()[len(before) :]
+        return [one for one in added if one.user_attrs.get(FOLDER) == self._own][-1]
 
     def should_stop(self, trial: Trial) -> bool:
         run = self._folder / trial.name
@@ -186,7 +205,7 @@ class Drawn:
 
     def known(self) -> list[Trial]:
         """All trials that have been drawn, here or elsewhere."""
-        return [self._trial(one) for one in self._all() if AGAIN not in one.user_attrs]
+        return [self._trial(one) for one in self._counted()]
 
     def best(self) -> tuple[Trial, float] | None:
         """The finished trial with the best last value."""
@@ -203,8 +222,7 @@ class Drawn:
         return found
 
     def _mine(self, state: Any) -> list[Any]:
-        found = self._study.get_trials(deepcopy=False, states=(state,))
-        return [one for one in found if one.user_attrs.get(FOLDER) == self._own and AGAIN not in one.user_attrs]
+        return [one for one in self._counted() if one.state == state and one.user_attrs.get(FOLDER) == self._own]
 
     def _untried(self) -> list[Any]:
         """Those that have failed, and not been tried a second time to an end."""

@@ -7,6 +7,7 @@ DIR/NAME/train.log      what the run has printed
 DIR/NAME/pruned         a launcher has stopped it, with the reason
 DIR/NAME/failed         it could not say itself why it failed
 DIR/study.log           Optuna's journal, of a study without a database
+DIR/owner               whose trials these are, in a database that other folders share
 DIR/.locks/NAME         held by who runs the trial, and by the run itself: who has it first, runs it
 """
 
@@ -15,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from tfm_jax.data.locks import locked
 from tfm_jax.errors import UserError
 from tfm_jax.files import read_status, write_atomic
 from tfm_jax.sweep.space import Trial
@@ -113,14 +116,31 @@ def open_folder(folder: Path, record: Mapping[str, Any]) -> None:
     """
     path = folder / "sweep.json"
     folder.mkdir(parents=True, exist_ok=True)
-    plain = json.loads(json.dumps(record, default=repr))
     if path.is_file():
-        own = _record(path)
-        if changed := [key for key in sorted(own.keys() | plain) if own.get(key) != plain.get(key)]:
-            lines = "".join(f"\n  {key}: {own.get(key)!r} -> {plain.get(key)!r}" for key in changed)
-            raise UserError(f"{folder} belongs to another sweep:{lines}\nUse another --workdir.")
+        check_same(str(folder), _record(path), record)
         return
-    write_atomic(path, json.dumps(plain, indent=2) + "\n")
+    write_atomic(path, json.dumps(record, default=repr, indent=2) + "\n")
+
+
+def check_same(place: str, own: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Refuse a place that belongs to another sweep.
+
+    Raises:
+      UserError: what differs.
+    """
+    plain = json.loads(json.dumps(record, default=repr))
+    if changed := [key for key in sorted(own.keys() | plain) if own.get(key) != plain.get(key)]:
+        lines = "".join(f"\n  {key}: {own.get(key)!r} -> {plain.get(key)!r}" for key in changed)
+        raise UserError(f"{place} belongs to another sweep:{lines}\nUse another --workdir.")
+
+
+def owner(folder: Path) -> str:
+    """The folder's own name among those that share a database, on whatever machine and wherever it is moved."""
+    path = folder / "owner"
+    with locked(folder / ".locks" / "owner"):
+        if not path.is_file():
+            write_atomic(path, uuid.uuid4().hex)
+    return path.read_text()
 
 
 def write_trial(folder: Path, trial: Trial, number: int) -> None:
