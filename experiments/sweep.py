@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.vectorise is not None and flags.backend != "local":
         raise UserError(f"--vectorise={flags.vectorise} is for --backend=local: submit this command itself as a job.")
     common, sweep = dict(overrides), _sweep(flags.sweep)
+    _check_apart(common, sweep)
     if isinstance(sweep, Study):
         listed = _corners(sweep)
         _check_study(sweep, _check(flags.config, common, listed)[0])
@@ -135,6 +136,17 @@ def _sweep(spec: str) -> Sequence[Overrides] | Study:
         raise UserError(f"--sweep={spec}: the file has no function sweep().")
     found: Any = module.sweep(argument) if argument else module.sweep()
     return found if isinstance(found, Study) else list(found)
+
+
+def _check_apart(common: Mapping[str, str], sweep: Sequence[Overrides] | Study) -> None:
+    """A trial's own override would hide the command's."""
+    swept = {*sweep.space, *sweep.fixed} if isinstance(sweep, Study) else {key for one in sweep for key in one}
+    for key, value in common.items():
+        for own in sorted(swept):
+            if f"{key}.".startswith(f"{own}."):
+                raise UserError(
+                    f"--config.{key}={value} overlaps with the sweep, which sets {own}. Leave one of them out."
+                )
 
 
 def _corners(study: Study) -> list[Trial]:
@@ -227,9 +239,11 @@ def shown(rows: Sequence[Mapping[str, Any]], metric: str | None, direction: str)
     for row in sorted(rows, key=place):
         found = [f"{row['metrics'][name]:.4f}" if name in row["metrics"] else "" for name in columns]
         lines.append((row["trial"], row["state"], str(row["step"]), *found))
-    reasons = [f"{row['trial']}: {row['state']}: {row['reason']}" for row in rows if row["state"] == trials.FAILED]
-    if reasons:
-        reasons.append(f"{len(reasons)} failed; --retry_failed tries again.")
+    # One that has finished has a reason where its numbers cannot be read.
+    told = [row for row in rows if row["state"] in (trials.FAILED, trials.FINISHED) and row["reason"]]
+    reasons = [f"{row['trial']}: {row['state']}: {row['reason']}" for row in told]
+    if failed := sum(row["state"] == trials.FAILED for row in rows):
+        reasons.append(f"{failed} failed; --retry_failed tries again.")
     return "\n".join(itertools.chain([cli.table(lines)], reasons))
 
 

@@ -6,6 +6,9 @@ import pytest
 
 from experiments import cli, sweep
 from tests.errors import says
+from tfm_jax.files import write_status
+from tfm_jax.sweep import trials
+from tfm_jax.sweep.space import grid, named
 
 
 @pytest.fixture
@@ -48,6 +51,19 @@ def test_costs(arguments, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_result_that_cannot_be_read(tmp_path):
+    """The table says why it has no number of a trial that has finished."""
+    record, listed = {"config": "a.py"}, named(grid({"optim.lr": [0.1, 0.2]}))
+    trials.open_folder(tmp_path, record)
+    trials.list_trials(tmp_path, listed)
+    for trial, text in zip(listed, ('{"eval/v/loss": 2.5}', "[]"), strict=True):
+        (tmp_path / trial.name / "result.json").write_text(text)
+        write_status(tmp_path / trial.name, "finished")
+    *_, good, bad, reason = sweep.shown(sweep.table(tmp_path), None, "minimize").splitlines()
+    assert good.split() == ["lr=0.1", "finished", "0", "2.5000"] and bad.split() == ["lr=0.2", "finished", "0"]
+    assert reason.startswith("lr=0.2: finished: result.json is damaged: ")
+
+
 STUDY = "return Study(space={'optim.lr': log_uniform(1e-3, 1e-1)}, trials=2, metric='eval/%s/loss', pruner=%r)"
 
 
@@ -59,6 +75,8 @@ STUDY = "return Study(space={'optim.lr': log_uniform(1e-3, 1e-1)}, trials=2, met
         (STUDY % ("validatoin", "none"), (), "sweep: metric='eval/validatoin/loss' is of no evaluator. Did you mean 'eval/validation/loss'?"),
         (STUDY % ("validation", "asha"), (), "sweep: pruner='asha' judges evaluations on the way: set train.eval_every."),
         ("return seeds(2)", ("--storage=sqlite:///x.db",), "--storage=sqlite:///x.db is for studies; the sweep() of {sweep} returns a list."),
+        (STUDY % ("validation", "none"), ("--config.optim.lr=0.1",), "--config.optim.lr=0.1 overlaps with the sweep, which sets optim.lr. Leave one of them out."),
+        ("return grid({'optim.options': [{}]})", ("--config.optim.options.b2=0.9",), "--config.optim.options.b2=0.9 overlaps with the sweep, which sets optim.options. Leave one of them out."),
         ("return seeds(2)", ("--parallel=0",), "--parallel=0: must be at least 1."),
         ("return seeds(2)", ("--parallel=2", "--vectorise=2"), "--vectorise=2 is one process, --parallel=2 several: give one."),
         ("return seeds(2)", ("--backend=slurm", "--vectorise=2"), "--vectorise=2 is for --backend=local: submit this command itself as a job."),

@@ -130,7 +130,11 @@ def test_damaged_trials_are_failed_ones_and_the_rest_goes_on(tmp_path):
     runner.Listed(LISTED, tmp_path)
     trials.open_folder(tmp_path, {"config": "a.py"})
     (tmp_path / "lr=0.1" / "status.json").write_text("{")
-    (tmp_path / "lr=0.2" / "trial.json").write_text("")
+    for damaged in ("", "[]", "{}"):
+        (tmp_path / "lr=0.2" / "trial.json").write_text(damaged)
+        runner.Listed(LISTED, tmp_path)
+        assert trials.read_folder(tmp_path)[1] == list(LISTED)
+    (tmp_path / "lr=0.2" / "trial.json").write_text("{}")
     (tmp_path / "lr=0.3" / "result.json").write_text("[]")
     (tmp_path / "lr=0.4" / "metrics.jsonl").write_bytes(b"\xff\n")
     assert [trial.name for trial in trials.read_folder(tmp_path)[1]].count("lr=0.2") == 1

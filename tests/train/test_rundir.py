@@ -71,6 +71,14 @@ def test_another_config_is_refused(tmp_path, make_config):
     )
 
 
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_damaged_config_is_said(tmp_path, make_config, text):
+    (tmp_path / "config.json").write_text(text)
+    for read in (lambda: rundir.check_config(tmp_path, make_config()), lambda: rundir.read_config(tmp_path)):
+        with pytest.raises(UserError, match=f"^{tmp_path}/config.json is damaged: .*Training writes it anew"):
+            read()
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / "config.json").write_text('{"model": {}}')

@@ -41,12 +41,18 @@ class State(NamedTuple):
 
 
 def state(run: Path) -> State:
-    """From a run's files, which may be damaged: then it has failed, and says so."""
+    """From a run's files, which may be damaged: then it has failed, and says so; or has finished, and says that too."""
     word, reason = said(run)
     try:
-        return State(word, reason, max((int(line["step"]) for line in read_metrics(run)), default=0))
+        step = max((int(line["step"]) for line in read_metrics(run)), default=0)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return State(FAILED, _damaged(run / "metrics.jsonl", error))
+    if word == FINISHED:
+        try:
+            _read_result(run)
+        except (OSError, ValueError, AttributeError) as error:
+            reason = _damaged(run / "result.json", error)
+    return State(word, reason, step)
 
 
 def said(run: Path) -> tuple[str, str]:
@@ -83,10 +89,14 @@ def forget_failure(folder: Path, name: str) -> None:
 def result(run: Path) -> dict[str, float]:
     """The final metrics; none where it has not finished, or they cannot be read."""
     try:
-        found = json.loads((run / "result.json").read_text())
-        return {key: value for key, value in found.items() if isinstance(value, int | float)}
+        return _read_result(run)
     except (OSError, ValueError, AttributeError):
         return {}
+
+
+def _read_result(run: Path) -> dict[str, float]:
+    found = json.loads((run / "result.json").read_text())
+    return {key: value for key, value in found.items() if isinstance(value, int | float)}
 
 
 def values(lines: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
@@ -152,7 +162,8 @@ def write_trial(folder: Path, trial: Trial, number: int) -> None:
     path = folder / trial.name / "trial.json"
     record = {"trial": trial.name, "number": number, "overrides": trial.overrides}
     text = json.dumps(record, default=repr) + "\n"
-    with contextlib.suppress(OSError, ValueError):
+    # A damaged one is written anew.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         own = json.loads(path.read_text())
         if own["overrides"] != json.loads(text)["overrides"]:
             raise UserError(

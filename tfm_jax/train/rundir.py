@@ -45,7 +45,7 @@ def check_config(run: Path, config: configs.Config) -> None:
     path = run / "config.json"
     if not path.is_file():
         return
-    own = json.loads(path.read_text())
+    own = _recorded(path)
     # Keys that have been added since the run began have their defaults in it.
     with contextlib.suppress(UserError):
         own = configs.resolve(own)
@@ -57,10 +57,25 @@ def check_config(run: Path, config: configs.Config) -> None:
         )
 
 
+def _recorded(path: Path) -> configs.Config:
+    """A run's `config.json`.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. Training writes it anew where there is none.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object. Training writes it anew where there is none.")
+    return found
+
+
 def with_own(run: Path, config: configs.Config) -> configs.Config:
     """The config with what a run that has a checkpoint has filled in; neither its donor nor its teacher's folder is needed again."""
     path = run / "config.json"
-    return _filled_in(json.loads(path.read_text()), config) if path.is_file() and has_checkpoint(run) else config
+    return _filled_in(_recorded(path), config) if path.is_file() and has_checkpoint(run) else config
 
 
 def _filled_in(own: Any, config: Any) -> Any:
@@ -108,8 +123,8 @@ def read_config(run: Path) -> configs.Config:
     if not path.is_file():
         beside = sorted(p.parent.as_posix() for p in run.parent.glob("*/config.json")) if run.parent.is_dir() else []
         raise UserError(f"{run} is not a run directory: it has no config.json.{nearest(run.as_posix(), beside)}")
-    loaded: configs.Config = json.loads(path.read_text())
-    if not isinstance(loaded, dict) or "model" not in loaded:
+    loaded = _recorded(path)
+    if "model" not in loaded:
         raise UserError(
             f"{run} is not a run directory: its config.json has no section 'model'. A model folder is hf:{run}."
         )
