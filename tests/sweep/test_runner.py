@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -164,3 +165,51 @@ def test_cores_and_gpus_are_shared_out(tmp_path, monkeypatch):
     assert options["env"]["CUDA_VISIBLE_DEVICES"] == "0" and other["env"]["CUDA_VISIBLE_DEVICES"] == "1,5"
     assert [runner._share([3, 4, 7], slot, 2) for slot in (0, 1)] == [[3], [4, 7]]
     assert [runner._share([3, 4], slot, 3) for slot in (0, 1, 2)] == [[3], [4], [3]]
+    # A system that does not say which cores there are shares none out.
+    monkeypatch.delattr(os, "sched_getaffinity")
+    runner.local("a.py", 2, {})(LISTED[0], tmp_path / "x", 5, 1)
+    assert len(seen) == 3
+
+
+PARENT = """
+import sys, time, types
+from pathlib import Path
+from tfm_jax.sweep import runner
+from tests.sweep.test_runner import LISTED
+child = "import os, time; print(os.getpid(), len(os.sched_getaffinity(0)), flush=True); time.sleep(60)"
+runner.job = lambda arguments: types.SimpleNamespace(command=lambda python: [python, "-c", child])
+run = Path(sys.argv[1])
+with open(run / "lock", "w") as lock:
+    runner.local("a.py", 2, {})(LISTED[0], run, lock.fileno(), 1)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends children on Linux")
+def test_a_run_ends_with_its_launcher(tmp_path, command_env):
+    """However that went: SIGKILL leaves it no time to say so. Until then it has its share of the cores."""
+    parent, log = (
+        subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], env=command_env()),
+        tmp_path / "train.log",
+    )
+    while not log.is_file() or not log.read_text().endswith("\n"):
+        time.sleep(0.01)
+    child, cores = map(int, log.read_text().split())
+    there = len(os.sched_getaffinity(0))
+    assert cores == (there - there // 2 if there > 1 else 1)
+    parent.kill()
+    parent.wait()
+    for _ in range(500):
+        if not _runs(child):
+            return
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("it outlived its launcher")
+
+
+def _runs(process):
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # whoever adopts it may be slow to bury it

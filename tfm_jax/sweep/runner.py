@@ -250,8 +250,8 @@ T = TypeVar("T")
 
 
 def _share(those: Sequence[T], slot: int, parallel: int) -> Sequence[T]:
-    """The slot's part of them; of fewer than there are slots, one that it shares."""
-    if len(those) < parallel:
+    """The slot's part of them; of fewer than there are slots, one that it shares; none of none."""
+    if 0 < len(those) < parallel:
         return [those[slot % len(those)]]
     return those[slot * len(those) // parallel : (slot + 1) * len(those) // parallel]
 
