@@ -43,7 +43,7 @@ lint: $(VENV)/.ready  ## ruff and mypy
 
 sweep: $(VENV)/.ready  ## make sweep SWEEP=configs/sweeps/lr.py RUN=sweeps/lr ARGS='--vectorise=8'; the same command goes on
 	@$(BIN)/python -m experiments.sweep --config=$(CONFIG) --sweep=$(or $(SWEEP),$(error give SWEEP=path/to/sweep.py)) \
-		--workdir=$(RUN) $(ARGS)
+		--workdir=$(if $(filter file,$(origin RUN)),$(error give RUN=sweeps/x),$(RUN)) $(ARGS)
 
 evaluate: $(VENV)/.ready  ## evaluate RUN
 	@$(BIN)/python -m experiments.evaluate --run $(RUN) $(ARGS)
