@@ -2,8 +2,9 @@
 
 `vectorise`: 8 learning rates with 2 seeds each, as 2 processes and as one program; wall time from start to end, each with
 an empty compile cache, and the losses. `asha`: a study of 24 trials beside that grid: its best loss, and its steps. `kills`:
-a study whose launcher is killed with SIGKILL 10 times beside an undisturbed one. What is finished is not done again; a timed
-sweep that was interrupted starts anew. Writes `results/sweep_NAME.json`.
+a study whose launcher is killed with SIGKILL 10 times beside an undisturbed one: trials that are missing, are there twice, or
+were begun again after their end. What is finished is not done again; a timed sweep that was interrupted starts anew. Writes
+`results/sweep_NAME.json`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from experiments.reproduce.record import write_result
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 from tfm_jax.sweep import trials
-from tfm_jax.train.log import read_metrics
 
 EXAMPLES = """\
   python -m experiments.reproduce.sweeps --data path/to/input.txt
@@ -160,7 +160,7 @@ def _kills(flags: Any) -> dict[str, Any]:
     subprocess.run(_sweep(quiet, "asha", base, "--vectorise=1"), check=True)
     shutil.rmtree(killed, ignore_errors=True)
     chance, total = random.Random(0), sum(_steps(quiet).values())
-    command = _sweep(killed, "asha", base, "--vectorise=1")
+    command, logged = _sweep(killed, "asha", base, "--vectorise=1"), dict[str, int]()
     for number in range(flags.kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         # Spread over the study; the last kill is well before its end.
@@ -172,16 +172,19 @@ def _kills(flags: Any) -> dict[str, Any]:
             raise UserError(f"The study ended before kill {number + 1}: raise --steps.")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        for name, (word, _) in _ended(killed).items():
+            if word in trials.ENDED:
+                logged.setdefault(name, _log_size(killed / name))
         print(f"kill {number + 1}/{flags.kills} at step {sum(_steps(killed).values())} of {total}", flush=True)
     subprocess.run(command, check=True)
     a, b = _ended(quiet), _ended(killed)
-    doubled = sum(len(steps) != len(set(steps)) for steps in _logged(killed).values())
     return {
         "kills": flags.kills,
         "trials": len(b),
         "lost": len(a.keys() - b.keys()),
         "more": len(b.keys() - a.keys()),
-        "doubled": doubled,
+        "doubled": _doubled(killed) - _doubled(quiet),
+        "ended_and_begun_again": sum(_log_size(killed / name) != size for name, size in logged.items()),
         "same_result": a == b,
     }
 
@@ -190,10 +193,17 @@ def _steps(folder: Path) -> dict[str, int]:
     return {path.parent.name: trials.state(path.parent).step for path in folder.glob("*/trial.json")}
 
 
-def _logged(folder: Path) -> dict[str, list[int]]:
-    """The steps at which each trial has logged its training loss."""
+def _doubled(folder: Path) -> int:
+    """Trials that have the number or the overrides of another one before them."""
     found = trials.read_folder(folder)[1]
-    return {t.name: [x["step"] for x in read_metrics(folder / t.name) if "train/loss" in x] for t in found}
+    numbers, drawn = {trial.name.partition(",")[0] for trial in found}, {repr(trial.overrides) for trial in found}
+    return len(found) - min(len(numbers), len(drawn))
+
+
+def _log_size(run: Path) -> int:
+    """Bytes of what a trial has printed: each start adds to them."""
+    log = run / "train.log"
+    return log.stat().st_size if log.is_file() else 0
 
 
 def _ended(folder: Path) -> dict[str, tuple[str, float | None]]:
