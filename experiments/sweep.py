@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,21 @@ def _opened(sweep: Any, listed: Sequence[Trial], record: dict[str, Any], flags: 
 
 
 def _sweep(spec: str) -> Sequence[Overrides] | Study:
-    module, argument = configs.load_module(spec)
+    module, argument = configs.load_module(spec, "--sweep")
     if not hasattr(module, "sweep"):
         raise UserError(f"--sweep={spec}: the file has no function sweep().")
-    found: Any = module.sweep(argument) if argument else module.sweep()
-    return found if isinstance(found, Study) else list(found)
+    given = [argument] if argument else []
+    try:
+        inspect.signature(module.sweep).bind(*given)
+    except TypeError as error:
+        raise UserError(f"--sweep={spec}: sweep(): {error}.") from None
+    found: Any = module.sweep(*given)
+    if isinstance(found, Study):
+        return found
+    listed = list(found) if isinstance(found, Iterable) else [found]
+    if wrong := [one for one in listed if not isinstance(one, Mapping)]:
+        raise UserError(f"--sweep={spec}: sweep() returns overrides (dicts in a list) or a Study, not {wrong[0]!r}.")
+    return listed
 
 
 def _check_apart(common: Mapping[str, str], sweep: Sequence[Overrides] | Study) -> None:

@@ -60,13 +60,13 @@ def load(spec: str) -> ml_collections.ConfigDict:
     return config
 
 
-def load_module(spec: str) -> tuple[ModuleType, str]:
-    """The Python module of a config file, and the arguments behind its colon."""
+def load_module(spec: str, flag: str = "--config") -> tuple[ModuleType, str]:
+    """The Python module of a config file, and the arguments behind its colon; `flag` is what names it."""
     path_text, _, argument = spec.partition(":")
     path = Path(path_text)
     if not path.is_file():
         near = sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(f"--config={spec}: there is no file {path}.{nearest(path.as_posix(), near)}")
+        raise UserError(f"{flag}={spec}: there is no file {path}.{nearest(path.as_posix(), near)}")
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)

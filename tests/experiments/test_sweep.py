@@ -74,6 +74,10 @@ STUDY = "return Study(space={'optim.lr': log_uniform(1e-3, 1e-1)}, trials=2, met
         ("return []", (), "sweep: the space is empty."),
         (STUDY % ("validatoin", "none"), (), "sweep: metric='eval/validatoin/loss' is of no evaluator. Did you mean 'eval/validation/loss'?"),
         (STUDY % ("validation", "asha"), (), "sweep: pruner='asha' judges evaluations on the way: set train.eval_every."),
+        ("return None", (), "--sweep={sweep}: sweep() returns overrides (dicts in a list) or a Study, not None."),
+        ("return [1]", (), "--sweep={sweep}: sweep() returns overrides (dicts in a list) or a Study, not 1."),
+        ("return seeds(2)", ("--sweep={sweep}:x",), "--sweep={sweep}:x: sweep(): too many positional arguments."),
+        ("return seeds(2)", ("--sweep={sweep}e.py",), "--sweep={sweep}e.py: there is no file {sweep}e.py. Did you mean '{sweep}'?"),
         ("return seeds(2)", ("--storage=sqlite:///x.db",), "--storage=sqlite:///x.db is for studies; the sweep() of {sweep} returns a list."),
         (STUDY % ("validation", "none"), ("--config.optim.lr=0.1",), "--config.optim.lr=0.1 overlaps with the sweep, which sets optim.lr. Leave one of them out."),
         ("return grid({'optim.options': [{}]})", ("--config.optim.options.b2=0.9",), "--config.optim.options.b2=0.9 overlaps with the sweep, which sets optim.options. Leave one of them out."),
@@ -83,6 +87,7 @@ STUDY = "return Study(space={'optim.lr': log_uniform(1e-3, 1e-1)}, trials=2, met
     ],
 )  # fmt: skip
 def test_what_is_refused(arguments, tmp_path, body, more, said):
-    with says(said.format(sweep=tmp_path / "sweep.py")):
-        sweep.main(arguments(body, *more))
+    path = tmp_path / "sweep.py"
+    with says(said.format(sweep=path)):
+        sweep.main(arguments(body, *(flag.format(sweep=path) for flag in more)))
     assert not (tmp_path / "out").exists()

@@ -280,3 +280,12 @@ def test_a_metric_that_no_trial_logs(tmp_path, metric, nearest):
         runner.run(source, tmp_path, Quick, wait=0.0, say=lambda line: None)
     assert len(source.known()) == 1
     assert len(read_metrics(tmp_path / source.known()[0].name)) == (5 if metric.startswith("eval/w") else 2)
+
+
+def test_a_driver_that_says_nothing(tmp_path, monkeypatch):
+    def silent(url):
+        raise ValueError
+
+    monkeypatch.setattr("optuna.storages.RDBStorage", silent)
+    with says("--storage=x://y cannot be opened: ValueError: "):
+        Drawn(wanted(), tmp_path, storage="x://y")

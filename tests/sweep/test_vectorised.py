@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tfm_jax.errors import UserError
-from tfm_jax.sweep import runner, trials
+from tfm_jax.sweep import runner, trials, vectorised
 from tfm_jax.sweep.space import named
 from tfm_jax.sweep.streams import ByThread
 from tfm_jax.sweep.vectorised import starter
@@ -67,6 +67,24 @@ def test_each_is_its_solo_run(population, tmp_path):
             np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-5)
         assert "step 8/8" in (tmp_path / trial.name / "train.log").read_text()
         assert json.loads((tmp_path / trial.name / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("error", [None, SystemExit("gone"), ValueError("wrong")])
+def test_a_thread_has_an_end_however_it_ends(tmp_path, monkeypatch, error):
+    """Also where its log cannot be opened (None: there is no folder)."""
+
+    def train(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(vectorised, "train", train)
+    run = tmp_path if error else tmp_path / "nowhere"
+    thread = vectorised.Thread({"checkpoint": {}}, run, None, None, ByThread(io.StringIO()))
+    for _ in range(500):
+        if thread.poll() is not None:
+            break
+        time.sleep(0.01)
+    assert thread.poll() == 1
 
 
 def test_other_programs_are_refused(population):

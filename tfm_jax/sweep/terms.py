@@ -50,9 +50,8 @@ def storage(optuna: Any, folder: Path, url: str | None) -> Any:
         return optuna.storages.RDBStorage(url)
     except Exception as error:
         # Each database's driver has errors of its own.
-        raise UserError(
-            f"--storage={url} cannot be opened: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from None
+        said = "".join(str(error).splitlines()[:1])
+        raise UserError(f"--storage={url} cannot be opened: {type(error).__name__}: {said}") from None
 
 
 def sampler(optuna: Any, wanted: Study, seed: int) -> Any:

@@ -98,18 +98,21 @@ class Thread:
         # Orbax saves one thing at a time in a process: a trial waits for its own, and the others train meanwhile.
         config = {**config, "checkpoint": {**config["checkpoint"], "asynchronous": False}}
         code = FAILED
-        with open(run / "train.log", "a", buffering=1) as file:
-            streams.to(file)
-            try:
-                outcome = train(config, run, jit=shared, stop=self._request, devices=[device])
-                code = FINISHED if outcome.status == "finished" else PREEMPTED
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                code = MISTAKE
-            except Exception:
-                # The thread's end, as a process ends: said in the trial's log, and no other trial's matter.
-                traceback.print_exc()
-        self._code = code
+        try:
+            with open(run / "train.log", "a", buffering=1) as file:
+                streams.to(file)
+                try:
+                    outcome = train(config, run, jit=shared, stop=self._request, devices=[device])
+                    code = FINISHED if outcome.status == "finished" else PREEMPTED
+                except UserError as error:
+                    print(f"error: {error}", file=sys.stderr)
+                    code = MISTAKE
+                except Exception:
+                    # The thread's end, as a process ends: said in the trial's log, and no other trial's matter.
+                    traceback.print_exc()
+        finally:
+            # However it ended: the launcher waits for it.
+            self._code = code
 
     def poll(self) -> int | None:
         return self._code
