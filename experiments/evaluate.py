@@ -6,6 +6,7 @@ other data or another mesh. Results go to RUN/evaluations.jsonl, and what stands
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import io
@@ -59,17 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.follow and jax.process_count() > 1:
         raise UserError("--follow: several processes may not see a checkpoint at the same moment. Use one.")
     evaluations = Evaluations(overrides, Average(flags.average, flags.decay), again=flags.again)
+    targets = _targets(flags.run)
+    wrong = _Wrong(several=len(targets) > 1)
     records: list[dict[str, Any]] = []
     try:
-        for run, step in _asked(flags):
-            try:
-                record = {"run": run.as_posix(), **evaluations.of(run, step)}
-            except Exception:
-                # Orbax has many errors for a folder that goes away while it reads; all others are raised again.
-                if flags.steps == "all" and not (run / "checkpoints" / str(step)).is_dir():
-                    log.warning("%s: the run has deleted the checkpoint of step %d meanwhile.", run, step)
-                    continue
-                raise
+        for run, step in _asked(flags, targets, wrong):
+            record = _evaluated(evaluations, run, step, flags, wrong)
+            if record is None:
+                continue
             records.append(record)
             if flags.follow and multihost.is_main():
                 print(_line(record), flush=True)
@@ -86,36 +84,80 @@ def main(argv: Sequence[str] | None = None) -> int:
             csv.writer(content).writerows(_rows(records, str))
             write_atomic(flags.table, content.getvalue())
         if flags.json:
-            cli.print_json(records[0] if len(records) == 1 and flags.steps != "all" else {"evaluations": records})
-    return 0
+            one = len(records) == 1 and flags.steps != "all" and not wrong.said
+            cli.print_json(records[0] if one else {"evaluations": records, "failed": wrong.said})
+    return int(bool(wrong.said))
 
 
-def _asked(flags: Any) -> Iterator[tuple[Path, int]]:
+class _Wrong:
+    """What is wrong with some of several targets, which keeps no other from being evaluated; of a single one it is raised.
+
+    Attributes:
+      said: by path.
+    """
+
+    def __init__(self, *, several: bool) -> None:
+        self._several = several
+        self.said: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def of(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            if not self._several:
+                raise
+            self.said[path.as_posix()] = str(error)
+            log.warning("%s: %s", path, error)
+
+
+def _asked(flags: Any, targets: Sequence[Path], wrong: _Wrong) -> Iterator[tuple[Path, int]]:
     """Runs and steps, in the order in which they are to be evaluated."""
     from tfm_jax.train import rundir
     from tfm_jax.train.evaluation import following
+
+    if flags.follow:
+        yield from following([rundir.run_folder(path) for path in targets], lambda: time.sleep(LOOK_S))
+        return
+    numbers = _numbers(flags.steps)
+    for path in targets:
+        run, steps = rundir.run_folder(path), list[int]()
+        with wrong.of(path):
+            rundir.read_config(run)
+            steps = _steps(path, numbers)
+        for step in steps:
+            yield run, step
+
+
+def _steps(path: Path, numbers: Sequence[int | None]) -> list[int]:
+    """Of a run or checkpoint, the asked ones that there are: all where no number is asked for."""
+    from tfm_jax.train import rundir
     from tfm_jax.train.restore import open_checkpoint
 
-    targets = _targets(flags.run)
-    runs = [rundir.run_folder(path) for path in targets]
-    if not flags.follow:
-        for run in runs:
-            rundir.read_config(run)
-    if flags.steps == "all":
-        if flags.follow:
-            found = following(runs, lambda: time.sleep(LOOK_S))
-        else:
-            found = ((run, step) for run in runs for step in rundir.checkpoint_steps(run))
-        for run, step in found:
-            # The first ones have none before them to be averaged with.
-            if sum(one <= step for one in rundir.checkpoint_steps(run)) >= flags.average:
-                yield run, step
-        return
-    for path, run in zip(targets, runs, strict=True):
-        for wanted in _numbers(flags.steps):
-            checkpoints, found_step = open_checkpoint(path, wanted)
-            checkpoints.close()
-            yield run, found_step
+    found = []
+    for number in numbers or [None]:
+        checkpoints, step = open_checkpoint(path, number)
+        checkpoints.close()
+        found.append(step)
+    return found if numbers else rundir.checkpoint_steps(rundir.run_folder(path))
+
+
+def _evaluated(evaluations: Any, run: Path, step: int, flags: Any, wrong: _Wrong) -> dict[str, Any] | None:
+    """What there is to say of a checkpoint; None where something is wrong with it, or the run has deleted it meanwhile."""
+    from tfm_jax.train import rundir
+
+    # The first ones have none before them to be averaged with.
+    if flags.steps == "all" and sum(one <= step for one in rundir.checkpoint_steps(run)) < flags.average:
+        return None
+    with wrong.of(run):
+        try:
+            return {"run": run.as_posix(), **evaluations.of(run, step)}
+        except Exception:
+            # Orbax has many errors for a folder that goes away while it reads; all others are raised again.
+            if flags.steps != "all" or (run / "checkpoints" / str(step)).is_dir():
+                raise
+            log.warning("%s: the run has deleted the checkpoint of step %d meanwhile.", run, step)
+    return None
 
 
 def _targets(texts: Sequence[str]) -> list[Path]:
@@ -137,8 +179,9 @@ def _targets(texts: Sequence[str]) -> list[Path]:
 
 
 def _numbers(text: str | None) -> Sequence[int | None]:
-    if text is None:
-        return [None]
+    """Steps, None for the newest; none for all."""
+    if text is None or text == "all":
+        return [None] if text is None else []
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

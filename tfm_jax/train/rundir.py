@@ -117,7 +117,7 @@ def read_config(run: Path) -> configs.Config:
     """The resolved config of a run.
 
     Raises:
-      UserError: the folder is no run, with the runs that stand beside it.
+      UserError: the folder is no run, with the runs that stand beside it, or its config is damaged.
     """
     path = run / "config.json"
     if not path.is_file():
