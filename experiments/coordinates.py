@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     if flags.json:
         cli.print_json(figures)
-    return int(figures["worst"]["mup"] > FLAT)
+    return int(not figures["worst"]["mup"] <= FLAT)
 
 
 def check(config: configs.Config, widths: Sequence[int], steps: int, seeds: int, folder: Path) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def check(config: configs.Config, widths: Sequence[int], steps: int, seeds: int,
                     write_atomic(path, json.dumps(coordinates.moves(one, steps=steps)) + "\n")
                     print(f"{name}, {width} wide, seed {seed}: measured", flush=True)
                 found.setdefault(name, {}).setdefault(width, []).append(json.loads(path.read_text()))
-    coordinates.draw(folder / "coordinates.png", found)
     slopes = {name: coordinates.slopes(by_width) for name, by_width in found.items()}
+    coordinates.draw(folder / "coordinates.png", found)
     worst = {name: max(map(abs, by_quantity.values())) for name, by_quantity in slopes.items()}
     figures = {"widths": list(widths), "steps": steps, "seeds": seeds, "slopes": slopes, "worst": worst, "flat": FLAT}
     write_atomic(folder / "coordinates.json", configs.to_json(figures))

@@ -51,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(coordinates.report(checked)), flush=True)
         shutil.copyfile(flags.workdir / "coordinates" / "coordinates.png", flags.results / "mup_coordinates.png")
         write_result("mup_coordinates", checked, config=flags.config, folder=flags.results)
-        wrong |= checked["worst"]["mup"] > coordinates.FLAT
+        wrong |= not checked["worst"]["mup"] <= coordinates.FLAT
     if flags.only != "coordinates":
         losses = {name: sweep(config, flags.widths, flags.powers, name, flags.workdir) for name in ("standard", "mup")}
         draw(flags.results / "mup_rates.png", losses)
         figures["rates"] = found = rates(losses)
         write_result("mup_rates", found, config=flags.config, seed=0, folder=flags.results)
-        wrong |= found["apart_in_factors_of_2"]["mup"] > 1
+        wrong |= not found["apart_in_factors_of_2"]["mup"] <= 1
     if flags.json:
         cli.print_json(figures)
     return int(wrong)
@@ -111,7 +111,8 @@ def loss(config: configs.Config, run: Path) -> float:
             if "not finite" not in str(error):
                 raise
             return math.inf
-    return trials.result(run)[METRIC]
+    found = trials.result(run)[METRIC]
+    return found if math.isfinite(found) else math.inf
 
 
 def draw(path: Path, losses: Mapping[str, Losses]) -> None:

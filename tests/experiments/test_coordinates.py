@@ -7,6 +7,7 @@ import pytest
 
 from experiments import coordinates
 from tfm_jax.errors import UserError
+from tfm_jax.train.coordinates import slopes
 
 
 def test_flat_for_mup_and_not_for_the_standard(config_file, tmp_path, capsys, monkeypatch):
@@ -27,3 +28,13 @@ def test_flat_for_mup_and_not_for_the_standard(config_file, tmp_path, capsys, mo
 def test_one_width_says_nothing(config_file, tmp_path):
     with pytest.raises(UserError, match=r"--widths 16 16: give two or more"):
         coordinates.main([f"--config={config_file}", f"--to={tmp_path}", "--widths", "16", "16"])
+
+
+def test_what_diverged_is_not_flat():
+    """0.1 at each width is flat; with one that is no number, or that did not move, there is no answer."""
+    moves = {64: [{"logits": [0.1, 0.1]}], 128: [{"logits": [0.1, 0.1]}, {"logits": [9.0, 0.1]}]}
+    assert slopes(moves) == {"logits": pytest.approx(0, abs=1e-12)}
+    for bad in (float("nan"), float("inf"), 0.0):
+        broken = {**moves, 256: [{"logits": [0.1, 0.1]}, {"logits": [0.1, bad]}]}
+        with pytest.raises(UserError, match=rf"at width 256, logits has moved by {bad}, .* Lower optim\.lr"):
+            slopes(broken)

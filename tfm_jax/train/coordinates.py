@@ -6,6 +6,7 @@ as in a narrow one; where it is not, some move further with every doubling, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,20 @@ def slopes(by_width: Mapping[int, Sequence[Moves]]) -> dict[str, float]:
 
     Args:
       by_width: for each width, the moves of each seed.
+
+    Raises:
+      UserError: something has not moved, or no longer by a finite number: nothing follows from it.
     """
     x = np.log2(list(by_width))
     found = {}
     for name in next(iter(by_width.values()))[0]:
+        for width, seeds in by_width.items():
+            for moved in (m[name][-1] for m in seeds):
+                if not (math.isfinite(moved) and moved > 0):
+                    raise UserError(
+                        f"Coordinate check: after the last step at width {width}, {name} has moved by {moved}, which has"
+                        " no place on a line over the widths. Lower optim.lr if it diverges; raise it if nothing moves."
+                    )
         y = [np.mean([np.log2(m[name][-1]) for m in seeds]) for seeds in by_width.values()]
         found[name] = float(np.polyfit(x, y, 1)[0])
     return found
