@@ -36,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     made.add_argument("--run", nargs="+", required=True, metavar="RUN", help="run, checkpoint, or pattern of them")
     made.add_argument("--steps", help="checkpoints: `all`, or numbers with commas; the newest by default")
-    made.add_argument("--follow", action="store_true", help="with --steps=all, go on until the run ends")
+    made.add_argument(
+        "--follow",
+        action="store_true",
+        help="with --steps=all, go on until the run ends; a minute after it is killed or preempted, unless it goes on",
+    )
     made.add_argument("--average", type=int, default=1, help="average this many checkpoints, the last of them that one")
     made.add_argument(
         "--decay", type=float, default=1.0, help="each of them weighs this much of the next; 1 for the mean"
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, overrides = cli.parse(made, argv)
     if flags.follow and flags.steps != "all":
         raise UserError("--follow waits for the checkpoints of --steps=all: give both.")
+    if flags.average < 1:
+        raise UserError(f"--average={flags.average}: must be at least 1.")
     if not 0 < flags.decay <= 1:
         raise UserError(f"--decay={flags.decay}: in (0, 1]; 1 for the mean.")
     cli.setup()
@@ -143,20 +149,26 @@ def _steps(path: Path, numbers: Sequence[int | None]) -> list[int]:
 
 
 def _evaluated(evaluations: Any, run: Path, step: int, flags: Any, wrong: _Wrong) -> dict[str, Any] | None:
-    """What there is to say of a checkpoint; None where something is wrong with it, or the run has deleted it meanwhile."""
+    """What there is to say of a checkpoint; None where something is wrong with it, or a run deletes what it takes meanwhile."""
     from tfm_jax.train import rundir
 
-    # The first ones have none before them to be averaged with.
-    if flags.steps == "all" and sum(one <= step for one in rundir.checkpoint_steps(run)) < flags.average:
+    def needed() -> list[int]:
+        return [one for one in rundir.checkpoint_steps(run) if one <= step][-flags.average :]
+
+    every, before = flags.steps == "all", needed()
+    # The first ones have none before them, and a run that goes on may not keep them long enough.
+    if every and (step not in before or len(before) < flags.average):
+        has = f"of --average={flags.average} checkpoints there are {before}" if step in before else "it is deleted"
+        log.warning("%s, step %d is left out: %s.", run, step, has)
         return None
     with wrong.of(run):
         try:
             return {"run": run.as_posix(), **evaluations.of(run, step)}
         except Exception:
             # Orbax has many errors for a folder that goes away while it reads; all others are raised again.
-            if flags.steps != "all" or (run / "checkpoints" / str(step)).is_dir():
+            if not every or needed() == before:
                 raise
-            log.warning("%s: the run has deleted the checkpoint of step %d meanwhile.", run, step)
+            log.warning("%s, step %d is left out: the run has deleted a checkpoint of it meanwhile.", run, step)
     return None
 
 

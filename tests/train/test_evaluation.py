@@ -1,7 +1,9 @@
 """Checkpoints evaluated one after the other: one compilation, nothing twice, and none missed while a run goes on."""
 
+import contextlib
 import csv
 import json
+import logging
 import shutil
 
 import jax
@@ -10,8 +12,10 @@ import pytest
 from experiments import evaluate
 from tests.errors import says
 from tfm_jax.files import write_status
+from tfm_jax.train import rundir
 from tfm_jax.train.evaluation import Evaluations, following, recorded
 from tfm_jax.train.log import read_metrics
+from tfm_jax.train.restore import latest
 from tfm_jax.train.run import train
 
 
@@ -73,7 +77,7 @@ def test_nothing_twice(sweep, capsys, tmp_path, monkeypatch):
     assert calls == [2, 4, 6, 8] and [one["step"] for one in every] == [2, 4, 6, 8]
     # A line cut off by a crash is no result.
     with (run / "evaluations.jsonl").open("a") as out:
-        out.write('{"work": "1\n')
+        out.write('{"work": "1')
     assert go("--steps=all")["evaluations"] == every and calls == []
     # A second evaluator is new, the first one is known, and so is another mesh.
     more = go("--config.evals.train.name=loss", "--config.evals.train.split=train", "--config.mesh.fsdp=2")
@@ -137,6 +141,45 @@ def test_following_a_run(sweep, tmp_path):
     for _, step in following([run], wait):
         done.append(step)
     assert done == [2, 4, 6, 8] and len(waits) == 4
+
+
+def test_following_a_run_that_is_preempted_and_killed(sweep, tmp_path):
+    """It goes on half a minute later, and is killed: what it says of itself is wrong at both times."""
+    run, now, process = tmp_path / "run", [0.0], contextlib.ExitStack()
+    shutil.copytree(sweep / "lr=0.01" / "checkpoints" / "2", run / "checkpoints" / "2")
+    write_status(run, "preempted")
+
+    def wait():
+        now[0] += 10
+        if now[0] == 30:
+            process.enter_context(rundir.claim(run))
+            write_status(run, "running")
+        if now[0] == 200:
+            shutil.copytree(sweep / "lr=0.01" / "checkpoints" / "4", run / "checkpoints" / "4")
+            process.close()
+
+    found = [(step, now[0]) for _, step in following([run], wait, grace=60, clock=lambda: now[0])]
+    assert found == [(2, 0), (4, 200)] and now[0] == 260
+
+
+def test_checkpoints_that_are_deleted_while_they_are_averaged(sweep, tmp_path, capsys, caplog, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(sweep / "lr=0.01", run)
+
+    def of(self, run, step):
+        if step == 4:
+            shutil.rmtree(run / "checkpoints" / "2")
+        latest(run, rundir.checkpoint_steps(run), step, 2)
+        return {"step": step, "eval/validation/loss": 1.5}
+
+    monkeypatch.setattr(Evaluations, "of", of)
+    with caplog.at_level(logging.WARNING):
+        assert evaluate.main([f"--run={run}", "--steps=all", "--average=2", "--json"]) == 0
+    assert [one["step"] for one in json.loads(capsys.readouterr().out.splitlines()[-1])["evaluations"]] == [6, 8]
+    assert [record.getMessage() for record in caplog.records if "left out" in record.getMessage()] == [
+        f"{run}, step 2 is left out: of --average=2 checkpoints there are [2].",
+        f"{run}, step 4 is left out: the run has deleted a checkpoint of it meanwhile.",
+    ]
 
 
 def test_mistakes(sweep):

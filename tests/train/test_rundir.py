@@ -1,10 +1,12 @@
 """The run directory: one writer, one config, whole files."""
 
+import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -32,7 +34,9 @@ def test_status(tmp_path):
 
 def test_one_process_at_a_time(tmp_path):
     run = tmp_path / "new" / "run"
+    assert not rundir.is_claimed(run)
     with rundir.claim(run):
+        assert rundir.is_claimed(run)
         # A lock is the process's own, so another one has to try.
         code = "import sys, pathlib\nfrom tfm_jax.train import rundir\n"
         code += "with rundir.claim(pathlib.Path(sys.argv[1])): print('in')"
@@ -42,8 +46,13 @@ def test_one_process_at_a_time(tmp_path):
             f"UserError: Another process (pid {os.getpid()}) is training in {run}. Wait for it, stop it, or use another"
             " --workdir." in other.stderr
         )
-    with rundir.claim(run):
-        pass
+    assert not rundir.is_claimed(run)
+    with open(run / ".lock") as looked_at:
+        # One that only looks lets go again.
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        threading.Timer(0.05, looked_at.close).start()
+        with rundir.claim(run):
+            pass
 
 
 def test_a_run_that_began_before_a_key_was_added_goes_on(tmp_path, make_config):

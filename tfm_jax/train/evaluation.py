@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from tfm_jax.train.restore import latest, restore_for_evaluation
 
 log = logging.getLogger(__name__)
 RECORDS = "evaluations.jsonl"
+# Of one that is followed: what passes between two starts of a run.
+GRACE_S = 60.0
 
 
 class Average(NamedTuple):
@@ -129,8 +132,11 @@ def recorded(run: Path) -> dict[str, dict[str, float]]:
 
 def _record(run: Path, record: dict[str, Any]) -> None:
     if multihost.is_main():
-        with open(run / RECORDS, "a") as out:
-            out.write(json.dumps(record, sort_keys=True) + "\n")
+        with open(run / RECORDS, "a+b") as out:
+            # Behind a line that a crash has cut off, this one would be lost too.
+            if out.tell() and (out.seek(-1, os.SEEK_END), out.read(1))[1] != b"\n":
+                out.write(b"\n")
+            out.write(json.dumps(record, sort_keys=True).encode() + b"\n")
             out.flush()
             os.fsync(out.fileno())
 
@@ -141,17 +147,35 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
 
 
-def ended(run: Path) -> bool:
-    """Whether no more checkpoints are to come, by what the run says of itself."""
-    return read_status(run).get("state", "running") != "running"
+def following(
+    runs: Sequence[Path],
+    wait: Callable[[], None],
+    *,
+    grace: float = GRACE_S,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[tuple[Path, int]]:
+    """Each checkpoint of some runs as it appears, until all runs have ended; `wait()` is called where there is nothing to do.
 
+    A run has ended where it says so, or where no process has trained in it for `grace` seconds: one that was killed cannot say so,
+    and one that was preempted may be started again. One that has not begun is waited for.
+    """
+    seen, left = set[tuple[Path, int]](), dict[Path, float]()
 
-def following(runs: Sequence[Path], wait: Callable[[], None]) -> Iterator[tuple[Path, int]]:
-    """Each checkpoint of some runs as it appears, until all runs have ended; `wait()` is called where there is nothing to do."""
-    seen: set[tuple[Path, int]] = set()
+    def ended(run: Path) -> bool:
+        if rundir.is_claimed(run):
+            left.pop(run, None)
+            return False
+        try:
+            state = read_status(run).get("state")
+        except ValueError:
+            state = "damaged"
+        if state in (None, "finished"):
+            return state is not None
+        return clock() - left.setdefault(run, clock()) >= grace
+
     while True:
         # Before looking: a checkpoint that comes between the two is found now.
-        over = all(ended(run) for run in runs)
+        over = all([ended(run) for run in runs])
         new = [(run, step) for run in runs for step in rundir.checkpoint_steps(run) if (run, step) not in seen]
         for run, step in new:
             seen.add((run, step))

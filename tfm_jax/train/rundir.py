@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,35 @@ def claim(run: Path) -> Iterator[None]:
     """Hold the run directory against other processes; the kernel lets go when this one ends, however it ends."""
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise UserError(
-                f"Another process (pid {holder}) is training in {run}. Wait for it, stop it, or use another --workdir."
-            ) from None
+        for left in reversed(range(5)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if left:
+                    time.sleep(0.05)  # `is_claimed` holds it for a moment
+                    continue
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
+                raise UserError(
+                    f"Another process (pid {holder}) is training in {run}. Wait for it, stop it, or use another --workdir."
+                ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def is_claimed(run: Path) -> bool:
+    """Whether a process trains in the run directory now; on another machine, as far as their file system shares locks."""
+    try:
+        with open(run / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def check_config(run: Path, config: configs.Config) -> None:
