@@ -38,10 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     read = [_read(path, flags.metric) for path in flags.runs]
     runs = [run for run, _ in read]
     found = scaling.fit(runs, resamples=flags.resamples)
-    best = found.law.optimum(flags.budget)
-    intervals = {
-        name: found.interval(lambda law, name=name: getattr(law.optimum(flags.budget), name)) for name in best._fields
-    }
+    best, intervals, without = scaling.best(found, runs, flags.budget)
     counted = sorted(flops / run.parameters for run, flops in read if flops is not None)
     figures = {
         "metric": flags.metric,
@@ -50,11 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "residual": found.residual,
         "budget": flags.budget,
         "optimum": {name: {"value": v, "low": intervals[name][0], "high": intervals[name][1]} for name, v in best._asdict().items()},
+        "resamples_without_optimum": without,
         "flops_per_parameter_and_token": {"used": scaling.FLOPS, "of_the_runs": counted and [counted[0], counted[-1]]},
     }  # fmt: skip
     flags.to.mkdir(parents=True, exist_ok=True)
     write_atomic(flags.to / "scaling.json", configs.to_json(figures))
-    scaling.draw(flags.to / "scaling.png", runs, found, flags.budget)
+    scaling.draw(flags.to / "scaling.png", runs, found, flags.budget, best)
     rows = [("constant", "value", "90 % of resampled fits")]
     for name, (value, low, high) in scaling.constants(found).items():
         rows.append((name, f"{value:.4g}", f"{low:.4g} to {high:.4g}"))
@@ -65,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Best for {flags.budget:.3g} FLOPs: {scaling.short(best.parameters)} parameters ({least} to {most}) on"
         f" {scaling.short(best.tokens)} tokens, loss {best.loss:.4g}."
     )
+    if without:
+        print(
+            f"{without} of {flags.resamples} resampled fits have no best size: the loss does not fall in them. The others' is meant."
+        )
     for line in _doubts(runs, flags.budget, counted):
         print(line)
     if flags.json:

@@ -66,3 +66,33 @@ def test_the_optimum_is_the_least_loss_of_its_budget():
 def test_runs_that_say_too_little_are_refused(runs, message):
     with pytest.raises(UserError, match=message):
         scaling.fit(runs)
+
+
+@pytest.mark.parametrize(
+    "law, named",
+    [
+        (CHINCHILLA._replace(A=0.0), "parameters"),
+        (CHINCHILLA._replace(A=1e-200), "parameters"),
+        (CHINCHILLA._replace(A=0.02, alpha=-0.05), "parameters"),
+        (CHINCHILLA._replace(B=0.0), "tokens"),
+        (CHINCHILLA._replace(B=0.02, beta=-0.05), "tokens"),
+    ],
+)
+def test_a_loss_that_does_not_fall_has_no_best_size(law, named):
+    with pytest.raises(UserError, match=f"the loss does not fall with {named} in these runs"):
+        scaling.best(scaling.Fit(law, [law], 0.0), made(law), 1e22)
+
+
+def test_a_fit_of_runs_whose_loss_does_not_fall_has_no_best_size():
+    runs = made(CHINCHILLA._replace(A=0.0), noise=1e-4, sizes=SIZES[:3], tokens=TOKENS[:3])
+    with pytest.raises(UserError, match="the loss does not fall with parameters in these runs"):
+        scaling.best(scaling.fit(runs, resamples=2), runs, 1e22)
+
+
+def test_resampled_fits_without_a_best_size_are_counted():
+    flat = CHINCHILLA._replace(A=0.0)
+    found = scaling.Fit(CHINCHILLA, [CHINCHILLA, CHINCHILLA, flat], 0.0)
+    best = scaling.best(found, made(CHINCHILLA), 1e22)
+    assert best.without == 1 and best.intervals["loss"] == pytest.approx((best.optimum.loss,) * 2)
+    with pytest.raises(UserError, match="2 of 3 resampled fits have no best size"):
+        scaling.best(found._replace(resampled=[CHINCHILLA, flat, flat]), made(CHINCHILLA), 1e22)

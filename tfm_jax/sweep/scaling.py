@@ -25,6 +25,8 @@ FLOPS = 6.0
 LEAST_RUNS = 6
 # Between the smallest and the largest N, and D.
 LEAST_SPREAD = 1.5
+# The settings that change each.
+UNITS = {"parameters": "model.width or model.layers", "tokens": "train.steps"}
 # From the best of the grid's 4,500 starts, which end in few minima.
 _STARTS = 10
 
@@ -57,10 +59,17 @@ class Law(NamedTuple):
     def loss(self, parameters: Any, tokens: Any) -> Any:
         return self.E + self.A / np.power(parameters, self.alpha) + self.B / np.power(tokens, self.beta)
 
-    def optimum(self, budget: float, flops: float = FLOPS) -> Optimum:
-        """The size and tokens of least loss for `flops` N D = budget (equation 4)."""
-        g = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        parameters = g * (budget / flops) ** (self.beta / (self.alpha + self.beta))
+    def optimum(self, budget: float, flops: float = FLOPS) -> Optimum | None:
+        """The size and tokens of least loss for `flops` N D = budget (equation 4); None where one of them would be less than 1, as
+        when the loss does not fall with it."""
+        if not min(self.A, self.B, self.alpha, self.beta) > 0:
+            return None
+        spent = math.log(budget / flops)
+        ratio = math.log(self.alpha) + math.log(self.A) - math.log(self.beta) - math.log(self.B)
+        size = (ratio + self.beta * spent) / (self.alpha + self.beta)
+        if not 0 <= size <= spent:
+            return None
+        parameters = math.exp(size)
         tokens = budget / flops / parameters
         return Optimum(parameters, tokens, float(self.loss(parameters, tokens)))
 
@@ -84,9 +93,49 @@ class Fit(NamedTuple):
 
     def interval(self, value: Any, share: float = 0.9) -> tuple[float, float]:
         """Between which the middle `share` of `value(law)` lies over the resampled laws."""
-        found = [value(law) for law in self.resampled]
-        low, high = np.quantile(found, [(1 - share) / 2, (1 + share) / 2])
-        return float(low), float(high)
+        return _middle([value(law) for law in self.resampled], share)
+
+
+def _middle(values: Sequence[float], share: float = 0.9) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
+class Best(NamedTuple):
+    """Attributes:
+    optimum: of the law of all runs.
+    intervals: of each of its fields, over the resampled laws that have an optimum.
+    without: how many of these have none.
+    """
+
+    optimum: Optimum
+    intervals: Mapping[str, tuple[float, float]]
+    without: int
+
+
+def best(found: Fit, runs: Sequence[Run], budget: float) -> Best:
+    """The best size for a budget.
+
+    Raises:
+      UserError: there is none, by the law or by most of the resampled ones: the loss does not fall with parameters, or tokens.
+    """
+    optimum, law = found.law.optimum(budget), found.law
+    others = [other for one in found.resampled if (other := one.optimum(budget)) is not None]
+    without = len(found.resampled) - len(others)
+    if optimum is None or without > len(others):
+        falls = {}
+        for name, size, power in (("parameters", law.A, law.alpha), ("tokens", law.B, law.beta)):
+            values = [getattr(run, name) for run in runs]
+            falls[name] = size * (min(values) ** -power - max(values) ** -power)
+        least = min(falls, key=falls.__getitem__)
+        raise UserError(
+            f"No size is the best one for a budget: the loss does not fall with {least} in these runs. From the fewest to the"
+            f" most it falls by {falls[least]:.2g}, and {without} of {len(found.resampled)} resampled fits have no best size."
+            f" What is needed are runs further apart by {UNITS[least]}, each with the best learning rate of its size and its"
+            " whole decay, or more seeds."
+        )
+    intervals = {name: _middle([getattr(other, name) for other in others]) for name in Optimum._fields}
+    return Best(optimum, intervals, without)
 
 
 def fit(runs: Sequence[Run], *, resamples: int = 100, seed: int = 0) -> Fit:
@@ -126,7 +175,7 @@ def check(runs: Sequence[Run]) -> None:
         raise UserError(
             f"A law of five constants needs at least {LEAST_RUNS} runs of different size or length; here are {len(points)}."
         )
-    for name, unit in (("parameters", "model.width or model.layers"), ("tokens", "train.steps")):
+    for name, unit in UNITS.items():
         values = [getattr(run, name) for run in runs]
         if max(values) < LEAST_SPREAD * min(values):
             raise UserError(
@@ -188,7 +237,7 @@ def _law(x: np.ndarray) -> Law:
     return Law(*(float(v) for v in (*np.exp(x[:3]), x[3], x[4])))
 
 
-def draw(path: Path, runs: Sequence[Run], found: Fit, budget: float, flops: float = FLOPS) -> None:
+def draw(path: Path, runs: Sequence[Run], found: Fit, budget: float, best: Optimum, flops: float = FLOPS) -> None:
     """The runs beside the law, and its best size for each budget with the resampled laws' own around it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -216,10 +265,9 @@ def draw(path: Path, runs: Sequence[Run], found: Fit, budget: float, flops: floa
     spent = [flops * run.parameters * run.tokens for run in runs]
     budgets = np.geomspace(min(spent), max(*spent, budget) * 2, 60)
     for law in found.resampled:
-        right.plot(budgets, [law.optimum(c, flops).parameters for c in budgets], color="C0", alpha=0.08, linewidth=1)
-    right.plot(budgets, [found.law.optimum(c, flops).parameters for c in budgets], color="C0", label="best size")
+        right.plot(budgets, [_size(law, c, flops) for c in budgets], color="C0", alpha=0.08, linewidth=1)
+    right.plot(budgets, [_size(found.law, c, flops) for c in budgets], color="C0", label="best size")
     right.plot(spent, [run.parameters for run in runs], "o", color="grey", markersize=3, label="runs")
-    best = found.law.optimum(budget, flops)
     right.plot(
         [budget],
         [best.parameters],
@@ -237,6 +285,11 @@ def draw(path: Path, runs: Sequence[Run], found: Fit, budget: float, flops: floa
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _size(law: Law, budget: float, flops: float) -> float:
+    best = law.optimum(budget, flops)
+    return math.nan if best is None else best.parameters
 
 
 def _title(found: Fit) -> str:
