@@ -25,9 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     made.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run, or a folder with runs below it")
     made.add_argument("--to", type=Path, help="folder of the page; DIR/report where there is one DIR")
-    made.add_argument("--metric", help="what runs are compared by; an evaluator's loss by default")
+    made.add_argument("--metric", help="what runs are compared by; by default a study's own, or an evaluator's loss")
     made.add_argument(
-        "--goal", choices=("lower", "higher"), help="which is better; by default what the metric's name says"
+        "--goal",
+        choices=("lower", "higher"),
+        help="which is better; by default as the study has it, or by the metric's name",
     )
     made.add_argument("--run", help="name of the run of samples and attention maps; the best one by default")
     made.add_argument("--prompt", action="append", default=[], help="sample what it says to this; may be repeated")
@@ -54,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tfm_jax.sweep.pictures import draw
 
     runs = results.read_all(flags.folders)
-    metric = results.deciding(runs, flags.metric)
-    goal = flags.goal or results.goal_of(metric)
+    judged = results.judged(runs, flags.metric, flags.goal)
+    metric = results.deciding(runs, judged.metric)
+    goal = judged.goal or results.goal_of(metric)
     keys, names = results.differing(runs), [run.name for run in runs]
     if flags.run is not None and flags.run not in names:
         raise UserError(f"--run={flags.run} is none of them.{nearest(flags.run, names)}")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from experiments import report
 from tests.errors import says
 from tests.sweep.runs import write_sweep
-from tfm_jax.sweep import results
+from tfm_jax.sweep import results, trials
 from tfm_jax.sweep.importance import importances
 
 METRIC = "eval/validation/loss"
@@ -52,6 +53,24 @@ def test_what_differs(sweep):
     assert results.ranked(runs, METRIC, "higher")[0].name == "lr=0.128,seed=1"
 
 
+def test_a_study_says_what_its_trials_are_compared_by(tmp_path, capsys):
+    """Its metric and direction, unless somebody asks for others."""
+    folder = write_sweep(tmp_path / "study", rates=3, seeds=1)
+    trials.open_folder(folder, {"metric": "perf/tokens_per_sec", "direction": "minimize"})
+    runs = results.read_all([folder])
+    assert results.judged(runs, None, None) == ("perf/tokens_per_sec", "lower")
+    assert results.judged(runs, None, "higher") == ("perf/tokens_per_sec", "higher")
+    assert results.judged(runs, METRIC, None) == (METRIC, None)
+    trials.open_folder(folder.parent, {"metric": None, "direction": "minimize"})
+    assert results.judged([replace(run, path=folder) for run in runs], None, None) == (None, None)
+    for name, speed in (("lr=0.001,seed=0", 3.0), ("lr=0.002,seed=0", 1.0), ("lr=0.004,seed=0", 2.0)):
+        with (folder / name / "metrics.jsonl").open("a") as out:
+            out.write(json.dumps({"step": 41, "perf/tokens_per_sec": speed}) + "\n")
+    assert report.main([str(folder), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["best"] == "lr=0.002,seed=0" and said["perf/tokens_per_sec"] == 1.0
+
+
 def test_damaged_and_missing(sweep, tmp_path, capsys):
     few = tmp_path / "few"
     for name in (BEST, "lr=0.001,seed=1", "lr=0.002,seed=0"):
@@ -66,7 +85,7 @@ def test_damaged_and_missing(sweep, tmp_path, capsys):
     assert "lr=0.001,seed=1 is damaged: JSONDecodeError" in out and json.loads(out.splitlines()[-1])["best"] == BEST
     text = (tmp_path / "page" / "index.html").read_text()
     assert "1 damaged, 1 failed, 1 finished" in text and "exit code 1" in text
-    with says(f"--metric=eval/validation/los: no run has logged it. Did you mean '{METRIC}'?"):
+    with says(f"No run has logged eval/validation/los; --metric names another. Did you mean '{METRIC}'?"):
         report.main([str(few), "--metric=eval/validation/los"])
     with says(f"{tmp_path}/page is no run, and there is none below it: no folder there has a config.json."):
         report.main([f"{tmp_path}/page"])

@@ -10,7 +10,8 @@ from experiments import report
 from tests.errors import says
 from tests.sweep.runs import write_sweep
 from tfm_jax.files import write_status
-from tfm_jax.sweep import results, watch
+from tfm_jax.sweep import results, trials, watch
+from tfm_jax.sweep.space import Trial
 
 
 def drawn(folder, now, **settings):
@@ -38,6 +39,32 @@ def test_table(tmp_path):
     (first, *_, last) = lines[4:7]
     assert first.startswith("lr=0.001,seed=0") and "50" in first and "1.0000" in first and "5 min ago" in first
     assert last.startswith("lr=0.002,seed=0") and "failed" in last and "ago" not in last
+
+
+def test_trials_that_wait(tmp_path):
+    """They have the settings of their overrides and what the others share; right after a sweep's start they are all."""
+    folder = tmp_path / "rates"
+    trials.open_folder(folder, {"metric": None})
+    with says(f"{folder} is a sweep that has no trial yet."):
+        results.find([folder])
+    trials.list_trials(folder, [Trial("a", {"optim.lr": 0.008}), Trial("b", {"optim.lr": 0.016})])
+    assert results.differing(results.read_all([folder])) == ["optim.lr"]
+    lines = drawn(folder, now=0.0)
+    assert lines[0] == "2 waiting" and [line.split("│")[1].strip() for line in lines[4:6]] == ["0.008", "0.016"]
+    write_sweep(folder, rates=2, seeds=1)
+    runs = results.read_all([folder])
+    assert results.differing(runs) == ["optim.lr"]
+    assert {run.name: run.state for run in runs}["a"] == "waiting"
+    assert {run.config["train.steps"] for run in runs} == {40}
+    assert "2 finished, 2 waiting" in drawn(folder, now=0.0)
+
+
+def test_a_study_is_ordered_by_its_own_metric(tmp_path):
+    folder = write_sweep(tmp_path / "study", rates=3, seeds=1)
+    trials.open_folder(folder, {"metric": "eval/validation/loss", "direction": "maximize"})
+    assert [line.split()[0] for line in drawn(folder, now=0.0)[4:7]] == [
+        f"lr={rate},seed=0" for rate in (0.001, 0.002, 0.004)
+    ]
 
 
 def test_without_a_terminal_it_is_printed_once(tmp_path, capsys):

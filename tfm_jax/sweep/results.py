@@ -6,9 +6,9 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
@@ -16,8 +16,8 @@ from tfm_jax.sweep import trials
 from tfm_jax.train.log import read_metrics
 
 Goal = Literal["lower", "higher"]
-# A folder with one of these is a run; a launcher writes the last two where the run could not say it itself.
-MARKS = ("config.json", "status.json", "pruned", "failed")
+# A folder with one of these is a run; a launcher writes the last three, of one that waits and of one that could not say it itself.
+MARKS = ("config.json", "status.json", "trial.json", "pruned", "failed")
 # Keys that say nothing of what a run has found.
 IDLE = ("log", *configs.LOCAL_KEYS)
 
@@ -28,7 +28,8 @@ class Run:
 
     Attributes:
       name: its path below the folder that was asked for.
-      config: its settings by dotted key; none where they cannot be read.
+      config: its settings by dotted key; none where they cannot be read. Of a trial that has not begun, its overrides, and what
+        all that have begun share.
       state: as in `status.json`; `pruned` where a study has stopped it, `damaged` where its files cannot be read.
       reason: of that state.
       lines: of `metrics.jsonl`.
@@ -73,6 +74,8 @@ def find(folders: Sequence[Path]) -> dict[str, Path]:
             beside = [p.as_posix() for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
             raise UserError(f"There is no folder {folder}.{nearest(folder.as_posix(), beside)}")
         runs = list(_below(folder))
+        if not runs and (folder / "sweep.json").is_file():
+            raise UserError(f"{folder} is a sweep that has no trial yet.")
         if not runs:
             raise UserError(f"{folder} is no run, and there is none below it: no folder there has a config.json.")
         found += [run for run in runs if run not in found]
@@ -91,15 +94,23 @@ def _below(folder: Path) -> Iterator[Path]:
 def read(name: str, path: Path) -> Run:
     """A run from its files. What cannot be read is said in its state, so that one bad folder does not hide the others."""
     try:
-        config = configs.flat(_object(path / "config.json"))
+        config = configs.flat(_object(path / "config.json")) or dict(_object(path / "trial.json").get("overrides", {}))
         result, lines = _object(path / "result.json"), read_metrics(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return Run(name, path, {}, "damaged", f"{type(error).__name__}: {error}")
     return Run(name, path, config, *trials.said(path), lines, result)
 
 
+def completed(runs: Sequence[Run]) -> list[Run]:
+    """The runs, trials that have not begun with the settings that all others share."""
+    waiting = {run.path for run in runs if run.config and not (run.path / "config.json").is_file()}
+    begun = [run.config for run in runs if run.config and run.path not in waiting]
+    shared = {k: v for k, v in (begun[0] if begun else {}).items() if all(repr(c.get(k)) == repr(v) for c in begun)}
+    return [replace(run, config={**shared, **run.config}) if run.path in waiting else run for run in runs]
+
+
 def read_all(folders: Sequence[Path]) -> list[Run]:
-    return [read(name, path) for name, path in find(folders).items()]
+    return completed([read(name, path) for name, path in find(folders).items()])
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -135,8 +146,33 @@ def metrics(runs: Sequence[Run]) -> list[str]:
     return sorted((logged | found) - {"step"})
 
 
+class Judged(NamedTuple):
+    """By what runs are compared, as far as somebody has said it."""
+
+    metric: str | None
+    goal: Goal | None
+
+
+def judged(runs: Sequence[Run], metric: str | None, goal: Goal | None) -> Judged:
+    """What was asked for; where that leaves something open, what the study says whose trials all runs are.
+
+    Raises:
+      UserError: `sweep.json` is damaged.
+    """
+    above = {run.path.absolute().parent for run in runs}
+    try:
+        sweep = _object(above.pop() / "sweep.json") if len(above) == 1 else {}
+    except ValueError as error:
+        raise UserError(f"The sweep's sweep.json is damaged: {error}.") from None
+    own = sweep.get("metric")
+    if own is not None and metric in (None, own):
+        direction: Goal = "higher" if sweep["direction"] == "maximize" else "lower"
+        return Judged(own, goal or direction)
+    return Judged(metric, goal)
+
+
 def deciding(runs: Sequence[Run], metric: str | None) -> str:
-    """The metric by which runs are compared: the asked one, else an evaluator's loss, else that of training.
+    """The metric by which runs are compared: the one that is named, else an evaluator's loss, else that of training.
 
     Raises:
       UserError: no run has logged it.
@@ -144,7 +180,7 @@ def deciding(runs: Sequence[Run], metric: str | None) -> str:
     known = metrics(runs)
     if metric is not None:
         if metric not in known:
-            raise UserError(f"--metric={metric}: no run has logged it.{nearest(metric, known)}")
+            raise UserError(f"No run has logged {metric}; --metric names another.{nearest(metric, known)}")
         return metric
     wanted = [name for name in known if name.startswith("eval/") and name.endswith("/loss")] + ["train/loss"]
     for name in wanted:

@@ -29,6 +29,7 @@ COLORS = {
 def table(runs: Sequence[Run], metric: str | None, goal: Goal | None, now: float) -> Table:
     """Every run, the best first: settings that differ, state, step of steps, losses, speed, and how long nothing has come."""
     keys, known = results.differing(runs), results.metrics(runs)
+    metric, goal = results.judged(runs, metric, goal)
     names = short(keys)
     losses = [metric] if metric is not None else [n for n in known if n.startswith("eval/") and n.endswith("/loss")]
     losses = list(dict.fromkeys([*losses, "train/loss"]))
@@ -79,9 +80,8 @@ def watch(folders: Sequence[Path], metric: str | None, goal: Goal | None, every:
     console, known = Console(), dict[Path, tuple[float, Run]]()
 
     def look() -> Table:
-        return table(
-            [_read(name, path, known) for name, path in results.find(folders).items()], metric, goal, time.time()
-        )
+        found = [_read(name, path, known) for name, path in results.find(folders).items()]
+        return table(results.completed(found), metric, goal, time.time())
 
     first = look()
     if not console.is_terminal:
@@ -98,7 +98,7 @@ def watch(folders: Sequence[Path], metric: str | None, goal: Goal | None, every:
 
 def _read(name: str, path: Path, known: dict[Path, tuple[float, Run]]) -> Run:
     """A run, read again where something in its folder is newer."""
-    files = ("config.json", "metrics.jsonl", "status.json", "result.json", "pruned", "failed")
+    files = (*results.MARKS, "metrics.jsonl", "result.json")
     newest = sum((path / file).stat().st_mtime for file in files if (path / file).is_file())
     if path not in known or known[path][0] != newest:
         known[path] = newest, results.read(name, path)
