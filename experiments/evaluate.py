@@ -52,10 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, overrides = cli.parse(made, argv)
     if flags.follow and flags.steps != "all":
         raise UserError("--follow waits for the checkpoints of --steps=all: give both.")
+    if flags.config is not None:
+        raise UserError(f"--config={flags.config}: a run has its own config; change it with --config.KEY=VALUE.")
     if flags.average < 1:
         raise UserError(f"--average={flags.average}: must be at least 1.")
     if not 0 < flags.decay <= 1:
         raise UserError(f"--decay={flags.decay}: in (0, 1]; 1 for the mean.")
+    if flags.decay < 1 and flags.average == 1:
+        raise UserError(
+            f"--decay={flags.decay} weighs the checkpoints of an average: give --average too, for instance 5."
+        )
     cli.setup()
     import jax
 

@@ -20,6 +20,9 @@ EXAMPLES = """\
   python -m experiments.report runs/sweep/a runs/sweep/b --to compared
   python -m experiments.report runs/sweep --watch"""
 
+# Between looks of --watch.
+EVERY_S = 2.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
@@ -36,15 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--attend", action="append", default=[], help="draw its attention on this text; may be repeated")
     made.add_argument("--heads", nargs="+", default=[], metavar="LAYER.HEAD", help="whose attention; the first 12")
     made.add_argument("--watch", action="store_true", help="a live table in the terminal, until Ctrl-C")
-    made.add_argument("--every", type=float, default=2.0, help="seconds between looks of --watch")
+    made.add_argument("--every", type=float, help=f"seconds between looks of --watch ({EVERY_S:g})")
     flags, _ = cli.parse(made, argv)
     if flags.watch:
-        if flags.to is not None or flags.prompt or flags.attend or flags.json:
+        if flags.to is not None or flags.run is not None or flags.prompt or flags.attend or flags.heads or flags.json:
             raise UserError("--watch writes no page: it goes with --metric, --goal and --every alone.")
         from tfm_jax.sweep.watch import watch
 
-        watch(flags.folders, flags.metric, flags.goal, flags.every)
+        watch(flags.folders, flags.metric, flags.goal, EVERY_S if flags.every is None else flags.every)
         return 0
+    if flags.every is not None:
+        raise UserError(f"--every={flags.every:g} is for --watch: give both.")
+    if flags.heads and not flags.attend:
+        raise UserError(f"--heads {' '.join(flags.heads)} look at a text: give it with --attend TEXT.")
+    if flags.run is not None and not (flags.prompt or flags.attend):
+        raise UserError(f"--run={flags.run} is the one of samples and attention: give --prompt TEXT or --attend TEXT.")
     if flags.to is None and len(flags.folders) > 1:
         raise UserError("--to is not set: where should the page of several folders go? For instance --to=compared")
     began = time.perf_counter()

@@ -71,7 +71,14 @@ def test_without_a_terminal_it_is_printed_once(tmp_path, capsys):
     folder = write_sweep(tmp_path / "rates", rates=2, seeds=1)
     assert report.main([str(folder), "--watch"]) == 0
     assert "2 finished" in capsys.readouterr().out
-    with says("--watch writes no page: it goes with --metric, --goal and --every alone."):
-        report.main([str(folder), "--watch", "--to=x"])
+    for more in ("--to=x", "--run=x", "--heads=0.0"):
+        with says("--watch writes no page: it goes with --metric, --goal and --every alone."):
+            report.main([str(folder), "--watch", more])
+    with says("--every=5 is for --watch: give both."):
+        report.main([str(folder), "--every=5"])
+    with says("--heads 0.0 0.1 look at a text: give it with --attend TEXT."):
+        report.main([str(folder), "--heads", "0.0", "0.1"])
+    with says("--run=lr is the one of samples and attention: give --prompt TEXT or --attend TEXT."):
+        report.main([str(folder), "--run=lr"])
     with says("--every=0.0: seconds, more than 0."):
         report.main([str(folder), "--watch", "--every=0"])

@@ -192,3 +192,9 @@ def test_mistakes(sweep):
         evaluate.main([f"--run={sweep}/x*"])
     with says("--decay=0.0: in (0, 1]; 1 for the mean."):
         evaluate.main([f"--run={run}", "--decay=0"])
+    with says("--decay=0.8 weighs the checkpoints of an average: give --average too, for instance 5."):
+        evaluate.main([f"--run={run}", "--decay=0.8"])
+    with says("--average=0: must be at least 1."):
+        evaluate.main([f"--run={run}", "--average=0"])
+    with says("--config=x.py: a run has its own config; change it with --config.KEY=VALUE."):
+        evaluate.main([f"--run={run}", "--config=x.py"])
