@@ -1,10 +1,12 @@
 """Evaluate a causal language model on tasks of EleutherAI's `lm-eval`, or on your own ones in its format.
 
-Needs `pip install 'tfm_jax[harness]'`. The figures go to RUN/harness_STEP.json too.
+Needs `pip install 'tfm_jax[harness]'`. The figures go to RUN/harness_STEP_TASKS.json too.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,8 @@ EXAMPLES = """\
   python -m experiments.harness --run runs/gpt_stdlib --tasks my_task --include_path my_tasks"""
 # Positions of a model that has no limit of its own.
 LENGTH = 2048
+# Letters of a file's name that tasks may take.
+LONGEST = 120
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,10 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         **results,
     }
     print(cli.table([(name, f"{value:.4f}") for name, value in sorted(results.items())]))
-    write_atomic(flags.run / f"harness_{run.step}.json", to_json(record))
+    write_atomic(flags.run / file_name(run.step, flags.tasks), to_json(record))
     if flags.json:
         cli.print_json(record)
     return 0
+
+
+def file_name(step: int, tasks: Sequence[str]) -> str:
+    """Of the figures; many tasks are shortened to a hash of their names."""
+    name = re.sub(r"[^\w.+-]", "_", "+".join(sorted(tasks)))
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"harness_{step}_{name}.json"
 
 
 if __name__ == "__main__":

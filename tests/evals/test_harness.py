@@ -5,9 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-
-pytest.importorskip("lm_eval", reason="needs the extra `harness`")
-
 from lm_eval.api.instance import Instance
 
 from experiments import harness as command
@@ -122,4 +119,14 @@ def test_a_task_of_ones_own(run, model, tmp_path, capsys, monkeypatch):
     for line in questions:
         scores = [score for score, _ in model.loglikelihood(ask("loglikelihood", *((line["q"], a) for a in line["a"])))]
         right += int(np.argmax(scores)) == line["gold"]
-    assert found["words/acc"] == pytest.approx(right / 3) and json.loads((run / "harness_8.json").read_text()) == found
+    assert (
+        found["words/acc"] == pytest.approx(right / 3)
+        and json.loads((run / "harness_8_words.json").read_text()) == found
+    )
+    # Another task stands beside it; names that are too long for a file, or are none, too.
+    (tmp_path / "more.yaml").write_text((tmp_path / "words.yaml").read_text().replace("task: words", "task: more"))
+    assert command.main([f"--run={run}", "--tasks", "words", "more", f"--include_path={tmp_path}"]) == 0
+    assert {path.name for path in run.glob("harness_*")} == {"harness_8_words.json", "harness_8_more+words.json"}
+    assert command.file_name(8, ["my/words.yaml"]) == "harness_8_my_words.yaml.json"
+    several = [command.file_name(8, [f"a_task_of_many_{i}" for i in range(count)]) for count in (40, 41)]
+    assert several[0] != several[1] and max(map(len, several)) < 255
