@@ -6,12 +6,13 @@ Eight learning rates by two seeds. Writes `results/report.json`, and with chromi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ CONFIG = "configs/gpt_stdlib.py:smoke"
 RATES, SEEDS, STEPS = [1e-3 * 2**i for i in range(8)], 2, 60
 COMMON = {"train.steps": STEPS, "train.eval_every": 20, "log.every": 2, "log.tensorboard": False, "checkpoint.every": 0}
 WAIT_S = 60
+FLAGS = (
+    "headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars", "window-size=1100,1000",
+    "host-resolver-rules=MAP * ~NOTFOUND",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if seconds <= 10 and said["bytes"] < 5e6 else 1
 
 
-def screenshots(page: Path, folder: Path) -> list[Path]:
-    """`report-settings.png` at a desk's width and `report-phone.png`.
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    """Chromium without a window and without a network, by selenium.
 
     Raises:
       UserError: selenium, chromium or chromedriver is not installed.
@@ -69,32 +75,43 @@ def screenshots(page: Path, folder: Path) -> list[Path]:
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
     except ImportError:
-        raise UserError("Screenshots need selenium: pip install selenium.") from None
+        raise UserError("A browser needs selenium: pip install selenium.") from None
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
-        raise UserError("Screenshots need chromium and chromedriver on the PATH.")
+        raise UserError("A browser needs chromium and chromedriver on the PATH.")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
+    for flag in FLAGS:
         options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options=options, service=Service(driver)) as opened:
+        yield opened
+
+
+def screenshots(page: Path, folder: Path) -> list[Path]:
+    """`report-settings.png` at a desk's width and `report-phone.png`.
+
+    Raises:
+      UserError: see `browser`; the page is not drawn.
+    """
     folder.mkdir(exist_ok=True)
     paths = []
-    with webdriver.Chrome(options=options, service=Service(driver)) as browser:
+    with browser() as opened:
         for name, width, height, place in (("settings", 1000, 800, "settings"), ("phone", 400, 800, "runs")):
             metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-            browser.get(page.absolute().as_uri())
+            opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            opened.get(page.absolute().as_uri())
             deadline = time.monotonic() + WAIT_S
-            while not browser.execute_script("return window.Bokeh && Bokeh.documents[0] && Bokeh.documents[0].is_idle"):
+            while not opened.execute_script("return window.Bokeh && Bokeh.documents[0] && Bokeh.documents[0].is_idle"):
                 if time.monotonic() > deadline:
                     raise UserError(f"{page} was not drawn within {WAIT_S} s.")
                 time.sleep(0.1)
-            browser.execute_script(
+            opened.execute_script(
                 f"document.querySelector('nav').remove(); document.getElementById('{place}').scrollIntoView()"
             )
             time.sleep(0.5)
             paths.append(folder / f"report-{name}.png")
-            browser.save_screenshot(str(paths[-1]))
+            opened.save_screenshot(str(paths[-1]))
     return paths
 
 

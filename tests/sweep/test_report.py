@@ -1,5 +1,6 @@
 """The page of a sweep in a real browser, and what stands in it."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from experiments import report
+from experiments.reproduce import report as reproduce
 from tests.errors import says
 from tests.sweep.runs import write_sweep
+from tfm_jax.errors import UserError
 from tfm_jax.sweep import results, trials
 from tfm_jax.sweep.importance import importances
 
@@ -95,22 +98,12 @@ def test_damaged_and_missing(sweep, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium without a window, that has no network."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of the extra `dev`")
-    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
-    if chromium is None or driver is None:
-        pytest.skip("needs chromium and chromedriver on the PATH")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1100,1000"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=Service(driver))
-    yield opened
-    opened.quit()
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = stack.enter_context(reproduce.browser())
+        except UserError as error:
+            pytest.skip(str(error))
+        yield opened
 
 
 def wait_for(browser, script, seconds=120):
