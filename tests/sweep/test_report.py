@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -72,6 +73,29 @@ def test_a_study_says_what_its_trials_are_compared_by(tmp_path, capsys):
     assert report.main([str(folder), "--json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["best"] == "lr=0.002,seed=0" and said["perf/tokens_per_sec"] == 1.0
+
+
+def test_evaluations_since(tmp_path):
+    """A row for each checkpoint and way of evaluating it; several evaluators and a second time are the same row."""
+    folder = write_sweep(tmp_path / "rates", rates=2, seeds=1)
+    plain = {"step": 40, "average": 1, "decay": 1.0, "overrides": {}}
+    records = [
+        plain | {"results": {"eval/a/loss": 9.0, "eval/a/tokens": 77.0}},
+        plain | {"results": {"eval/b/loss": 2.5}},
+        plain | {"results": {"eval/a/loss": 1.25}},
+        plain | {"step": 30, "average": 2, "decay": 0.5, "overrides": {"data.source": "<x>"}, "results": {"eval/a/loss": 3.0}},
+    ]  # fmt: skip
+    with (folder / "lr=0.001,seed=0" / "evaluations.jsonl").open("w") as out:
+        out.write("".join(json.dumps(record) + "\n" for record in records) + '{"step": 40, "resu')
+    assert report.main([str(folder)]) == 0
+    text = (folder / "report" / "index.html").read_text()
+    section = text[text.index('<section id="evaluations">') :].partition("</section>")[0]
+    rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", section)]
+    assert rows == [
+        ["run", "step", "with", "eval/a/loss", "eval/b/loss"],
+        ["lr=0.001,seed=0", "40", "", "1.25", "2.5"],
+        ["lr=0.001,seed=0", "30", "average=2, decay=0.5, data.source=&lt;x&gt;", "3", ""],
+    ]
 
 
 def test_damaged_and_missing(sweep, tmp_path, capsys):

@@ -6,6 +6,7 @@ One table of columns (a row a run) lies behind all figures and the table itself,
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tfm_jax.errors import UserError
@@ -47,6 +48,8 @@ def page(report: Report) -> str:
         for name, parts in sections.items()
     }
     bodies["Runs"] += _printed(report)
+    if evaluations := _evaluations(report):
+        bodies["Evaluations"] = evaluations
     if report.samples:
         bodies["Samples"] = "".join(
             f"<figure><figcaption>{html.escape(prompt) or '(a new document)'}</figcaption>"
@@ -54,7 +57,7 @@ def page(report: Report) -> str:
             for prompt, text in report.samples
         )
     bodies["Config"] = _config(report)
-    order = [n for n in ("Runs", "Curves", "Settings", "Samples", "Attention", "Config") if n in bodies]
+    order = [n for n in ("Runs", "Curves", "Settings", "Evaluations", "Samples", "Attention", "Config") if n in bodies]
     navigation = " ".join(f'<a href="#{name.lower()}">{name}</a>' for name in order)
     of_one = {"Samples", "Attention"} if len(report.runs) > 1 else set()
     body = "".join(
@@ -93,23 +96,18 @@ def _summary(report: Report) -> str:
     return f"{len(report.runs)} {word}: {states}.{found}"
 
 
+def _table(kind: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    def cells(tag: str, row: Sequence[Any]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(shown(cell))}</{tag}>" for cell in row) + "</tr>"
+
+    return f'<table class="{kind}">{cells("th", head)}{"".join(cells("td", row) for row in rows)}</table>'
+
+
 def _printed(report: Report) -> str:
     """The table as text, for paper and for readers without scripts, and what became of runs that did not finish."""
     names = short(report.keys)
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in ("run", *names.values(), "state", "step", report.metric))
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td>{html.escape(shown(cell))}</td>"
-            for cell in (
-                run.name,
-                *(run.config.get(k) for k in report.keys),
-                run.state,
-                run.step,
-                run.value(report.metric),
-            )
-        )
-        + "</tr>"
+    rows = (
+        (run.name, *(run.config.get(k) for k in report.keys), run.state, run.step, run.value(report.metric))
         for run in ranked(report.runs, report.metric, report.goal)
     )
     reasons = "".join(
@@ -117,7 +115,22 @@ def _printed(report: Report) -> str:
         for run in report.runs
         if run.reason
     )
-    return f'<table class="paper"><tr>{head}</tr>{rows}</table>' + (f"<ul>{reasons}</ul>" if reasons else "")
+    table = _table("paper", ["run", *names.values(), "state", "step", report.metric], rows)
+    return table + (f"<ul>{reasons}</ul>" if reasons else "")
+
+
+def _evaluations(report: Report) -> str:
+    """What `evaluate` has found, a row for each checkpoint and each way in which it was evaluated; nothing if there is nothing."""
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for run in ranked(report.runs, report.metric, report.goal):
+        for one in run.evaluations:
+            changed = [f"{key}={value}" for key, value in one.get("overrides", {}).items()]
+            if one.get("average", 1) > 1:
+                changed.insert(0, f"average={one['average']}, decay={one['decay']}")
+            found.setdefault((run.name, one["step"], ", ".join(changed)), {}).update(one.get("results", {}))
+    names = sorted({n for values in found.values() for n in values if not n.endswith(("/tokens", "/examples"))})
+    rows = ((*key, *(values.get(name) for name in names)) for key, values in found.items())
+    return f'<div class="scroll">{_table("", ["run", "step", "with", *names], rows)}</div>' if found else ""
 
 
 def _config(report: Report) -> str:
@@ -144,6 +157,7 @@ nav {{ position: sticky; top: 0; background: #fff; padding: .4rem 0; z-index: 9;
 nav a {{ margin-right: 1rem; color: #2a5d84; }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }}
 .cell {{ min-width: 0; }}
+.scroll {{ overflow-x: auto; }}
 .wide {{ grid-column: 1 / -1; }}
 .note, figcaption {{ color: #555; }}
 figure {{ margin: 0 0 1rem; }}

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.sweep import trials
-from tfm_jax.train.log import read_metrics
+from tfm_jax.train.log import read_evaluations, read_metrics
 
 Goal = Literal["lower", "higher"]
 # A folder with one of these is a run; a launcher writes the last three, of one that waits and of one that could not say it itself.
@@ -34,6 +34,7 @@ class Run:
       reason: of that state.
       lines: of `metrics.jsonl`.
       result: `result.json`, of a run that has finished.
+      evaluations: what `evaluate` has found since.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Run:
     reason: str = ""
     lines: Sequence[Mapping[str, Any]] = ()
     result: Mapping[str, Any] = field(default_factory=dict)
+    evaluations: Sequence[Mapping[str, Any]] = ()
 
     @property
     def step(self) -> int:
@@ -95,10 +97,10 @@ def read(name: str, path: Path) -> Run:
     """A run from its files. What cannot be read is said in its state, so that one bad folder does not hide the others."""
     try:
         config = configs.flat(_object(path / "config.json")) or dict(_object(path / "trial.json").get("overrides", {}))
-        result, lines = _object(path / "result.json"), read_metrics(path)
+        result, lines, evaluations = _object(path / "result.json"), read_metrics(path), read_evaluations(path)
     except (OSError, ValueError, TypeError) as error:
         return Run(name, path, {}, "damaged", f"{type(error).__name__}: {error}")
-    return Run(name, path, config, *trials.said(path), lines, result)
+    return Run(name, path, config, *trials.said(path), lines, result, evaluations)
 
 
 def completed(runs: Sequence[Run]) -> list[Run]:

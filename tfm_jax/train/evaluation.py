@@ -23,10 +23,10 @@ from tfm_jax.parallel import multihost
 from tfm_jax.train import rundir
 from tfm_jax.train.build import Experiment, build
 from tfm_jax.train.checkpoint import CHECKSUMS
+from tfm_jax.train.log import EVALUATIONS, read_evaluations
 from tfm_jax.train.restore import latest, restore_for_evaluation
 
 log = logging.getLogger(__name__)
-RECORDS = "evaluations.jsonl"
 # Of one that is followed: what passes between two starts of a run.
 GRACE_S = 60.0
 
@@ -119,20 +119,13 @@ class Evaluations:
 
 
 def recorded(run: Path) -> dict[str, dict[str, float]]:
-    """Results by the hash of their work; a line cut off by a crash is left out."""
-    path, found = run / RECORDS, dict[str, dict[str, float]]()
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-            found[record["work"]] = record["results"]
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+    """Results by the hash of their work."""
+    return {one["work"]: one["results"] for one in read_evaluations(run) if {"work", "results"} <= one.keys()}
 
 
 def _record(run: Path, record: dict[str, Any]) -> None:
     if multihost.is_main():
-        with open(run / RECORDS, "a+b") as out:
+        with open(run / EVALUATIONS, "a+b") as out:
             # Behind a line that a crash has cut off, this one would be lost too.
             if out.tell() and (out.seek(-1, os.SEEK_END), out.read(1))[1] != b"\n":
                 out.write(b"\n")

@@ -14,6 +14,7 @@ import tqdm
 from tfm_jax.files import write_atomic
 
 Metrics = dict[str, float]
+EVALUATIONS = "evaluations.jsonl"
 
 
 class Writers:
@@ -64,7 +65,15 @@ class Writers:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Every whole line of `metrics.jsonl`, in order; a line cut off by a crash is left out."""
-    path = run / "metrics.jsonl"
+    return _read_lines(run / "metrics.jsonl")
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """What `evaluate` has found since, in the same way: a record for each evaluator and checkpoint."""
+    return _read_lines(run / EVALUATIONS)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if _step_of(line) < _CUT_OFF]
 
