@@ -61,6 +61,25 @@ def parse(
     return flags, overrides
 
 
+def add_average(made: argparse.ArgumentParser) -> None:
+    """The flags `--average` and `--decay`."""
+    made.add_argument("--average", type=int, default=1, help="average this many checkpoints, the last of them that one")
+    made.add_argument(
+        "--decay", type=float, default=1.0, help="each of them weighs this much of the next; 1 for the mean"
+    )
+
+
+def averaged(flags: argparse.Namespace) -> dict[str, Any]:
+    """`average` and `decay`, as what restores checkpoints takes them."""
+    if flags.average < 1:
+        raise UserError(f"--average={flags.average}: must be at least 1.")
+    if not 0 < flags.decay <= 1:
+        raise UserError(f"--decay={flags.decay}: in (0, 1]; 1 for the mean.")
+    if flags.decay < 1 and flags.average == 1:
+        raise UserError(f"--decay={flags.decay} weighs the checkpoints of --average=N: give both.")
+    return {"average": flags.average, "decay": flags.decay}
+
+
 def setup() -> None:
     """Logging, the compile cache, and the other processes if a launcher started some."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

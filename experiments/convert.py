@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--from", dest="source", required=True, help="hf:FOLDER, or a run directory")
     made.add_argument("--to", required=True, help="a new run directory, or hf:FOLDER")
     made.add_argument("--step", type=int, help="checkpoint to give back; the newest by default")
-    made.add_argument("--average", type=int, default=1, help="average this many checkpoints, the last of them that one")
+    cli.add_average(made)
     made.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the tensors given back")
     made.add_argument("--table", help="a conversion of your own, package.module:NAME (see tfm_jax/convert/table.py)")
     made.add_argument("--ignore", action="append", default=[], help="a field of config.json that changes nothing")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--from={flags.source} --to={flags.to}: one of them must be hf:FOLDER, the other a run.")
     if flags.config is not None:
         raise UserError(f"--config={flags.config}: a conversion takes its config from the model it reads.")
-    idle = ("step", "dtype", "average") if inwards else ("ignore",)
+    idle = ("step", "dtype", "average", "decay") if inwards else ("ignore",)
     for flag in idle:
         if getattr(flags, flag) not in (None, [], 1):
             raise UserError(f"--{flag} has no meaning from {flags.source} to {flags.to}.")
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             table=flags.table,
             step=flags.step,
             dtype=flags.dtype,
-            average=flags.average,
+            **cli.averaged(flags),
         )
     print(cli.table([(key, str(value)) for key, value in record.items()]))
     if flags.json:
@@ -190,6 +190,7 @@ def give_back(
     step: int | None = None,
     dtype: str | None = None,
     average: int = 1,
+    decay: float = 1.0,
 ) -> dict[str, Any]:
     """Write a run's model as a model folder, or one with a folder for each part of the model."""
     from tfm_jax.convert import huggingface, images, tokenizer
@@ -203,7 +204,7 @@ def give_back(
     parts = origin["parts"]
     own = _own_table(table or origin.get("table"))
     conversions = huggingface.for_export(config["model"], own, parts.get("", {}).get("architecture"))
-    params, found = load_params(run, step, average=average)
+    params, found = load_params(run, step, average=average, decay=decay)
     count = 0
     with _made_whole(folder) as made:
         for part, (conversion, section) in conversions.items():

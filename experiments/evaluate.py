@@ -41,10 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="with --steps=all, go on until the run ends; a minute after it is killed or preempted, unless it goes on",
     )
-    made.add_argument("--average", type=int, default=1, help="average this many checkpoints, the last of them that one")
-    made.add_argument(
-        "--decay", type=float, default=1.0, help="each of them weighs this much of the next; 1 for the mean"
-    )
+    cli.add_average(made)
     made.add_argument("--table", type=Path, metavar="FILE.csv", help="write all results to one table")
     made.add_argument("--again", action="store_true", help="evaluate also what has been evaluated before")
     # Only for `parse` to know that overrides are welcome: the config itself is the run's.
@@ -54,24 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--follow waits for the checkpoints of --steps=all: give both.")
     if flags.config is not None:
         raise UserError(f"--config={flags.config}: a run has its own config; change it with --config.KEY=VALUE.")
-    if flags.average < 1:
-        raise UserError(f"--average={flags.average}: must be at least 1.")
-    if not 0 < flags.decay <= 1:
-        raise UserError(f"--decay={flags.decay}: in (0, 1]; 1 for the mean.")
-    if flags.decay < 1 and flags.average == 1:
-        raise UserError(
-            f"--decay={flags.decay} weighs the checkpoints of an average: give --average too, for instance 5."
-        )
+    averaged = cli.averaged(flags)
     cli.setup()
     import jax
 
     from tfm_jax.files import write_atomic
     from tfm_jax.parallel import multihost
-    from tfm_jax.train.evaluation import Average, Evaluations
+    from tfm_jax.train.evaluation import Evaluations
 
     if flags.follow and jax.process_count() > 1:
         raise UserError("--follow: several processes may not see a checkpoint at the same moment. Use one.")
-    evaluations = Evaluations(overrides, Average(flags.average, flags.decay), again=flags.again)
+    evaluations = Evaluations(overrides, **averaged, again=flags.again)
     targets = _targets(flags.run)
     wrong = _Wrong(several=len(targets) > 1)
     records: list[dict[str, Any]] = []

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     made.add_argument("--run", type=Path, required=True, help="run directory")
     made.add_argument("--step", type=int, help="checkpoint to use; the newest by default")
-    made.add_argument("--average", type=int, default=1, help="average this many checkpoints, the last of them that one")
+    cli.add_average(made)
     made.add_argument("--prompt", default="", help="text to continue; by default a new document")
     made.add_argument("--max_new", type=int, help="tokens to make at most; 100, or what the model has room for")
     made.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--no_stream", action="store_true", help="print the text when it is whole")
     flags, _ = cli.parse(made, argv)
     cli.setup()
-    run = Loaded(flags.run, flags.step, flags.average)
+    run = Loaded(flags.run, flags.step, **cli.averaged(flags))
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
     start = time.perf_counter()
     out = None if flags.no_stream or flags.beams else sys.stdout
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Loaded:
     """A run's model, parameters and tokenizer; its data set is not opened."""
 
-    def __init__(self, path: Path, step: int | None = None, average: int = 1) -> None:
+    def __init__(self, path: Path, step: int | None = None, average: int = 1, decay: float = 1.0) -> None:
         from tfm_jax.data.tokenizers import load_tokenizer
         from tfm_jax.sections import build_model
         from tfm_jax.train import rundir
@@ -75,7 +75,7 @@ class Loaded:
         self.answers = "decoder_tokens" in inspect.signature(type(self.model).__call__).parameters
         self.data = config["data"]
         self.prefix = self.data.get("objective") == "prefix_lm"
-        self.params, self.step = load_params(path, step, average=average)
+        self.params, self.step = load_params(path, step, average=average, decay=decay)
         self.origin = _settings(path)
         ends = (self.origin or {}).get("eos_token_id")
         ends = [ends] if isinstance(ends, int) else [i for i in ends or [] if isinstance(i, int)]

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     made.add_argument("--run", type=Path, required=True, help="run directory")
     made.add_argument("--step", type=int, help="checkpoint to use; the newest by default")
-    made.add_argument("--average", type=int, default=1, help="average this many checkpoints, the last of them that one")
+    cli.add_average(made)
     made.add_argument("--split", default="validation", help="of the data")
     made.add_argument("--to", type=Path, required=True, help="the file, ending in .npy")
     # Only for `parse` to know that overrides are welcome: the config itself is the run's.
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, overrides = cli.parse(made, argv)
     if flags.to.suffix != ".npy":
         raise UserError(f"--to={flags.to}: the file's name must end in .npy.")
+    averaged = cli.averaged(flags)
     import io
 
     import jax
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "predict" not in task.predict_fns or not hasattr(dataset, "places"):
         raise UserError("This run predicts no class or number for each example: it needs data.name=examples.")
     with jax.set_mesh(experiment.layout.mesh):
-        state, step = restore_for_evaluation(experiment, flags.run, flags.step, same_data=False, average=flags.average)
+        state, step = restore_for_evaluation(experiment, flags.run, flags.step, same_data=False, **averaged)
         found = [
             out["prediction"][batch["weights"] > 0] for batch, out in predictions(context, state, dataset, "predict")
         ]

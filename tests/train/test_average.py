@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import convert, evaluate, generate
+from experiments import convert, evaluate, generate, predict
 from tests.errors import says
 from tfm_jax.paths import flatten
 from tfm_jax.train.build import build
@@ -71,12 +71,23 @@ def test_too_many(run):
 
 
 def test_generate_and_convert_take_it(run, tmp_path):
-    mean = flatten(load_params(run, average=3)[0])
-    for path, x in flatten(generate.Loaded(run, average=3).params).items():
-        np.testing.assert_array_equal(x, mean[path], err_msg=path)
-    assert convert.main([f"--from={run}", f"--to=hf:{tmp_path}/out", "--average=3"]) == 0
+    """Of equal weights and, by hand, of weights that halve."""
+    each = [flatten(load_params(run, step)[0]) for step in (4, 6, 8)]
+    for decay, weights in ((1.0, (1, 1, 1)), (0.5, (1, 2, 4))):
+        found = flatten(generate.Loaded(run, average=3, decay=decay).params)
+        for path, x in found.items():
+            want = np.average([one[path] for one in each], axis=0, weights=weights)
+            np.testing.assert_allclose(x, want, atol=1e-6, err_msg=path)
+    assert convert.main([f"--from={run}", f"--to=hf:{tmp_path}/out", "--average=3", "--decay=0.5"]) == 0
     assert convert.main([f"--from=hf:{tmp_path}/out", f"--to={tmp_path}/back"]) == 0
     back = flatten(load_params(tmp_path / "back")[0])
-    assert back.keys() == mean.keys()
-    for path, x in mean.items():
+    assert back.keys() == found.keys()
+    for path, x in found.items():
         np.testing.assert_array_equal(back[path], x, err_msg=path)
+
+
+@pytest.mark.parametrize("command", [evaluate, generate, predict])
+def test_a_decay_without_checkpoints(command, tmp_path):
+    out = [f"--to={tmp_path}/out.npy"] if command is predict else []
+    with says("--decay=0.5 weighs the checkpoints of --average=N: give both."):
+        command.main([f"--run={tmp_path}", "--decay=0.5", *out])

@@ -192,7 +192,7 @@ def test_mistakes(sweep):
         evaluate.main([f"--run={sweep}/x*"])
     with says("--decay=0.0: in (0, 1]; 1 for the mean."):
         evaluate.main([f"--run={run}", "--decay=0"])
-    with says("--decay=0.8 weighs the checkpoints of an average: give --average too, for instance 5."):
+    with says("--decay=0.8 weighs the checkpoints of --average=N: give both."):
         evaluate.main([f"--run={run}", "--decay=0.8"])
     with says("--average=0: must be at least 1."):
         evaluate.main([f"--run={run}", "--average=0"])

@@ -31,14 +31,6 @@ log = logging.getLogger(__name__)
 GRACE_S = 60.0
 
 
-class Average(NamedTuple):
-    """Of the `last` checkpoints up to one, each of which weighs `decay` times as much as the next: 1 for their mean
-    (Vaswani et al. 2017, section 6.1), less for an exponential moving average."""
-
-    last: int = 1
-    decay: float = 1.0
-
-
 class _Made(NamedTuple):
     experiment: Experiment
     evaluators: dict[str, Evaluate]
@@ -50,13 +42,14 @@ class Evaluations:
 
     Args:
       overrides: of each run's config.
+      average, decay: see `restore_for_evaluation`.
       again: do what has been done before, too.
     """
 
     def __init__(
-        self, overrides: Sequence[tuple[str, str]], average: Average = Average(), *, again: bool = False
+        self, overrides: Sequence[tuple[str, str]], *, average: int = 1, decay: float = 1.0, again: bool = False
     ) -> None:
-        self._overrides, self._average, self._again = list(overrides), average, again
+        self._overrides, self._average, self._decay, self._again = list(overrides), average, decay, again
         self._same_data = not any(key.startswith("data.") for key, _ in overrides)
         self._made: dict[str, _Made] = {}
 
@@ -68,7 +61,7 @@ class Evaluations:
         """
         made = self._evaluators(run)
         experiment, evaluators = made.experiment, made.evaluators
-        asked: dict[str, Any] = {"step": step, "average": self._average.last, "decay": self._average.decay}
+        asked: dict[str, Any] = {"step": step, "average": self._average, "decay": self._decay}
         asked |= {"overrides": dict(self._overrides)}
         known = {} if self._again else recorded(run)
         works = {name: self._work(made, run, step, name) for name in evaluators}
@@ -82,8 +75,8 @@ class Evaluations:
                     run,
                     step,
                     same_data=self._same_data,
-                    average=self._average.last,
-                    decay=self._average.decay,
+                    average=self._average,
+                    decay=self._decay,
                 )
                 for name, evaluate in evaluators.items():
                     if name not in found:
@@ -106,10 +99,10 @@ class Evaluations:
     def _work(self, made: _Made, run: Path, step: int, name: str) -> str:
         """A hash of all that determines an evaluator's results; the mesh does not."""
         config, checkpoints = made.experiment.config, run / "checkpoints"
-        steps = latest(run, rundir.checkpoint_steps(run), step, self._average.last)
+        steps = latest(run, rundir.checkpoint_steps(run), step, self._average)
         parts = {
             "checkpoints": [_digest(checkpoints / str(one) / CHECKSUMS) for one in steps],
-            "decay": self._average.decay,
+            "decay": self._decay,
             "config": {section: config[section] for section in ("model", "task")},
             "train": {key: config["train"][key] for key in ("ema", "adapter")},
             "evaluator": config["evals"][name],

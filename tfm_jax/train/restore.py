@@ -68,19 +68,7 @@ def restore_for_evaluation(
     abstract = experiment.abstract_state()._replace(opt={})
     if experiment.task.carry is not None:
         abstract = abstract._replace(extra=experiment.task.carry.forget(abstract.extra))
-    # Orbax keeps no node for an empty tree.
-    wanted = {name: tree for name, tree in abstract._asdict().items() if jax.tree.leaves(tree)}
-    restored: Any = None
-    try:
-        weight = 0.0
-        for one in latest(path, checkpoints.steps(), found, average):
-            newer, weight = checkpoints.restore(one, wanted, partial=True), weight * decay + 1
-            mean = newer.state if restored is None else _mean(restored.state, newer.state, 1 / weight)
-            restored = newer._replace(state=mean)
-    except CorruptCheckpoint as error:
-        raise UserError(f"Checkpoint {one} of {path} is damaged: {error}.{nearest('', checkpoints.steps())}") from None
-    finally:
-        checkpoints.close()
+    restored = _read(checkpoints, path, found, abstract._asdict(), average, decay)
     trained_on, here = restored.meta.get("data"), experiment.data.fingerprint
     if same_data and trained_on not in (None, here):
         raise UserError(
@@ -107,6 +95,24 @@ def latest(path: Path, steps: Sequence[int], last: int, count: int) -> list[int]
     return found
 
 
+def _read(
+    checkpoints: Checkpointer, path: Path, step: int, wanted: Mapping[str, Any], average: int, decay: float
+) -> Restored:
+    """Trees of a checkpoint, or their mean over it and those before it; the checkpoints are closed."""
+    # Orbax keeps no node for an empty tree.
+    kept = {name: tree for name, tree in wanted.items() if jax.tree.leaves(tree)}
+    steps, weight, mean = checkpoints.steps(), 0.0, dict[str, Any]()
+    try:
+        for one in latest(path, steps, step, average):
+            newer, weight = checkpoints.restore(one, kept, partial=True), weight * decay + 1
+            mean = _mean(mean, newer.state, 1 / weight) if mean else newer.state
+    except CorruptCheckpoint as error:
+        raise UserError(f"Checkpoint {one} of {path} is damaged: {error}.{nearest('', steps)}") from None
+    finally:
+        checkpoints.close()
+    return newer._replace(state={**wanted, **mean})
+
+
 def _mean(mean: Any, newer: Any, share: float) -> Any:
     """A mean with the newer tree's share in it; numbers that are not fractions are the newer one's."""
 
@@ -116,11 +122,13 @@ def _mean(mean: Any, newer: Any, share: float) -> Any:
     return jax.tree.map(leaf, mean, newer)
 
 
-def load_params(path: Path, step: int | None = None, *, sharding: Any = None, average: int = 1) -> tuple[Any, int]:
+def load_params(
+    path: Path, step: int | None = None, *, sharding: Any = None, average: int = 1, decay: float = 1.0
+) -> tuple[Any, int]:
     """The parameters that the run's task evaluates with (an average, if it keeps one) as a plain tree, and their step.
 
     Args:
-      average: over this many checkpoints, the asked one and those before it.
+      average, decay: over which checkpoints, see `restore_for_evaluation`.
       sharding: a function from `(parameter's path, abstract array)` to a sharding; the first device holds all if None.
 
     Raises:
@@ -140,19 +148,9 @@ def load_params(path: Path, step: int | None = None, *, sharding: Any = None, av
         where = here if sharding is None else sharding(name, leaf)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    # Orbax keeps no node for an empty tree.
-    abstract = {name: map_with_path(place, tree) for name, tree in wanted.items() if jax.tree.leaves(tree)}
-    mean: Any = None
-    try:
-        for i, one in enumerate(latest(path, checkpoints.steps(), found, average)):
-            state = checkpoints.restore(one, abstract, partial=True).state
-            mean = state if mean is None else _mean(mean, state, 1 / (i + 1))
-    except CorruptCheckpoint as error:
-        raise UserError(f"Checkpoint {one} of {path} is damaged: {error}.") from None
-    finally:
-        checkpoints.close()
+    abstract = {name: map_with_path(place, tree) for name, tree in wanted.items()}
     # What is trained is averaged, and not what is made from it: adapters, and not the kernels that they change.
-    mean = {**wanted, **mean}
+    mean = _read(checkpoints, path, found, abstract, average, decay).state
     return task.eval_params(mean["params"], mean["extra"]), found
 
 
