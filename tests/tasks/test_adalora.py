@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.errors import says
 from tests.tasks.test_lora import saved
 from tfm_jax.paths import flatten
 from tfm_jax.tasks import adalora
 from tfm_jax.tasks.base import LossOut, Task
+from tfm_jax.train import adapters
 from tfm_jax.train.build import build
 from tfm_jax.train.restore import load_params
 from tfm_jax.train.run import train
@@ -112,10 +114,16 @@ def test_bad_input(make_config):
 
 
 def test_an_average_keeps_to_the_budget(make_config, tmp_path):
-    """What is evaluated and exported has the rank that was asked for, whatever the parameters were before."""
+    """What is evaluated, exported and saved alone has the rank that was asked for, whatever the parameters were before."""
     train(make_config({"train.adapter": str(SETTINGS), "train.steps": 10, "train.ema": 0.9}), tmp_path)
     plain = flatten(load_params(tmp_path)[0])
     kernels = {path: np.asarray(x) for path, x in saved(tmp_path).items() if not path.startswith("adapter/")}
+    adapters.save(tmp_path, tmp_path / "saved")
+    alone = load_file(tmp_path / "saved" / adapters.ARRAYS)
+    for p in (path for path in plain if path.endswith(("query/kernel", "value/kernel"))):
+        left, s, right = (alone[f"adapter/{p}/{name}"] for name in "psq")
+        np.testing.assert_allclose(plain[p], kernels[p] + 8.0 * (left * s) @ right, atol=1e-6, err_msg=p)
+    assert sum(np.count_nonzero(x) for path, x in alone.items() if path.endswith("/s")) == 4
     ranks = [np.linalg.matrix_rank(np.asarray(plain[p]) - kernels[p], tol=1e-6) for p in plain if "attention/q" in p]
     ranks += [np.linalg.matrix_rank(np.asarray(plain[p]) - kernels[p], tol=1e-6) for p in plain if "attention/v" in p]
     assert 0 < sum(ranks) <= 4

@@ -28,10 +28,12 @@ CHANGES = {"train.adapter": json.dumps(LORA).replace('"', "'"), "train.steps": 4
 
 @pytest.fixture(scope="module")
 def trained(make_config, tmp_path_factory):
-    """A run of all parameters, and one of adapters on its end."""
+    """A run of all parameters, one of adapters on its end, and one of these that keeps an average."""
     base = tmp_path_factory.mktemp("lora")
     train(make_config({"train.steps": 3, "model.layers": 2}), base / "donor")
-    train(make_config({**CHANGES, "checkpoint.init_from": f"'{base / 'donor'}'"}), base / "run")
+    for name, ema in (("run", None), ("averaged", 0.5)):
+        start = {"checkpoint.init_from": f"'{base / 'donor'}'", "train.ema": ema}
+        train(make_config({**CHANGES, **start}), base / name)
     return base
 
 
@@ -114,23 +116,25 @@ def test_bad_input(make_config):
     assert str(error.value) == "train.adapter.rank=17: stack/block_0/attention/query/kernel is only 16 x 16."
 
 
-def test_adapters_alone_and_back_on_their_base(trained, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["run", "averaged"])
+def test_adapters_alone_and_back_on_their_base(trained, tmp_path, capsys, name):
     """The run with its adapters put on again evaluates like the one that trained them."""
-    assert adapters_command.main([f"--run={trained / 'run'}", f"--to={tmp_path / 'saved'}", "--json"]) == 0
+    assert adapters_command.main([f"--run={trained / name}", f"--to={tmp_path / 'saved'}", "--json"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert record["arrays"] == 4 * 2 + len([p for p in saved(trained / "run") if "final_norm/" in p])
+    assert record["arrays"] == 4 * 2 + len([p for p in saved(trained / name) if "final_norm/" in p])
     size = (tmp_path / "saved" / "adapter.safetensors").stat().st_size
     assert size < 4 * record["parameters"] + 4096 and 0 < record["share"] < 0.2
     back = [f"--from={tmp_path / 'saved'}", f"--base={trained / 'donor'}", f"--to={tmp_path / 'back'}"]
     assert adapters_command.main(back) == 0
-    want, found = flatten(load_params(trained / "run")[0]), flatten(load_params(tmp_path / "back")[0])
+    want, found = flatten(load_params(trained / name)[0]), flatten(load_params(tmp_path / "back")[0])
     assert want.keys() == found.keys()
     for path, x in want.items():
         np.testing.assert_allclose(found[path], x, atol=1e-6, err_msg=path)
     assert evaluate.main([f"--run={tmp_path / 'back'}", "--json"]) == 0
-    result = json.loads((trained / "run" / "result.json").read_text())
+    result = json.loads((trained / name / "result.json").read_text())
     loss = json.loads(capsys.readouterr().out.splitlines()[-1])["eval/validation/loss"]
     assert loss == pytest.approx(result["eval/validation/loss"], rel=1e-6)
+    assert rundir.read_config(tmp_path / "back")["train"]["ema"] is None
 
     back[1] = f"--base={trained / 'run'}"
     back[2] = f"--to={tmp_path / 'other'}"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
-from tfm_jax.tasks.base import Params, Task, extended
+from tfm_jax.tasks.base import Extra, Params, Task, extended
 
 
 def with_ema(task: Task, decay: float) -> Task:
@@ -30,6 +30,11 @@ def with_ema(task: Task, decay: float) -> Task:
 
     return dataclasses.replace(
         extended(task, "ema", init=copied, update=followed),
-        # An average of parameters of which some are held at zero is not zero there.
-        eval_params=lambda params, extra: task.eval_params(task.project(extra["ema"], extra["inner"]), extra["inner"]),
+        eval_params=lambda params, extra: task.eval_params(averaged(task, extra), extra["inner"]),
     )
+
+
+def averaged(task: Task, extra: Extra) -> Params:
+    """The average in the place of the parameters of the task that is wrapped."""
+    # An average of parameters of which some are held at zero is not zero there.
+    return task.project(extra["ema"], extra["inner"])

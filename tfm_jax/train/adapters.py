@@ -20,10 +20,11 @@ from tfm_jax.files import write_atomic, write_status
 from tfm_jax.paths import compile_patterns, flatten
 from tfm_jax.sections import family
 from tfm_jax.tasks.adapters import KEY
+from tfm_jax.tasks.ema import averaged
 from tfm_jax.train import rundir
 from tfm_jax.train.build import build_task
 from tfm_jax.train.checkpoint import Checkpointer
-from tfm_jax.train.restore import load_params, open_checkpoint
+from tfm_jax.train.restore import load_params, load_trained
 from tfm_jax.train.surgery import LINE, transfer
 
 ARRAYS, RECORD = "adapter.safetensors", "adapter.json"
@@ -32,38 +33,35 @@ ARRAYS, RECORD = "adapter.safetensors", "adapter.json"
 def save(run: Path, folder: Path, step: int | None = None) -> dict[str, Any]:
     """Write a run's adapters, and what `train.adapter.train` names, with its config and a hash of what they stand on.
 
+    Of a run with an average (`train.ema`) they are the average's, and the config that is kept has none.
+
     Raises:
-      UserError: the run has no adapters, or an average besides, or the folder is not new.
+      UserError: the run has no adapters, or the folder is not new.
     """
     config = rundir.read_config(run)
     section = config["train"].get("adapter")
     if section is None:
         raise UserError(f"{run} has no adapters: it was trained without train.adapter.")
-    if config["train"]["ema"] is not None:
-        raise UserError(
-            f"{run} evaluates with an average (train.ema), which adapters alone do not have. Export it merged."
-        )
     if folder.exists():
         raise UserError(f"{folder} is there already: give a new folder.")
-    checkpoints, found = open_checkpoint(run, step)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = checkpoints.shapes(found)["params"]
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    leaves = flatten(checkpoints.restore(found, {"params": abstract}, partial=True).state["params"])
-    checkpoints.close()
+    trained, averages = load_trained(run, step), config["train"]["ema"] is not None
+    config["train"]["ema"] = None
+    leaves = flatten(trained.params)
+    used = flatten(averaged(build_task(config), trained.extra)) if averages else leaves
     patterns = compile_patterns(section["train"], setting="train.adapter.train")
-    own = {p: x for p, x in leaves.items() if p.startswith(f"{KEY}/") or any(regex.search(p) for regex in patterns)}
+    own = {p: x for p, x in used.items() if p.startswith(f"{KEY}/") or any(regex.search(p) for regex in patterns)}
+    # Not the average of what never changed, which is the same but for rounding.
     base = {path: x for path, x in leaves.items() if path not in own}
     folder.mkdir(parents=True)
     save_file({path: np.asarray(x) for path, x in own.items()}, folder / ARRAYS)
     if (run / "tokenizer").is_dir():
         shutil.copytree(run / "tokenizer", folder / "tokenizer")
     shapes = {path: list(x.shape) for path, x in base.items()}
-    record = {"config": config, "step": found, "base": _digest(base), "shapes": shapes}
+    record = {"config": config, "step": trained.step, "base": _digest(base), "shapes": shapes}
     write_atomic(folder / RECORD, configs.to_json(record))
     count = sum(x.size for x in own.values())
     return {
-        "step": found,
+        "step": trained.step,
         "arrays": len(own),
         "parameters": count,
         "share": count / sum(x.size for x in leaves.values()),

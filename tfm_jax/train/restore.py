@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -15,6 +15,7 @@ from tfm_jax.data.types import Tokenizer
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path
 from tfm_jax.sections import computes, family
+from tfm_jax.tasks.base import Task
 from tfm_jax.train.build import Experiment, build_task
 from tfm_jax.train.checkpoint import Checkpointer, CorruptCheckpoint, Restored, first_state
 from tfm_jax.train.rundir import read_config, run_folder
@@ -134,6 +135,24 @@ def load_params(
     Raises:
       UserError: no such checkpoint, or it is damaged.
     """
+    found = load_trained(path, step, sharding=sharding, average=average, decay=decay)
+    # What is trained is averaged, and not what is made from it: adapters, and not the kernels that they change.
+    return found.task.eval_params(found.params, found.extra), found.step
+
+
+class Trained(NamedTuple):
+    """A run's task, and what it has trained and carries."""
+
+    task: Task
+    params: Any
+    extra: Any
+    step: int
+
+
+def load_trained(
+    path: Path, step: int | None = None, *, sharding: Any = None, average: int = 1, decay: float = 1.0
+) -> Trained:
+    """What `load_params` makes its parameters of; the arguments are its own."""
     checkpoints, found = open_checkpoint(path, step)
     task = build_task(read_config(run_folder(path)))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), checkpoints.shapes(found)["params"])
@@ -149,9 +168,8 @@ def load_params(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     abstract = {name: map_with_path(place, tree) for name, tree in wanted.items()}
-    # What is trained is averaged, and not what is made from it: adapters, and not the kernels that they change.
     mean = _read(checkpoints, path, found, abstract, average, decay).state
-    return task.eval_params(mean["params"], mean["extra"]), found
+    return Trained(task, mean["params"], mean["extra"], found)
 
 
 # Settings of the data that parameters have been trained for.
