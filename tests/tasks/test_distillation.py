@@ -119,8 +119,9 @@ def test_the_loss_is_the_weighted_sum(make_config, teacher):
 
 
 def test_bad_input(make_config, teacher, tmp_path):
-    with says(f"{teacher} reads other ids than this data gives: set data.tokenizer=run:{teacher}."):
-        build(student(make_config, teacher, **{"data.tokenizer": "chars"}))
+    for named in (teacher, teacher / "checkpoints" / "3"):
+        with says(f"{named} reads other ids than this data gives: set data.tokenizer=run:{teacher}."):
+            build(student(make_config, named, **{"data.tokenizer": "chars"}))
     assert load_tokenizer(teacher / "tokenizer").vocab_size == 257
     with pytest.raises(UserError, match="is not a run directory"):
         build(student(make_config, tmp_path / "nothing"))

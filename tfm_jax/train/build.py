@@ -172,8 +172,9 @@ def build(
     layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
     task = build_task(config)
     for run in task.donors.values():
-        if reads_others(Path(run), data.tokenizer):
-            raise UserError(f"{run} reads other ids than this data gives: set data.tokenizer=run:{run}.")
+        folder = run_folder(Path(run))
+        if reads_others(folder, data.tokenizer):
+            raise UserError(f"{run} reads other ids than this data gives: set data.tokenizer=run:{folder}.")
     inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
     _check_inputs(config, model, inputs)
     key = jax.random.key(0)
