@@ -1,6 +1,7 @@
 """Write what a run predicts for each example of a split, in the data's own order, as one `.npy`.
 
-Logits (N, C), or numbers (N,), for `data.name=examples`. `data.predictions` of another run takes them for a teacher's.
+For `data.name=examples`: logits (N, C), which `data.predictions` of another run takes for a teacher's, or numbers (N,), in
+their own unit, which it does not.
 `--config.KEY=VALUE` changes the run's config, for other data or another mesh.
 """
 

@@ -156,6 +156,24 @@ def test_marks_of_roberta(bert, tmp_path):
     assert found == Frame([first], [last, last], [last], False)
 
 
+def test_predictions_are_logits_of_each_example(folder, bert, tmp_path):
+    file = tmp_path / "told.npy"
+    logits = DRAW.normal(size=(300, 3))
+    np.save(file, logits)
+    data = opened(folder, bert, label="mood", predictions=str(file), batch_size=5, seq_len=24)
+    batch, (index, _) = data.evals("train", 5).batch_at(2), data.evals("train", 5).places.at(2)
+    np.testing.assert_array_equal(batch["teacher"], logits[index].astype(np.float32))
+    np.save(file, logits[:200])
+    with says(f"data.predictions={str(file)!r} is (200, 3), and the train split has 300 examples."):
+        opened(folder, bert, label="mood", predictions=str(file))
+    np.save(file, logits[:, 0])
+    with says(
+        f"data.predictions={str(file)!r} holds numbers (300,), and a student learns from logits (N, C). One that is"
+        " to predict numbers learns from the teacher itself: task.teacher=RUN."
+    ):
+        opened(folder, bert, label="mood", predictions=str(file))
+
+
 def test_bad_input_is_named(folder, bert, tmp_path):
     source = f"jsonl:{folder}/*.jsonl"
     with says("data.source='stdlib' has no fields: examples need jsonl:GLOB, tfds:NAME or hf:DIR."):

@@ -151,6 +151,11 @@ def _told(path: str, examples: int) -> np.ndarray:
     if not file.is_file():
         raise UserError(f"data.predictions={path!r}: there is no such file. python -m experiments.predict writes it.")
     found: np.ndarray = np.load(file, allow_pickle=False)
+    if found.ndim == 1:
+        raise UserError(
+            f"data.predictions={path!r} holds numbers {found.shape}, and a student learns from logits (N, C). One that is"
+            " to predict numbers learns from the teacher itself: task.teacher=RUN."
+        )
     if found.ndim != 2 or len(found) != examples:
         raise UserError(f"data.predictions={path!r} is {found.shape}, and the train split has {examples} examples.")
     return found.astype(np.float32)
