@@ -1,6 +1,7 @@
 """A teacher's parameters are read, placed and never change; the loss is that of the paper; a student comes nearer."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import optax
 import pytest
 
 from tests.errors import says
+from tfm_jax import config as configs
 from tfm_jax.data.tokenizers import load_tokenizer
+from tfm_jax.data.vocabularies import byte_tokenizer
 from tfm_jax.errors import UserError
 from tfm_jax.models.albert import Model as AlbertModel
 from tfm_jax.models.bert import Model as BertModel
@@ -21,7 +24,7 @@ from tfm_jax.tasks.base import bind
 from tfm_jax.tasks.distillation import captured, divergence, make
 from tfm_jax.train import rundir
 from tfm_jax.train.build import build
-from tfm_jax.train.restore import load_params, open_checkpoint
+from tfm_jax.train.restore import _differences, load_params, open_checkpoint
 from tfm_jax.train.run import train
 
 DRAW = np.random.default_rng(0)
@@ -133,6 +136,37 @@ def test_bad_input(make_config, teacher, tmp_path):
             build(student(make_config, teacher, **{f"task.{key}": value}))
     with pytest.raises(UserError, match=r"its logits are \(8, 8, 257\), the student's \(8, 8, 300\)"):
         train(student(make_config, teacher, **{"model.vocab_size": 300}), tmp_path / "run")
+
+
+def test_a_teachers_classes_in_another_order(tmp_path):
+    """Flipped labels would be learnt without a word; a donor's are said."""
+    rows = [{"text": f"the whale {i}", "label": ("negative", "positive")[i % 2]} for i in range(16)]
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"name": "bert", "layers": 1, "width": 16, "heads": 2, "max_len": 16, "outputs": ("classes",)}
+    data = {"name": "examples", "source": f"jsonl:{tmp_path}/*.jsonl", "tokenizer": "bytes", "seq_len": 16,
+            "batch_size": 8}  # fmt: skip
+    task, folder = {"name": "classification"}, tmp_path / "teacher"
+
+    def built(task, **changes):
+        section = {"model": model, "task": task, "data": {**data, **changes}, "train": {"steps": 200}}
+        return build(configs.resolve(section))
+
+    config = built(task, names=("positive", "negative")).config
+    rundir.begin(folder, config, byte_tokenizer())
+    wrapped = {"name": "distillation", "teacher": str(folder), "task": task}
+    with says(
+        f"{folder} has data.names=['positive', 'negative'], and here it is ['negative', 'positive']: set data.names in the"
+        " teacher's order."
+    ):
+        built(wrapped)
+    # As another library may spell them.
+    config["data"]["names"] = ["POSITIVE", "NEGATIVE"]
+    rundir.begin(folder, config, byte_tokenizer())
+    own = built(wrapped, names=("positive", "negative"))
+    assert own.config["data"]["names"] == ["positive", "negative"]
+    lines = _differences(folder, built(task).config, byte_tokenizer())
+    assert lines == ["data.names: ['POSITIVE', 'NEGATIVE'] there, ['negative', 'positive'] here"]
 
 
 SIZES = [("loop", "loop", 16), ("scan", "loop", 8), ("loop", "scan", 8)]

@@ -171,10 +171,7 @@ def build(
     model = model if pipeline is None else model.clone(pipeline=pipeline)
     layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
     task = build_task(config)
-    for run in task.donors.values():
-        folder = run_folder(Path(run))
-        if reads_others(folder, data.tokenizer):
-            raise UserError(f"{run} reads other ids than this data gives: set data.tokenizer=run:{folder}.")
+    _check_donors(config, task, data)
     inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
     _check_inputs(config, model, inputs)
     key = jax.random.key(0)
@@ -317,6 +314,29 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
             f" {' x '.join(f'{axis}={sizes[axis]}' for axis in ROW_AXES)} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
         )
     pipeline_of(config, layout)
+
+
+def _check_donors(config: configs.Config, task: Task, data: Any) -> None:
+    """A teacher must read the ids that this data gives, and know its classes in their order."""
+    for run in task.donors.values():
+        folder = run_folder(Path(run))
+        if reads_others(folder, data.tokenizer):
+            raise UserError(f"{run} reads other ids than this data gives: set data.tokenizer=run:{folder}.")
+        # One whose folder is gone was looked at when the run began.
+        known = _class_names(read_config(folder)["data"]) if (folder / "config.json").is_file() else {}
+        for setting, names in _class_names(config["data"]).items():
+            theirs = known.get(setting, names)
+            if [name.casefold() for name in names] != [name.casefold() for name in theirs]:
+                raise UserError(
+                    f"{run} has {setting}={theirs}, and here it is {names}: set {setting} in the teacher's order."
+                )
+
+
+def _class_names(data: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of a `data` section's classes, by their settings; numbers are their own order."""
+    found = {f"data.{key}": data.get(key) for key in ("names", "classes")}
+    found |= {f"data.parts.{part}.names": section.get("names") for part, section in data.get("parts", {}).items()}
+    return {key: list(names) for key, names in found.items() if names and all(isinstance(name, str) for name in names)}
 
 
 def _check_inputs(config: configs.Config, model: nn.Module, inputs: dict[str, Any]) -> None:

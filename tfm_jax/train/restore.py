@@ -173,7 +173,7 @@ def load_trained(
 
 
 # Settings of the data that parameters have been trained for.
-_SEEN = ("decoder_start", "classes", "fit", "scaled_to", "resample", "mean", "std")
+_SEEN = ("decoder_start", "classes", "names", "fit", "scaled_to", "resample", "mean", "std")
 
 
 def _differences(run: Path, own: Config, tokenizer: Tokenizer | None) -> list[str]:
