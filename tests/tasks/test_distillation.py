@@ -24,8 +24,9 @@ from tfm_jax.tasks.base import bind
 from tfm_jax.tasks.distillation import captured, divergence, make
 from tfm_jax.train import rundir
 from tfm_jax.train.build import build
-from tfm_jax.train.restore import _differences, load_params, open_checkpoint
+from tfm_jax.train.restore import _differences, load_params, open_checkpoint, with_donors
 from tfm_jax.train.run import train
+from tfm_jax.train.state import TrainState
 
 DRAW = np.random.default_rng(0)
 
@@ -136,6 +137,25 @@ def test_bad_input(make_config, teacher, tmp_path):
             build(student(make_config, teacher, **{f"task.{key}": value}))
     with pytest.raises(UserError, match=r"its logits are \(8, 8, 257\), the student's \(8, 8, 300\)"):
         train(student(make_config, teacher, **{"model.vocab_size": 300}), tmp_path / "run")
+
+
+def test_a_teacher_must_have_its_models_parameters(teacher):
+    """Not one is left at zero, dropped or put in the place of another shape."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    told = load_params(teacher)[0]
+
+    def filled(**changes):
+        blank = jax.device_put(jax.tree.map(jnp.zeros_like, {**told, **changes}), whole)
+        return with_donors(TrainState(0, {}, {}, {"inner": {}, "teacher": blank}, {}), {"teacher": str(teacher)})
+
+    jax.tree.map(np.testing.assert_array_equal, filled().extra["teacher"], told)
+    table = told["token_embedding"]["embedding"]
+    begins = f"{teacher}: its parameters are not those of task.teacher_model;"
+    with says(f"{begins} missing: new/kernel; of another shape: token_embedding/embedding."):
+        filled(new={"kernel": jnp.ones(3)}, token_embedding={"embedding": table[1:]})
+    with says(f"{begins} extra: token_embedding/embedding."):
+        filled(token_embedding={})
 
 
 def test_a_teachers_classes_in_another_order(tmp_path):

@@ -221,12 +221,24 @@ def load_donor(
 
 
 def with_donors(state: TrainState, donors: Mapping[str, str]) -> TrainState:
-    """A new state with what its task reads from other runs, each array where its place is."""
+    """A new state with what its task reads from other runs, each array where its place is.
+
+    Raises:
+      UserError: a run's parameters are not those of the model that they are for.
+    """
     extra = state.extra
     for path, run in donors.items():
         own = {n.removeprefix(f"{path}/"): x for n, x in flatten(extra).items() if n.startswith(f"{path}/")}
-        found, _ = load_params(Path(run), sharding=_places(own))
-        values = {f"{path}/{name}": x for name, x in flatten(found).items()}
+        found = flatten(load_params(Path(run), sharding=_places(own))[0])
+        odd = {
+            "missing": own.keys() - found.keys(),
+            "extra": found.keys() - own.keys(),
+            "of another shape": {n for n in own.keys() & found.keys() if own[n].shape != found[n].shape},
+        }
+        if any(odd.values()):
+            said = [f"{what}: {', '.join(sorted(names)[:8])}" for what, names in odd.items() if names]
+            raise UserError(f"{run}: its parameters are not those of task.teacher_model; {'; '.join(said)}.")
+        values = {f"{path}/{name}": x for name, x in found.items()}
 
         def taken(name: str, x: Any, values: Mapping[str, Any] = values) -> Any:
             return values.get(name, x)
