@@ -109,9 +109,11 @@ def test_decay_mask_and_multipliers():
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_rates_decay_from_layer_to_layer(stacked):
-    """Three layers: 0.5 for the last one, 0.125 for the first, 0.0625 for embeddings, 1 for the head."""
+    """Three layers: 0.5 for the last one, 0.125 for the first, 0.0625 for embeddings, 1 for heads, whatever their names."""
     stack = {"blocks": {"w": jnp.zeros((3, 2))}} if stacked else {f"block_{i}": {"w": jnp.zeros(2)} for i in range(3)}
-    params = {"token_embedding": {"embedding": jnp.zeros(2)}, "stack": stack, "head": {"kernel": jnp.zeros(2)}}
+    heads = {"head": {"kernel": jnp.zeros(2)}, "unembedding": {"embedding": jnp.zeros(2)},
+             "bridge": {"embeddings": {"kernel": jnp.zeros(2)}}}  # fmt: skip
+    params = {"token_embedding": {"embedding": jnp.zeros(2)}, "stack": stack, **heads}
     made = optim.make(params, **CONSTANT, weight_decay=0.0, layer_decay=0.5, clip_norm=None)
     grads = jax.tree.map(jnp.ones_like, params)
     update, _ = jax.jit(made.tx.update)(grads, made.tx.init(params), params)
@@ -120,7 +122,8 @@ def test_rates_decay_from_layer_to_layer(stacked):
     layers = found["stack/blocks/w"] if stacked else np.stack([found[f"stack/block_{i}/w"] for i in range(3)])
     np.testing.assert_allclose(layers, np.array([[0.125] * 2, [0.25] * 2, [0.5] * 2]), rtol=1e-5)
     np.testing.assert_allclose(found["token_embedding/embedding"], 0.0625, rtol=1e-5)
-    np.testing.assert_allclose(found["head/kernel"], 1.0, rtol=1e-5)
+    for path in flatten(heads):
+        np.testing.assert_allclose(found[path], 1.0, rtol=1e-5, err_msg=path)
 
 
 def test_schedule_is_applied_by_step():

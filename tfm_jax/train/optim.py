@@ -14,6 +14,7 @@ from optax import contrib
 
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path, values_by_pattern
+from tfm_jax.tasks.distillation import BRIDGE
 from tfm_jax.train import schedules
 from tfm_jax.train.moments import Moments, stored
 from tfm_jax.train.mup import Scales
@@ -191,6 +192,8 @@ def flat_lookup(table: Mapping[str, Any]) -> Callable[[Any], Any]:
 
 
 _BLOCK, _BLOCKS = re.compile(r"(.*?)block_(\d+)/"), re.compile(r"(.*?)blocks/")
+# Named by embeddings, but at the other end: an output's own table, and what leads from a student's states to its teacher's.
+_HEAD = re.compile(rf"(^|/)unembedding/|^{BRIDGE}/")
 
 
 def layer_factors(params: Any, decay: float) -> dict[str, Any]:
@@ -213,7 +216,7 @@ def layer_factors(params: Any, decay: float) -> dict[str, Any]:
         if found := _BLOCKS.match(path):
             layers = depth[found[1]]
             return decay ** np.arange(layers, 0, -1, dtype=np.float32).reshape(layers, *[1] * (len(x.shape) - 1))
-        return decay ** (max(depth.values()) + 1) if "embedding" in path else 1.0
+        return decay ** (max(depth.values()) + 1) if "embedding" in path and not _HEAD.search(path) else 1.0
 
     return {path: factor(path, x) for path, x in leaves.items()}
 
