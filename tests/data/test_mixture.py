@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +12,9 @@ from tests.test_configs import FOLDER
 from tfm_jax import config as configs
 from tfm_jax.data import examples, mixture
 from tfm_jax.errors import UserError
+from tfm_jax.tasks.base import bind
+from tfm_jax.tasks.distillation import divergence
+from tfm_jax.train import rundir
 from tfm_jax.train.build import build
 from tfm_jax.train.run import train
 
@@ -124,6 +129,48 @@ def test_bad_input(sources):
         built(task={"weights": {"tune": 2.0}})
     with says("model.classes={'tone': 2}: the data has {'tone': 2, 'count': 1}. Set these, or leave it out."):
         built(model={"classes": {"tone": 2}})
+
+
+def test_a_mixture_is_distilled(sources, tmp_path):
+    """The weighted loss of a batch's part and, by hand, what that part's two heads say."""
+    trunk = {"name": "bert", "width": 16, "heads": 2, "max_len": 32, "outputs": ("classes",)}
+    data = {"name": "mixture", "parts": parts(sources), "tokenizer": "bytes", "seq_len": 32, "batch_size": 8}
+    tasks = {"tone": {"name": "classification"}, "count": {"name": "regression"}}
+    mixed, folder = {"name": "mixture", "tasks": tasks, "weights": {"count": 3.0}}, tmp_path / "teacher"
+
+    def built(layers, task):
+        section = {"model": {**trunk, "layers": layers}, "data": data, "task": task, "train": {"steps": 200}}
+        made = build(configs.resolve(section))
+        return made, jax.jit(made.model.init)(jax.random.key(layers), jnp.zeros((1, 8), jnp.int32))["params"]
+
+    teacher, told = built(2, mixed)
+    rundir.begin(folder, teacher.config, teacher.data.tokenizer)
+    heat = {"name": "distillation", "teacher": str(folder), "temperature": 2.5, "soft_weight": 0.3}
+    student, params = built(1, {**heat, "task": mixed})
+    turns = [student.data.train.turn(step)[0] for step in range(100)]
+    for part in tasks:
+        batch = student.data.train.batch_at(turns.index(part))
+        apply, extra = bind(student.model, {}), {"inner": {}, "teacher": told}
+        out = jax.jit(lambda b: student.task.loss(apply, params, extra, b, None, True))(batch)  # noqa: B023
+        hard = jax.jit(lambda b: teacher.task.loss(apply, params, {}, b, None, True))(batch)  # noqa: B023
+        logits = [bind(made.model, {})(of, **batch["inputs"], train=False)["logits"][part]
+                  for made, of in ((teacher, told), (student, params))]  # fmt: skip
+        soft = float(jnp.sum(divergence(*logits, 2.5) * batch["weights"]))
+        assert soft > 0
+        assert float(out.total) == pytest.approx(0.7 * float(hard.total) + 0.3 * 2.5**2 * soft, rel=1e-5)
+        assert f"{part}_loss" in out.metrics and float(out.metrics["soft_loss"][0]) == pytest.approx(soft, rel=1e-5)
+    with says(
+        "task.tasks.tone.name='distillation' has a teacher or a memory, which a part of a mixture cannot. A teacher may be"
+        " that of all: task.name='distillation' around task.task.name='mixture'."
+    ):
+        built(1, {"name": "mixture", "tasks": {**tasks, "tone": {**heat, "task": tasks["tone"]}}})
+    teacher.config["data"]["parts"]["tone"]["names"] = ["good", "bad"]
+    rundir.begin(folder, teacher.config, None)
+    with says(
+        f"{folder} has data.parts.tone.names=['good', 'bad'], and here it is ['bad', 'good']: set data.parts.tone.names in"
+        " the teacher's order."
+    ):
+        built(1, {**heat, "task": mixed})
 
 
 def test_questions_and_classes_on_one_trunk(sources, tmp_path):

@@ -52,7 +52,8 @@ def make(
       taught_by: its model (not a config key).
       model: the student (not a config key).
       build: from a section to a task (not a config key).
-      task: the section of the task that is wrapped, `{"name": "classification"}`.
+      task: the section of the task that is wrapped, `{"name": "classification"}`; of a mixture each part's logits are matched
+        with the same part's.
       temperature: T.
       soft_weight: w, from 0, the task alone, to 1, the teacher alone.
       hidden: pairs (layer of the student, layer of the teacher) whose states are matched; layer 0 is what the first block is
@@ -100,6 +101,18 @@ def make(
     def plain(params: Params) -> Params:
         return {name: x for name, x in params.items() if name != BRIDGE}
 
+    def logits_of(name: str, out: Mapping[str, Any], batch: Any) -> jax.Array:
+        found = out.get("logits")
+        if isinstance(found, Mapping) and "part" in batch:
+            (part,) = batch["part"]
+            found = found.get(part)
+        if not isinstance(found, jax.Array):
+            raise UserError(
+                f"task.name=distillation matches logits, and the {name} gives none that are one array for"
+                f" task.task.name={task.get('name', 'token_prediction')!r}."
+            )
+        return found
+
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         if not train:
             return inner.loss(apply, params, extra["inner"], batch, rng, train)
@@ -119,18 +132,11 @@ def make(
             told = {"logits": batch["teacher"]}
         else:
             raise UserError("task.teacher is not set, and the data has no data.predictions of a teacher.")
-        for name, out in (("student", said), ("teacher", told)):
-            if not isinstance(out.get("logits"), jax.Array):
-                raise UserError(
-                    f"task.name=distillation matches logits, and the {name} gives none that are one array for"
-                    f" task.task.name={task.get('name', 'token_prediction')!r}."
-                )
-        if said["logits"].shape != told["logits"].shape:
-            raise UserError(
-                f"task.teacher={teacher!r}: its logits are {told['logits'].shape}, the student's {said['logits'].shape}."
-            )
+        answer, asked = (logits_of(name, out, batch) for name, out in (("student", said), ("teacher", told)))
+        if answer.shape != asked.shape:
+            raise UserError(f"task.teacher={teacher!r}: its logits are {asked.shape}, the student's {answer.shape}.")
         weights = batch["weights"]
-        found = divergence(told["logits"], said["logits"], temperature)
+        found = divergence(asked, answer, temperature)
         soft = jnp.sum(jnp.where(weights > 0, found * weights, 0.0))
         total = (1 - soft_weight) * hard.total + soft_weight * temperature**2 * soft
         metrics = {**hard.metrics, "hard_loss": hard.metrics["loss"], "soft_loss": (soft, hard.weight)}

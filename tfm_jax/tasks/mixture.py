@@ -29,7 +29,7 @@ def make(
       weights: by part; 1 where none is given.
 
     Raises:
-      UserError: weights or batches of parts without a task, or a task that carries something from step to step.
+      UserError: weights or batches of parts without a task, or a task that has a teacher or a memory.
     """
     for name, weight in (weights or {}).items():
         if name not in tasks:
@@ -42,8 +42,8 @@ def make(
     for name, task in made.items():
         if task.init_extra({}) or task.donors or task.carry is not None:
             raise UserError(
-                f"task.tasks.{name}.name={tasks[name]['name']!r} carries something from step to step, which a part of a"
-                " mixture cannot. Wrap the mixture instead."
+                f"task.tasks.{name}.name={tasks[name]['name']!r} has a teacher or a memory, which a part of a mixture cannot."
+                " A teacher may be that of all: task.name='distillation' around task.task.name='mixture'."
             )
     factors = {name: float((weights or {}).get(name, 1.0)) for name in tasks}
 
