@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -139,6 +140,19 @@ def test_greedy_encoder_decoders_are_the_slow_greedy(name):
                 break
             tokens.append(token)
         assert row == tokens
+
+
+def test_an_encoder_decoder_draws_what_the_model_without_caches_draws():
+    """With the same keys; rows that have ended draw on, unheard."""
+    run = functools.partial(generate, *made("encdec"), [[START]] * 3, sources=SOURCES, max_new=NEW, end_id=END)
+    rows, done, key = [[], [], []], set(), jax.random.key(5)
+    for step in range(NEW):
+        logits = [whole("encdec", "loop")(tuple(s), (START, *row)) for s, row in zip(SOURCES, rows, strict=True)]
+        drawn = jax.random.categorical(jax.random.fold_in(key, step), jnp.asarray(np.stack(logits), jnp.float32))
+        done |= {i for i, token in enumerate(drawn) if token == END}
+        for i in {0, 1, 2} - done:
+            rows[i].append(int(drawn[i]))
+    assert run(sampling=Sampling(temperature=1.0), seed=5) == rows != run(sampling=Sampling(temperature=0))
 
 
 def test_ids_that_are_not_allowed_never_come():
