@@ -120,6 +120,10 @@ def test_bad_input(tmp_path, bert):  # noqa: F811
     folder, call = made({**good, "answers": {"text": ["ship"], "answer_start": [5]}})
     with says(f"{folder}/train.jsonl, line 1: the answer 'ship' is not in its context at 5. It is at 4."):
         call()
+    with says("data.longest_question=0: must be at least 1."):
+        make(source="stdlib", longest_question=0)
+    with says("data.source='stdlib' has no fields: questions need jsonl:GLOB, tfds:NAME or hf:DIR."):
+        make(source="stdlib")
     folder, call = made({**good, "answers": {"text": [], "answer_start": []}})
     with says(f"{folder}/train.jsonl, line 1: the field 'answers' has 0 texts and 0 starts."):
         call()

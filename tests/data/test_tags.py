@@ -100,6 +100,10 @@ def test_bad_input(tmp_path):
     folder, call = made({**good, "tags": ["O"]})
     with says(f"{folder}/train.jsonl, line 1: 2 words, but 1 tags."):
         call()
+    with says("data.batch_size=0: must be at least 1."):
+        make(source="stdlib", batch_size=0)
+    with says("data.source='stdlib' has no fields: tags need jsonl:GLOB, tfds:NAME or hf:DIR."):
+        make(source="stdlib")
     folder, call = made(good, valid={**good, "tags": ["O", "B-Y"]})
     with says(
         f"{folder}/valid.jsonl, line 1: 'B-Y' in the field 'tags' is no tag of the train split. Did you mean 'B-X'?"

@@ -100,6 +100,19 @@ def open_corpora(
     return out
 
 
+def open_records(
+    reader: str, source: str, fields: Sequence[str], *, at_least_one: Mapping[str, int], **settings: Any
+) -> list[Corpus]:
+    """A corpus of each of some fields of records, for a reader that has settings which must be `at_least_one`; see
+    `open_corpora`."""
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise UserError(f"data.{name}={value}: must be at least 1.")
+    if source.partition(":")[0] in ("stdlib", "text"):
+        raise UserError(f"data.source={source!r} has no fields: {reader} need jsonl:GLOB, tfds:NAME or hf:DIR.")
+    return open_corpora(source, fields, **settings)
+
+
 def together(sources: Sequence[Source]) -> Source:
     """All their texts, for a tokenizer to learn from."""
     if len(sources) == 1:

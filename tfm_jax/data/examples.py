@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tfm_jax.data.corpus import Corpus, cache_root, open_corpora
+from tfm_jax.data.corpus import Corpus, cache_root, open_records
 from tfm_jax.data.locks import locked
 from tfm_jax.data.rows import Part, Pass, Texts, Training, joined, width_for
 from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records
@@ -72,15 +72,11 @@ def make(
     Raises:
       UserError: a field that the source lacks, a label that is no class of the train split or no number, with its place.
     """
-    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"data.{name}={value}: must be at least 1.")
-    if source.partition(":")[0] in ("stdlib", "text"):
-        raise UserError(f"data.source={source!r} has no fields: examples need jsonl:GLOB, tfds:NAME or hf:DIR.")
-
-    corpora = open_corpora(
+    corpora = open_records(
+        "examples",
         source,
         [text] if pair is None else [text, pair],
+        at_least_one={"seq_len": seq_len, "batch_size": batch_size},
         tokenizer=tokenizer,
         split=split,
         valid_fraction=valid_fraction,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tfm_jax.data import rows
-from tfm_jax.data.corpus import open_corpora
+from tfm_jax.data.corpus import open_records
 from tfm_jax.data.rows import Part, Texts, joined, width_for
 from tfm_jax.data.types import Batch, Data, Frame, Records
 from tfm_jax.errors import UserError
@@ -56,14 +56,11 @@ def make(
     Raises:
       UserError: a field that the source lacks, or a length that leaves no room for a text.
     """
-    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"data.{name}={value}: must be at least 1.")
-    if source.partition(":")[0] in ("stdlib", "text"):
-        raise UserError(f"data.source={source!r} has no fields: pairs need jsonl:GLOB, tfds:NAME or hf:DIR.")
-    corpora = open_corpora(
+    corpora = open_records(
+        "pairs",
         source,
         [text, target],
+        at_least_one={"seq_len": seq_len, "batch_size": batch_size},
         tokenizer=tokenizer,
         split=split,
         valid_fraction=valid_fraction,

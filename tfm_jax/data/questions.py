@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tfm_jax.data import rows
-from tfm_jax.data.corpus import Corpus, cache_root, offsets, open_corpora
+from tfm_jax.data.corpus import Corpus, cache_root, offsets, open_records
 from tfm_jax.data.files import text_of
 from tfm_jax.data.rows import Part, Texts, joined, width_for
 from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records
@@ -62,14 +62,11 @@ def make(
     Raises:
       UserError: a field that the source lacks, or an answer that is not in its context where it says, with its place.
     """
-    for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("longest_question", longest_question)):
-        if value < 1:
-            raise UserError(f"data.{name}={value}: must be at least 1.")
-    if source.partition(":")[0] in ("stdlib", "text"):
-        raise UserError(f"data.source={source!r} has no fields: questions need jsonl:GLOB, tfds:NAME or hf:DIR.")
-    corpora = open_corpora(
+    corpora = open_records(
+        "questions",
         source,
         [question, context],
+        at_least_one={"seq_len": seq_len, "batch_size": batch_size, "longest_question": longest_question},
         tokenizer=tokenizer,
         split=split,
         valid_fraction=valid_fraction,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tfm_jax.data import rows
-from tfm_jax.data.corpus import Corpus, cache_root, offsets, open_corpora
+from tfm_jax.data.corpus import Corpus, cache_root, offsets, open_records
 from tfm_jax.data.files import text_of
 from tfm_jax.data.rows import Part, Texts, joined, width_for
 from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records
@@ -56,14 +56,11 @@ def make(
     Raises:
       UserError: a field that the source lacks, more or fewer tags than words, a tag that the train split has not; with its place.
     """
-    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"data.{name}={value}: must be at least 1.")
-    if source.partition(":")[0] in ("stdlib", "text"):
-        raise UserError(f"data.source={source!r} has no fields: tags need jsonl:GLOB, tfds:NAME or hf:DIR.")
-    (corpus,) = open_corpora(
+    (corpus,) = open_records(
+        "tags",
         source,
         [words],
+        at_least_one={"seq_len": seq_len, "batch_size": batch_size},
         tokenizer=tokenizer,
         split=split,
         valid_fraction=valid_fraction,
