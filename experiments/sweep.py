@@ -45,22 +45,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sweep", required=True, metavar="FILE[:ARGS]", help="file with a function sweep(); it may be the config's"
     )
     made.add_argument("--workdir", type=Path, help="folder of the sweep")
-    made.add_argument("--parallel", type=int, default=1, help="trials at a time; here they share cores and GPUs out")
+    made.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        help="trials, or with --vectorise processes, at a time; here they share cores and GPUs out",
+    )
     made.add_argument(
         "--vectorise",
         type=int,
         metavar="N",
-        help="so many trials at a time in this process, by the same compiled programs: those that differ in numbers only",
+        help="so many trials at a time in a process, by the same compiled programs: those that differ in numbers only",
     )
     made.add_argument("--retry_failed", action="store_true", help="start what has failed again")
     made.add_argument("--storage", help="URL of a study's database; by default a journal file in the folder")
     made.add_argument("--dry_run", action="store_true", help="list the trials with their cost, and stop")
     made.add_argument("--backend", choices=("local", "slurm"), default="local", help="where trials run (%(default)s)")
+    made.add_argument("--one_of_several", action="store_true", help=cli.HIDDEN)  # another shows the table
     settings = _backend_flags(made, argv)
     flags, overrides = cli.parse(made, argv)
     at_least(1, parallel=flags.parallel, vectorise=flags.vectorise)
-    if flags.vectorise is not None and flags.parallel > 1:
-        raise UserError(f"--vectorise={flags.vectorise} is one process, --parallel={flags.parallel} several: give one.")
     if flags.vectorise is not None and flags.backend != "local":
         raise UserError(f"--vectorise={flags.vectorise} is for --backend=local: submit this command itself as a job.")
     common, sweep = dict(overrides), _sweep(flags.sweep)
@@ -79,13 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--workdir is not set: where should the runs go? For instance --workdir=sweeps/first")
     source, record = _opened(sweep, listed, {"config": flags.config, "overrides": common}, flags)
     signal.signal(signal.SIGTERM, _interrupted)
-    if flags.vectorise is not None:
+    if flags.vectorise is not None and flags.parallel > 1:
+        _several(flags.parallel, sys.argv[1:] if argv is None else argv)
+    elif flags.vectorise is not None:
         _vectorised(source, flags, common, listed)
     else:
         start = runner.local(flags.config, flags.parallel, common)
         if flags.backend == "slurm":
             start = slurm.starter(flags.config, common, {name: getattr(flags, name) for name in settings})
         runner.run(source, flags.workdir, start, parallel=flags.parallel)
+    if flags.one_of_several:
+        return 0
     rows = table(flags.workdir)
     print(shown(rows, record["metric"], record["direction"]))
     if isinstance(sweep, Study) and (best := source.best()) is not None:
@@ -107,6 +115,22 @@ def _backend_flags(made: argparse.ArgumentParser, argv: Sequence[str] | None) ->
 def _interrupted(number: int, frame: Any) -> None:
     """SIGTERM is as Ctrl-C: what runs is told to save."""
     raise KeyboardInterrupt
+
+
+def _several(parallel: int, argv: Sequence[str]) -> None:
+    """This command in several processes, which share the trials as any do that work in one folder."""
+    command = [sys.executable, "-m", "experiments.sweep", *argv, "--parallel=1", "--one_of_several"]
+    started = [runner.bound(command, i, parallel) for i in range(parallel)]
+    try:
+        codes = [process.wait() for process in started]
+    except KeyboardInterrupt:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait()
+        raise
+    if any(codes):
+        raise SystemExit(next(filter(None, codes)))
 
 
 def _vectorised(source: Any, flags: Any, common: Mapping[str, str], listed: Sequence[Trial]) -> None:

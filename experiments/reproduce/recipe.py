@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config={"file": flags.config, "overrides": settings},
             folder=flags.results,
             # A finished run may be older than the code and the day.
-            **{key: ", ".join(sorted({result[key] for result in found.values()})) for key in ("revision", "date")},
+            revision=_each(found, "revision"),
+            date=_each(found, "date"),
         )
     spread = f" (+- {figures['deviation']:.4f} over {len(found)} seeds)" if len(found) > 1 else ""
     print(f"{name}: {figures['metric']} {figures['mean']:.4f}{spread}")
@@ -132,6 +133,11 @@ def _trained(config: str, seed: int, run: Path, overrides: Sequence[tuple[str, s
         raise SystemExit(code)
     result: dict[str, Any] = json.loads((run / "result.json").read_text())
     return result
+
+
+def _each(found: Mapping[int, Mapping[str, Any]], key: str) -> str:
+    """What the seeds' runs say of themselves, each text once."""
+    return ", ".join(sorted({result[key] for result in found.values()}))
 
 
 def _figures(found: Mapping[int, Mapping[str, Any]], recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Sweeps on Tiny Shakespeare at nanoGPT's CPU setting, 500 steps a trial: three comparisons, each with its own results file.
 
-`vectorise`: 8 learning rates with 2 seeds each, as 2 processes and as one program; wall time from start to end, each with
-an empty compile cache, and the losses. `asha`: a study of 24 trials beside that grid: its best loss, and its steps. `kills`:
-a study whose launcher is killed with SIGKILL 10 times beside an undisturbed one: trials that are missing, are there twice, or
-were begun again after their end. What is finished is not done again; a timed sweep that was interrupted starts anew. Writes
-`results/sweep_NAME.json`.
+`vectorise`: 8 learning rates with 2 seeds each, as 2 processes at a time and as 8 members, 4 of one program in each of 2
+processes; wall time from start to end, each with an empty compile cache, and the losses. `asha`: a study of 24 trials beside
+that grid: its best loss, and its steps. `kills`: a study whose launcher is killed with SIGKILL 10 times beside an undisturbed
+one: trials that are missing, are there twice, or were begun again after their end. What is finished is not done again; a timed
+sweep that was interrupted starts anew. Writes `results/sweep_NAME.json`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from experiments.reproduce.record import write_result
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 from tfm_jax.sweep import trials
+from tfm_jax.train.log import read_metrics
 
 EXAMPLES = """\
   python -m experiments.reproduce.sweeps --data path/to/input.txt
   python -m experiments.reproduce.sweeps --data path/to/input.txt --only kills"""
 METRIC = "eval/validation/loss"
+TOGETHER = ("--vectorise=4", "--parallel=2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +100,7 @@ def _tokens(flags: Any) -> None:
 
 
 def _vectorise(flags: Any) -> dict[str, Any]:
-    apart, together = _timed(flags, "parallel", "--parallel=2"), _timed(flags, "vectorised", "--vectorise=8")
+    apart, together = _timed(flags, "parallel", "--parallel=2"), _timed(flags, "vectorised", *TOGETHER)
     losses = [_losses(flags.workdir / name) for name in ("parallel", "vectorised")]
     return {
         "trials": len(losses[0]),
@@ -134,7 +136,7 @@ def _losses(folder: Path) -> dict[str, float]:
 
 
 def _asha(flags: Any) -> dict[str, Any]:
-    _timed(flags, "vectorised", "--vectorise=8")
+    _timed(flags, "vectorised", *TOGETHER)
     folder = flags.workdir / "asha"
     subprocess.run(_sweep(folder, "asha", _base(flags), "--vectorise=2"), check=True)
     grid, found = _losses(flags.workdir / "vectorised"), _losses(folder)

@@ -38,6 +38,24 @@ def test_a_sweep(arguments, start_command, tmp_path):
     assert json.loads((tmp_path / "out" / "lr=0.01" / "config.json").read_text())["optim"]["lr"] == 0.01
 
 
+@pytest.mark.journey
+def test_processes_with_members(arguments, start_command, tmp_path):
+    """Two processes of two members each: every trial is done once, and as by itself."""
+    body = "return product(grid({'optim.lr': [1e-3, 1e-2]}), seeds(2))"
+    child = start_command("sweep", *arguments(body, "--parallel=2", "--vectorise=2", "--json"))
+    out, error = child.communicate(timeout=280)
+    assert child.returncode == 0, error
+    rows = json.loads(out.splitlines()[-1])["trials"]
+    assert [row["state"] for row in rows] == ["finished"] * 4
+    assert sum(line.endswith(": finished at step 8.") for line in out.splitlines()) == 4
+    assert out.count("\ntrial ") == 1
+    assert sweep.main([*arguments(body), f"--workdir={tmp_path}/alone"]) == 0
+    for row in sweep.table(tmp_path / "alone"):
+        (same,) = (one for one in rows if one["trial"] == row["trial"])
+        key = "eval/validation/loss"
+        assert same["metrics"][key] == pytest.approx(row["metrics"][key], rel=1e-5)
+
+
 def test_costs(arguments, capsys, monkeypatch, tmp_path):
     """Twice the width costs more than twice as much; nothing is written."""
     monkeypatch.setattr(cli, "setup", lambda: None)
@@ -82,7 +100,6 @@ STUDY = "return Study(space={'optim.lr': log_uniform(1e-3, 1e-1)}, trials=2, met
         (STUDY % ("validation", "none"), ("--config.optim.lr=0.1",), "--config.optim.lr=0.1 overlaps with the sweep, which sets optim.lr. Leave one of them out."),
         ("return grid({'optim.options': [{}]})", ("--config.optim.options.b2=0.9",), "--config.optim.options.b2=0.9 overlaps with the sweep, which sets optim.options. Leave one of them out."),
         ("return seeds(2)", ("--parallel=0",), "--parallel=0: must be at least 1."),
-        ("return seeds(2)", ("--parallel=2", "--vectorise=2"), "--vectorise=2 is one process, --parallel=2 several: give one."),
         ("return seeds(2)", ("--backend=slurm", "--vectorise=2"), "--vectorise=2 is for --backend=local: submit this command itself as a job."),
     ],
 )  # fmt: skip

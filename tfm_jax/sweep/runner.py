@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tfm_jax.files import write_atomic
 from tfm_jax.launch.job import MISTAKE, PREEMPTED, job
@@ -212,32 +212,38 @@ def local(config: str, parallel: int, common: Mapping[str, str]) -> Start:
     Args:
       common: overrides of all trials, as texts; a trial's own come after them.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    gpus = _gpus()
 
     def start(trial: Trial, run: Path, lock: int, slot: int) -> Running:
         command = job(arguments(trial, run, config, common)).command(sys.executable)
-        share = _share(cores, slot, parallel)
-        chosen = {"CUDA_VISIBLE_DEVICES": ",".join(_share(gpus, slot, parallel))} if gpus else {}
-        parent = os.getpid()
-
-        def before() -> None:
-            if sys.platform == "linux":
-                # PR_SET_PDEATHSIG: it saves and ends when its launcher is gone, however that went.
-                ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-                if os.getppid() != parent:
-                    os._exit(1)
-                os.sched_setaffinity(0, share)
-
         with open(run / "train.log", "ab") as log:
-            # A session of its own: what a terminal sends to its group would reach it twice.
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(lock,), preexec_fn=before,
-                start_new_session=True, env={**os.environ, **chosen},
-            )  # fmt: skip
-        return Process(process)
+            return Process(bound(command, slot, parallel, stdout=log, stderr=log, pass_fds=(lock,)))
 
     return start
+
+
+def bound(command: Sequence[str], slot: int, parallel: int, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process on the slot's share of the cores and GPUs that this one has; it saves and ends when this one is gone."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    gpus, parent = _gpus(), os.getpid()
+    chosen = {"CUDA_VISIBLE_DEVICES": ",".join(_share(gpus, slot, parallel))} if gpus else {}
+
+    def before() -> None:
+        if sys.platform == "linux":
+            # PR_SET_PDEATHSIG: however that went.
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+            os.sched_setaffinity(0, _share(cores, slot, parallel))
+
+    # A session of its own: what a terminal sends to its group would reach it twice.
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=before,
+        start_new_session=True,
+        env={**os.environ, **chosen},
+        **options,
+    )
 
 
 def arguments(trial: Trial, run: Path, config: str, common: Mapping[str, str]) -> list[str]:
