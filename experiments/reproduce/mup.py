@@ -24,7 +24,7 @@ EXAMPLES = """\
 CONFIG = "configs/gpt_mup.py"
 WIDTHS = (64, 512)
 # Powers of 2, from too low to too high for both.
-GRID = tuple(range(-10, -3))
+GRID = tuple(range(-12, -3))
 METRIC = "eval/validation/loss"
 # By width and learning rate.
 Losses = dict[int, dict[float, float]]
