@@ -215,36 +215,21 @@ def _check_study(study: Study, config: configs.Config) -> None:
 
 def _dry_run(flags: Any, common: Mapping[str, str], sweep: Any, listed: Sequence[Trial]) -> int:
     cli.setup()
-    from tfm_jax.parallel.plan import drawn
-    from tfm_jax.parallel.search import step_flops
-    from tfm_jax.train.build import build
+    from tfm_jax.sweep.cost import Costs, telling
 
+    costs = Costs(lambda trial: _resolved(flags.config, common, trial))
     studied = isinstance(sweep, Study)
-    count = sweep.trials if isinstance(sweep, Study) else len(listed)
-    rows, costs, known = [("trial", "steps", "FLOPs")], [], dict[str, float]()
-    for trial in listed[:1] if studied else listed:
-        config = _resolved(flags.config, common, trial)
-        steps = config["train"]["steps"]
-        key = configs.to_json(_without_numbers(config))
-        if key not in known:
-            known[key] = step_flops(build(drawn(config)))
-        costs.append(steps * known[key])
-        rows.append((trial.name, str(steps), f"{costs[-1]:.3g}"))
-    total = count * costs[0] if studied else sum(costs)
-    print(cli.table(rows))
-    print(f"{count} trials, {total:.3g} FLOPs in all{', if none is stopped early' if studied else ''}.")
+    count, shown_ones = (sweep.trials, telling(sweep, costs)) if studied else (len(listed), listed)
+    found = [costs(trial) for trial in shown_ones]
+    rows = [(trial.name, str(cost.steps), f"{cost.flops:.3g}") for trial, cost in zip(shown_ones, found, strict=True)]
+    flops = [cost.flops for cost in found]
+    least, most = (count * min(flops), count * max(flops)) if studied else (sum(flops), sum(flops))
+    print(cli.table([("trial with" if studied else "trial", "steps", "FLOPs"), *rows]))
+    said = f"{most:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
+    print(f"{count} trials, {said} FLOPs in all{', if none is stopped early' if studied else ''}.")
     if flags.json:
-        cli.print_json({"trials": count, "flops": total})
+        cli.print_json({"trials": count, "least_flops": least, "flops": most})
     return 0
-
-
-def _without_numbers(config: configs.Config) -> configs.Config:
-    """What a step's products depend on: not seeds, rates and lengths of schedules, nor what runs beside it."""
-    out = {name: dict(config[name]) for name in ("model", "task", "data", "train")}
-    for section, keys in (("train", ("seed", "steps", "eval_every")), ("data", ("seed",))):
-        for key in keys:
-            out[section].pop(key, None)
-    return {**out, "optim": {"name": config["optim"]["name"]}}
 
 
 def table(folder: Path) -> list[dict[str, Any]]:

@@ -69,6 +69,25 @@ def test_costs(arguments, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_costs_of_a_study(arguments, capsys, monkeypatch):
+    """From all trials as cheap as can be to all as dear, by the keys that change a cost; a rate is not among them."""
+    monkeypatch.setattr(cli, "setup", lambda: None)
+    space = "'optim.lr': log_uniform(1e-3, 1e-1), 'model.width': choice(32, 16), 'train.steps': uniform(8, 16)"
+    body = f"return Study(space={{{space}}}, trials=5, metric='eval/validation/loss')"
+    assert sweep.main(arguments(body, "--dry_run", "--json")) == 0
+    head, *rows, total, said = capsys.readouterr().out.splitlines()
+    flops = {row.split()[0]: float(row.split()[2]) for row in rows}
+    assert head.split() == ["trial", "with", "steps", "FLOPs"] and len(rows) == 4
+    least, most = flops["width=16,steps=8"], flops["width=32,steps=16"]
+    assert (
+        most > 4 * least
+        and total == f"5 trials, {5 * least:.3g} to {5 * most:.3g} FLOPs in all, if none is stopped early."
+    )
+    assert json.loads(said) == {
+        "trials": 5, "least_flops": pytest.approx(5 * least, rel=0.01), "flops": pytest.approx(5 * most, rel=0.01)
+    }  # fmt: skip
+
+
 def test_a_result_that_cannot_be_read(tmp_path):
     """The table says why it has no number of a trial that has finished."""
     record, listed = {"config": "a.py"}, named(grid({"optim.lr": [0.1, 0.2]}))

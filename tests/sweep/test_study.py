@@ -131,6 +131,38 @@ def test_what_is_behind_is_stopped(tmp_path):
     assert found[min(far, key=far.get)].word == "finished" and found[max(far, key=far.get)].word == "pruned"
 
 
+PRUNERS = {
+    "asha": ("SuccessiveHalvingPruner", {"min_resource": 1, "reduction_factor": 2}),
+    "hyperband": ("HyperbandPruner", {"min_resource": 1, "reduction_factor": 2}),
+    "median": ("MedianPruner", {"n_warmup_steps": 1}),
+}
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_pruners_are_optunas(tmp_path, pruner):
+    """One trial after the other: stopped at the same evaluations as in Optuna's own loop."""
+    import optuna
+
+    folder = tmp_path / "s"  # its name decides on Hyperband's brackets
+    source = drawn(folder, wanted(sampler="random", pruner=pruner, reduction=2, trials=14))
+    runner.run(source, folder, Quick, wait=0.0, say=lambda line: None)
+    name, settings = PRUNERS[pruner]
+    loop = optuna.create_study(study_name=folder.name, pruner=getattr(optuna.pruners, name)(**settings))
+    for trial in source.known():
+        asked, far = loop.ask(), abs(math.log10(trial.overrides["optim.lr"]) + 2)
+        for count in range(1, 6):
+            asked.report(far + 1 / count, count)
+            if asked.should_prune():
+                loop.tell(asked, state=optuna.trial.TrialState.PRUNED)
+                break
+        else:
+            loop.tell(asked, far + 1 / 5)
+    ours, theirs = ([(t.state.name, t.intermediate_values, t.value) for t in s.trials] for s in (source._study, loop))
+    assert ours == theirs and {state for state, _, _ in ours} == {"PRUNED", "COMPLETE"}
+    states = [trials.said(folder / trial.name)[0] for trial in source.known()]
+    assert [state == "pruned" for state in states] == [state == "PRUNED" for state, _, _ in ours]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL."""
 
