@@ -23,7 +23,11 @@ print(number + ";cluster")""",
 job = queue / sys.argv[3].removeprefix("--jobs=")
 asked = queue.parent / f"{job.name}.asked"
 if asked.exists():
-    (pathlib.Path(job.read_text()) / "status.json").write_text('{"state": "finished"}')
+    run = pathlib.Path(job.read_text())
+    if says := os.environ.get("JOB_SAYS"):
+        (run / f"slurm-{job.name}.log").write_text(says)
+    else:
+        (run / "status.json").write_text('{"state": "finished"}')
     print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr); sys.exit(1)
 asked.touch()
 print(job.name)""",
@@ -55,3 +59,18 @@ def test_jobs(queue, tmp_path):
     assert [trials.state(folder / trial.name).word for trial in LISTED] == ["finished", "finished"]
     first.stop()
     assert (tmp_path / "cancelled").read_text() == "40"
+
+
+@pytest.mark.parametrize(
+    ("says", "jobs", "reason"),
+    [
+        ("step 1\nerror: no such key.\nIt is another.\nsrun: error: task 0: Exited with exit code 2\n", 1, "no such key.\nIt is another."),
+        ("error: out of memory.\nAttempt 0 ended with exit code 1.\nkilled\nAttempt 1 ended with exit code 9.\n", 3, "killed"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_submitted_once_and_its_words_are_kept(queue, tmp_path, monkeypatch, says, jobs, reason):
+    monkeypatch.setenv("JOB_SAYS", says)
+    folder, start = tmp_path / "sweep", slurm.starter("a.py", {}, {"partition": "gpu"}, every=0.0)
+    runner.run(runner.Listed(LISTED[:1], folder), folder, start, wait=0.01, say=lambda line: None)
+    assert len(list(queue.iterdir())) == jobs
+    assert trials.state(folder / LISTED[0].name)[:2] == ("failed", reason)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tfm_jax.launch import slurm
-from tfm_jax.launch.job import FAILED, FINISHED, PREEMPTED, job
+from tfm_jax.launch.job import FAILED, FINISHED, MISTAKE, PREEMPTED, job
 from tfm_jax.sweep import runner, trials
 from tfm_jax.sweep.space import Trial
 
@@ -58,7 +58,11 @@ class Submitted:
         if queued(self._number):
             return None
         word = trials.said(self._run)[0]
-        return {trials.FINISHED: FINISHED, "preempted": PREEMPTED}.get(word, FAILED)
+        if word in (trials.FINISHED, "preempted"):
+            return FINISHED if word == trials.FINISHED else PREEMPTED
+        # What is wrong before a run has begun its folder does not tell.
+        wrong = runner.mistake(runner.own_lines(self._run / f"slurm-{self._number}.log"))
+        return MISTAKE if wrong else FAILED
 
     def stop(self) -> None:
         subprocess.run(["scancel", self._number], capture_output=True)
