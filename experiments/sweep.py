@@ -23,7 +23,7 @@ from tfm_jax.errors import UserError, nearest
 from tfm_jax.launch.job import at_least
 from tfm_jax.launch.slurm import launch
 from tfm_jax.sweep import runner, slurm, trials
-from tfm_jax.sweep.space import Choice, Overrides, Study, Trial, named
+from tfm_jax.sweep.space import Choice, Overrides, Study, Trial, named, spelled
 from tfm_jax.sweep.streams import ByThread
 
 EXAMPLES = """\
@@ -188,9 +188,8 @@ def _corners(study: Study) -> list[Trial]:
     """Trials that have every option and both ends of every range of a study."""
     most = max(len(one.options) if isinstance(one, Choice) else 2 for one in study.space.values())
     places = [i / most for i in range(most)] + [1 - 1e-9]
-    return [
-        Trial("each", {**study.fixed, **{key: one.at(place) for key, one in study.space.items()}}) for place in places
-    ]
+    corners = [{key: one.at(place) for key, one in study.space.items()} for place in places]
+    return [Trial(spelled(corner), {**study.fixed, **corner}) for corner in corners]
 
 
 def _resolved(config: str, common: Mapping[str, str], trial: Trial) -> configs.Config:

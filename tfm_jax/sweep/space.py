@@ -236,6 +236,11 @@ def text_of(value: Any) -> str:
     return "".join(c if c.isalnum() or c in "+-._" else "_" for c in text)
 
 
+def spelled(values: Mapping[str, Any]) -> str:
+    """All of some values, as a folder's name or a part of it: `lr=0.001,layers=2`."""
+    return ",".join(f"{key.rpartition('.')[2]}={text_of(value)}" for key, value in values.items())
+
+
 def _some(key: str, options: Sequence[Any]) -> None:
     if isinstance(options, str) or not options:
         raise UserError(f"sweep: {key} has no values to try: {options!r}. Give a list.")

@@ -16,7 +16,7 @@ from tfm_jax.data.locks import locked
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 from tfm_jax.sweep import terms, trials
-from tfm_jax.sweep.space import Choice, Study, Trial, text_of
+from tfm_jax.sweep.space import Choice, Study, Trial, spelled
 from tfm_jax.sweep.trials import FAILED, FINISHED, PRUNED, State
 from tfm_jax.train.log import read_metrics
 
@@ -244,8 +244,7 @@ class Drawn:
     def _trial(self, one: Any) -> Trial:
         number = one.user_attrs.get(AGAIN, one.number)
         chosen = {key: terms.chosen(self._wanted.space[key], one.params[key]) for key in self._wanted.space}
-        said = ",".join(f"{key.rpartition('.')[2]}={text_of(value)}" for key, value in chosen.items())
-        return Trial(f"{number:04d},{said}", {**self._wanted.fixed, **chosen})
+        return Trial(f"{number:04d},{spelled(chosen)}", {**self._wanted.fixed, **chosen})
 
     def _written(self, one: Any) -> Trial:
         trial = self._trial(one)
