@@ -28,6 +28,8 @@ EXAMPLES = """\
   JAX_NUM_CPU_DEVICES=8 python -m experiments.evaluate --run runs/gpt_stdlib --config.mesh.tensor=2"""
 # Seconds between looks for new checkpoints.
 LOOK_S = 1.0
+# How often to look whether one that cannot be read is being deleted.
+LOOKS = 10
 ABOUT = ("run", "step", "average", "decay", "overrides")
 log = logging.getLogger("tfm_jax")
 
@@ -161,7 +163,11 @@ def _evaluated(evaluations: Any, run: Path, step: int, flags: Any, wrong: _Wrong
         try:
             return {"run": run.as_posix(), **evaluations.of(run, step)}
         except Exception:
-            # Orbax has many errors for a folder that goes away while it reads; all others are raised again.
+            # Orbax has many errors for a folder that goes away while it reads, and it is there until the last file is gone.
+            for _ in range(LOOKS):
+                if not every or needed() != before or not rundir.is_claimed(run):
+                    break
+                time.sleep(LOOK_S)
             if not every or needed() == before:
                 raise
             log.warning("%s, step %d is left out: the run has deleted a checkpoint of it meanwhile.", run, step)

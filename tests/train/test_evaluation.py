@@ -5,6 +5,7 @@ import csv
 import json
 import logging
 import shutil
+import threading
 
 import jax
 import pytest
@@ -168,12 +169,15 @@ def test_checkpoints_that_are_deleted_while_they_are_averaged(sweep, tmp_path, c
 
     def of(self, run, step):
         if step == 4:
-            shutil.rmtree(run / "checkpoints" / "2")
+            # As it is read it goes away, its folder last.
+            threading.Timer(0.3, shutil.rmtree, [run / "checkpoints" / "2"]).start()
+            raise FileNotFoundError("a parameter")
         latest(run, rundir.checkpoint_steps(run), step, 2)
         return {"step": step, "eval/validation/loss": 1.5}
 
     monkeypatch.setattr(Evaluations, "of", of)
-    with caplog.at_level(logging.WARNING):
+    monkeypatch.setattr(evaluate, "LOOK_S", 0.3)
+    with caplog.at_level(logging.WARNING), rundir.claim(run):
         assert evaluate.main([f"--run={run}", "--steps=all", "--average=2", "--json"]) == 0
     assert [one["step"] for one in json.loads(capsys.readouterr().out.splitlines()[-1])["evaluations"]] == [6, 8]
     assert [record.getMessage() for record in caplog.records if "left out" in record.getMessage()] == [
