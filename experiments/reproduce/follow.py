@@ -34,9 +34,9 @@ BATCHES = "--config.evals.validation.max_batches=8"
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     made.add_argument("--config_file", default=CONFIG, metavar="FILE", help="of the run that is followed")
-    made.add_argument("--pairs", type=int, default=3, help="times that it runs alone and followed")
-    made.add_argument("--steps", type=int, default=100)
-    made.add_argument("--checkpoints", type=int, default=10, help="of a run, each of which is evaluated")
+    made.add_argument("--pairs", type=int, default=2, help="times that it runs alone and followed")
+    made.add_argument("--steps", type=int, default=60)
+    made.add_argument("--checkpoints", type=int, default=6, help="of a run, each of which is evaluated")
     made.add_argument("--workdir", type=Path, default=Path("runs/follow"))
     flags, _ = cli.parse(made, argv)
     cores = sorted(os.sched_getaffinity(0))
