@@ -1,7 +1,7 @@
 """Train 16 small runs on the sources of your Python, draw their report, time it, and take its pictures in a browser.
 
 Eight learning rates by two seeds. Writes `results/report.json`, and with chromium, chromedriver and selenium
-`docs/report-*.png`.
+`results/report-*.png`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FLAGS = (
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     made.add_argument("--workdir", type=Path, default=Path("runs/report"))
-    made.add_argument("--pictures", type=Path, default=Path("docs"), help="folder of the screenshots")
+    made.add_argument("--pictures", type=Path, default=Path("results"), help="folder of the screenshots")
     flags, _ = cli.parse(made, argv)
     cli.setup()
     from tfm_jax.train.run import train
