@@ -15,7 +15,8 @@ from tfm_jax.errors import UserError
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel import mesh
 from tfm_jax.sections import build_model
-from tfm_jax.train.build import build, check, check_batch
+from tfm_jax.train.build import build
+from tfm_jax.train.check import check, check_batch
 
 
 def exactly(message):

@@ -99,6 +99,6 @@ def test_a_config_takes_rules(make_config):
 
 
 def test_a_device_without_its_hosts_memory(make_config, monkeypatch):
-    monkeypatch.setattr("tfm_jax.train.build.has_host_memory", lambda device: False)
+    monkeypatch.setattr("tfm_jax.train.check.has_host_memory", lambda device: False)
     with says("model.remat: 'offload': a program for cpu has no access to its host's memory here. Use 'save'."):
         build(make_config({"model.remat": "(('mlp', 'offload'),)"}))

@@ -10,7 +10,7 @@ from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.parallel import mesh
-from tfm_jax.train.build import check
+from tfm_jax.train.check import check
 from tfm_jax.train.log import read_metrics
 from tfm_jax.train.run import train
 from tfm_jax.train.stages import pipeline_of

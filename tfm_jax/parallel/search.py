@@ -21,7 +21,8 @@ from tfm_jax.parallel.plan import Plan, Topology, drawn, hardware_flops, on_one_
 from tfm_jax.parallel.sharding import Layout
 from tfm_jax.sections import family
 from tfm_jax.tasks.base import bind
-from tfm_jax.train.build import Experiment, build, check, check_batch
+from tfm_jax.train.build import Experiment, build
+from tfm_jax.train.check import check, check_batch
 
 ACCUMULATED = (1, 2, 4, 8)
 REMATERIALISED = ("none", "dots", "full")

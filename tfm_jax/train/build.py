@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import inspect
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,22 +15,19 @@ import jax
 
 from tfm_jax import config as configs
 from tfm_jax.data.rows import Training as OfManyLengths
-from tfm_jax.data.tokenizers import reads_others
-from tfm_jax.errors import UserError, nearest
+from tfm_jax.errors import UserError
 from tfm_jax.evals.base import Context, Evaluate
 from tfm_jax.names import resolve
 from tfm_jax.nn import remat
-from tfm_jax.nn.attention import check as check_attention
 from tfm_jax.nn.pipeline import Pipeline
-from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel import mesh
-from tfm_jax.parallel.devices import has_host_memory
 from tfm_jax.parallel.multihost import global_batch
-from tfm_jax.parallel.sharding import ROW_AXES, Layout
+from tfm_jax.parallel.sharding import Layout
 from tfm_jax.sections import build_model, family, fill, make_named, section_fields
 from tfm_jax.tasks.base import Task, with_auxiliary
 from tfm_jax.tasks.ema import with_ema
-from tfm_jax.train import mup, optim, quantize, schedules, settings
+from tfm_jax.train import mup, optim, quantize, settings
+from tfm_jax.train.check import check, check_batch, check_donors, check_inputs
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.stages import pipeline_of
 from tfm_jax.train.state import TrainState, initialiser
@@ -171,9 +166,9 @@ def build(
     model = model if pipeline is None else model.clone(pipeline=pipeline)
     layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
     task = build_task(config)
-    _check_donors(config, task, data)
+    check_donors(config, task, data)
     inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
-    _check_inputs(config, model, inputs)
+    check_inputs(config, model, inputs)
     key = jax.random.key(0)
     # On the mesh, so that what a model cannot do there is found now.
     with jax.set_mesh(layout.mesh):
@@ -233,122 +228,6 @@ def build_task(config: configs.Config) -> Task:
     if train.adapter is not None:
         task = make_named("adapter", train.adapter, task=lambda _: task, steps=lambda _: train.steps)
     return task if train.ema is None else with_ema(task, train.ema)
-
-
-def check(config: configs.Config, layout: Layout) -> None:
-    """Combinations of settings that cannot work, found before any data is read."""
-    if config["log"]["wandb"] and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"log.wandb={config['log']['wandb']!r} needs Weights & Biases: pip install 'tfm_jax[wandb]'.")
-    names = set(inspect.signature(schedules.make).parameters) - {"steps"}
-    schedules.make(steps=config["train"]["steps"], **{name: config["optim"][name] for name in names})
-    optim.rule(config["optim"]["name"], config["optim"]["options"] or {}, config["optim"].get("moments", "float32"))
-    mup.check(config)
-    length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
-    if length is not None and limit is not None and length > limit:
-        raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")
-    watched = config["train"]["stop_metric"]
-    if watched is not None:
-        kind, _, rest = watched.partition("/")
-        if kind != "eval" or rest.partition("/")[0] not in config["evals"]:
-            known = [f"eval/{name}/loss" for name in config["evals"]]
-            raise UserError(f"train.stop_metric={watched!r} is of no evaluator.{nearest(watched, known)}")
-    objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
-    if objective is not None and fitting is not None and objective not in fitting:
-        raise UserError(
-            f"data.objective={objective!r} does not fit model.name={config['model']['name']!r}; what does:"
-            f" {', '.join(fitting)}."
-        )
-    block = getattr(build_model(config["model"]), "block", None)
-    if isinstance(block, BlockSpec):
-        check_attention(block, layout.mesh.devices.flat[0].platform, split=layout.mesh.shape["context"])
-        sizes = layout.mesh.shape
-        if block.experts and sizes["stage"] > 1 and sizes["context"] > 1:
-            raise UserError(
-                f"mesh.stage={sizes['stage']} with mesh.context={sizes['context']}: a mixture of experts puts a row's tokens in order"
-                " over `context`, which a pipeline's stages cannot. Use mesh.expert with one of them."
-            )
-        if config["train"].get("quantize") and sizes["stage"] > 1:
-            raise UserError(
-                f"mesh.stage={sizes['stage']}: products on stages cannot be in 8 bits (train.quantize). Leave one out."
-            )
-        if config["train"].get("quantize") and block.gradient_dtype not in (None, block.dtype):
-            raise UserError(
-                f"model.gradient_dtype={block.gradient_dtype!r}: gradients of products in 8 bits (train.quantize) are in"
-                f" model.dtype={block.dtype!r}. Leave it out."
-            )
-    here = layout.mesh.devices.flat[0]
-    rules = config["model"].get("remat", "none")
-    if rules != "none":
-        remat.policy(rules)
-    if remat.offloads(rules) and not has_host_memory(here):
-        raise UserError(
-            f"model.remat: 'offload': a program for {here.platform} has no access to its host's memory here. Use 'save'."
-        )
-    if (ways := layout.mesh.shape["expert"]) > 1:
-        if not isinstance(block, BlockSpec) or not block.experts:
-            name = config["model"]["name"]
-            raise UserError(f"mesh.expert={ways}: model.name={name!r} has no experts here. Use mesh.fsdp.")
-        if block.experts % ways or block.expert_capacity is None:
-            raise UserError(
-                f"mesh.expert={ways} needs experts that it divides and that have slots; model.experts={block.experts},"
-                f" model.expert_capacity={block.expert_capacity}. Without slots (None) every device holds every expert."
-            )
-
-
-def check_batch(config: configs.Config, layout: Layout) -> None:
-    """The training batch must divide into microbatches, those over the mesh, and there into those of a pipeline."""
-    train, batch = settings.Train(**config["train"]), config["data"].get("batch_size")
-    if batch is None:
-        return
-    ways, sizes = layout.batch_ways, dict(layout.mesh.shape)
-    if batch < 1:
-        raise UserError(f"data.batch_size={batch}: must be at least 1.")
-    if batch % train.accum:
-        raise UserError(f"train.accum={train.accum} does not divide data.batch_size={batch}.")
-    if (batch // train.accum) % ways:
-        step = ways * train.accum
-        near = sorted({max(step, batch // step * step), (batch // step + 1) * step})
-        micro = f" / train.accum={train.accum} = {batch // train.accum} rows" if train.accum > 1 else ""
-        raise UserError(
-            f"data.batch_size={batch}{micro} does not divide over the mesh:"
-            f" {' x '.join(f'{axis}={sizes[axis]}' for axis in ROW_AXES)} = {ways} ways. Nearest that do: {', '.join(map(str, near))}."
-        )
-    pipeline_of(config, layout)
-
-
-def _check_donors(config: configs.Config, task: Task, data: Any) -> None:
-    """A teacher must read the ids that this data gives, and know its classes in their order."""
-    for run in task.donors.values():
-        folder = run_folder(Path(run))
-        if reads_others(folder, data.tokenizer):
-            raise UserError(f"{run} reads other ids than this data gives: set data.tokenizer=run:{folder}.")
-        # One whose folder is gone was looked at when the run began.
-        known = _class_names(read_config(folder)["data"]) if (folder / "config.json").is_file() else {}
-        for setting, names in _class_names(config["data"]).items():
-            theirs = known.get(setting, names)
-            if [name.casefold() for name in names] != [name.casefold() for name in theirs]:
-                raise UserError(
-                    f"{run} has {setting}={theirs}, and here it is {names}: set {setting} in the teacher's order."
-                )
-
-
-def _class_names(data: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names of a `data` section's classes, by their settings; numbers are their own order."""
-    found = {f"data.{key}": data.get(key) for key in ("names", "classes")}
-    found |= {f"data.parts.{part}.names": section.get("names") for part, section in data.get("parts", {}).items()}
-    return {key: list(names) for key, names in found.items() if names and all(isinstance(name, str) for name in names)}
-
-
-def _check_inputs(config: configs.Config, model: nn.Module, inputs: dict[str, Any]) -> None:
-    """The model must take what the data gives it; what it needs besides is the task's to give."""
-    taken = inspect.signature(type(model).__call__).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        return
-    if wrong := sorted(set(inputs) - set(taken)):
-        raise UserError(
-            f"data.name={config['data']['name']!r} gives {', '.join(sorted(inputs))}, but"
-            f" model.name={config['model']['name']!r} takes no {', '.join(wrong)}."
-        )
 
 
 def _open_data(section: dict[str, Any], tokenizer_dir: Path | None) -> Any:
