@@ -23,6 +23,7 @@ from tfm_jax.launch.job import MISTAKE, PREEMPTED, job
 from tfm_jax.sweep import trials
 from tfm_jax.sweep.space import Trial
 from tfm_jax.sweep.trials import FAILED, State
+from tfm_jax.sweep.words import last_words
 
 # A user's mistake is not tried again: it would be made again.
 ATTEMPTS = 3
@@ -160,38 +161,13 @@ def _empty(slot: _Slot, source: Source, folder: Path, deaths: dict[str, int], sa
     ended = state.word in trials.ENDED
     if not ended and (code == MISTAKE or deaths[trial.name] >= ATTEMPTS):
         # It had no time to say so itself.
-        state, ended = State(FAILED, _last_words(run, code) or f"exit code {code}", state.step), True
+        state, ended = State(FAILED, last_words(run, code) or f"exit code {code}", state.step), True
         write_atomic(run / FAILED, state.reason)
     if ended:
         source.ended(trial, state)
         say(f"{trial.name}: {state.word}{f', {state.reason}' if state.reason else ''} at step {state.step}.")
     slot.stack.close()
     slot.trial = slot.running = None
-
-
-def _last_words(run: Path, code: int | None) -> str:
-    """Of what a run has printed last, here or as a job, the mistake or the last line."""
-    logs = sorted([*run.glob("train.log"), *run.glob("slurm-*.log")], key=lambda log: log.stat().st_mtime)
-    lines = own_lines(logs[-1]) if logs else []
-    said = [line for line in lines if not line.startswith(AGAIN)]
-    return (mistake(lines) if code == MISTAKE else "") or "".join(said[-1:]).removeprefix("error: ")
-
-
-# What a job's script says when it starts a run again.
-AGAIN = "Attempt "
-
-
-def own_lines(log: Path) -> list[str]:
-    """What is in a log, if there is one, but for the cluster's words."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return [line for line in lines if line.strip() and not line.startswith(("srun: ", "slurmstepd: "))]
-
-
-def mistake(lines: Sequence[str]) -> str:
-    """The user's mistake with which a run ends, from its `error: ` to the end of its log; empty where it ends with none."""
-    places = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-    last = lines[places[-1] :] if places else []
-    return "" if any(line.startswith(AGAIN) for line in last) else "\n".join(last).removeprefix("error: ")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 from tfm_jax.launch import slurm
 from tfm_jax.launch.job import FAILED, FINISHED, MISTAKE, PREEMPTED, job
-from tfm_jax.sweep import runner, trials
+from tfm_jax.sweep import runner, trials, words
 from tfm_jax.sweep.space import Trial
 
 # Asking more often is unkind to a cluster's controller.
@@ -61,7 +61,7 @@ class Submitted:
         if word in (trials.FINISHED, "preempted"):
             return FINISHED if word == trials.FINISHED else PREEMPTED
         # What is wrong before a run has begun its folder does not tell.
-        wrong = runner.mistake(runner.own_lines(self._run / f"slurm-{self._number}.log"))
+        wrong = words.mistake(words.own_lines(self._run / f"slurm-{self._number}.log"))
         return MISTAKE if wrong else FAILED
 
     def stop(self) -> None:
