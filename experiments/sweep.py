@@ -199,15 +199,21 @@ def _resolved(config: str, common: Mapping[str, str], trial: Trial) -> configs.C
 
 def _check(config: str, common: Mapping[str, str], listed: Sequence[Trial]) -> list[configs.Config]:
     """Find before anything starts what every trial would stumble over: a key that is none, a value of a wrong type."""
-    return [_resolved(config, common, trial) for trial in listed]
+    found = []
+    for trial in listed:
+        try:
+            found.append(_resolved(config, common, trial))
+        except UserError as error:
+            raise UserError(f"sweep(), trial {trial.name}: {error}") from None
+    return found
 
 
 def _check_study(study: Study, config: configs.Config) -> None:
     kind, _, rest = study.metric.partition("/")
     name = rest.partition("/")[0]
-    if kind == "eval" and name not in config["evals"]:
-        known = [f"eval/{name}/loss" for name in config["evals"]]
-        raise UserError(f"sweep: metric={study.metric!r} is of no evaluator.{nearest(study.metric, known)}")
+    if kind not in ("train", "eval") or (kind == "eval" and name not in config["evals"]):
+        known = ["train/loss", *(f"eval/{name}/loss" for name in config["evals"])]
+        raise UserError(f"sweep: metric={study.metric!r} is none that trials log.{nearest(study.metric, known)}")
     if study.pruner != "none" and kind == "eval" and not config["train"]["eval_every"]:
         raise UserError(f"sweep: pruner={study.pruner!r} judges evaluations on the way: set train.eval_every.")
 
@@ -218,7 +224,7 @@ def _dry_run(flags: Any, common: Mapping[str, str], sweep: Any, listed: Sequence
 
     costs = Costs(lambda trial: _resolved(flags.config, common, trial))
     studied = isinstance(sweep, Study)
-    count, shown_ones = (sweep.trials, telling(sweep, costs)) if studied else (len(listed), listed)
+    count, shown_ones = (sweep.limit, telling(sweep, costs)) if studied else (len(listed), listed)
     found = [costs(trial) for trial in shown_ones]
     rows = [(trial.name, str(cost.steps), f"{cost.flops:.3g}") for trial, cost in zip(shown_ones, found, strict=True)]
     flops = [cost.flops for cost in found]

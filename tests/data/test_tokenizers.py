@@ -244,6 +244,12 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
+    gone = tmp_path / "gone"
+    with says(
+        f"There is no {gone}, whose tokenizer is asked for (data.tokenizer=run:{gone}). A run of that name is trained, or made of"
+        f" somebody's model: python -m experiments.convert --from hf:FOLDER --to {gone}."
+    ):
+        load_tokenizer(gone / "tokenizer")
     with says(f"{tmp_path} holds no tokenizer: neither tokenizer.json nor tokenizer.model is there."):
         load_tokenizer(tmp_path)
 

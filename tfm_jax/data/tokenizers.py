@@ -236,6 +236,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return read_json_tokenizer(folder / JSON_FILE)
     if (folder / SENTENCEPIECE_FILE).exists():
         return read_sentencepiece(folder / SENTENCEPIECE_FILE)
+    if not folder.parent.is_dir():
+        raise UserError(
+            f"There is no {folder.parent}, whose tokenizer is asked for (data.tokenizer=run:{folder.parent}). A run of that name"
+            " is trained, or made of somebody's model: python -m experiments.convert --from hf:FOLDER --to"
+            f" {folder.parent}."
+        )
     raise UserError(f"{folder} holds no tokenizer: neither {JSON_FILE} nor {SENTENCEPIECE_FILE} is there.")
 
 

@@ -180,6 +180,13 @@ class Study:
         if self.sampler == "grid" and any(not isinstance(one, Choice) for one in self.space.values()):
             raise UserError("sweep: sampler='grid' needs a choice for each key.")
 
+    @property
+    def limit(self) -> int:
+        """Trials that there will be: no more than a grid has places."""
+        if self.sampler != "grid":
+            return self.trials
+        return min(self.trials, math.prod(len(one.options) for one in self.space.values() if isinstance(one, Choice)))
+
 
 @dataclass(frozen=True)
 class Trial:

@@ -16,7 +16,7 @@ from tfm_jax.data.locks import locked
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 from tfm_jax.sweep import terms, trials
-from tfm_jax.sweep.space import Choice, Study, Trial, spelled
+from tfm_jax.sweep.space import Study, Trial, spelled
 from tfm_jax.sweep.trials import FAILED, FINISHED, PRUNED, State
 from tfm_jax.train.log import read_metrics
 
@@ -58,10 +58,7 @@ class Drawn:
         if STUDY not in self._study.user_attrs:
             self._study.set_user_attr(STUDY, json.loads(json.dumps(record(wanted), default=repr)))
         trials.check_same(f"The study {name!r} of that storage", self._study.user_attrs[STUDY], record(wanted))
-        self._limit = wanted.trials
-        if wanted.sampler == "grid":
-            sizes = [len(one.options) for one in wanted.space.values() if isinstance(one, Choice)]
-            self._limit = min(self._limit, math.prod(sizes))
+        self._limit = wanted.limit
         if retry:
             for one in self._untried():
                 trials.forget_failure(folder, self._trial(one).name)
