@@ -1,14 +1,17 @@
 """Functions that differ in a number, wherever it stands in the program: compiled once, each with its own answer."""
 
+import threading
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.errors import says
 from tfm_jax.sweep import programs
 from tfm_jax.sweep.programs import Shared, difference
+from tfm_jax.sweep.together import Together
 
 
 def function(a, b=2):
@@ -39,6 +42,40 @@ def test_one_program_for_all():
             jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6), got, want)
     compiled = [one.compiled for one in shared.programs if one.compiled is not None]
     assert len(compiled) == 1 and len(program.places) >= 8
+
+
+def test_calls_at_a_time_are_one():
+    """Five threads, one of which leaves early: rounds of four and one, then four; each has its own answer, or the error."""
+    shared, x = Shared(together=True), jnp.arange(3.0)
+    rates = (0.5, 1.5, 2.5, 3.5, 4.5)
+    made = [shared(function(a), donate_argnums=0) for a in rates]
+    for one in made:
+        one.lower(x, jnp.int32(5))
+    start, found = threading.Barrier(len(rates)), {}
+
+    def member(a, one):
+        start.wait()
+        found[a] = [one(x + i, jnp.int32(i)) for i in range(2 if a == 4.5 else 6)]
+
+    threads = [threading.Thread(target=member, args=pair) for pair in zip(rates, made, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a in rates:
+        for i, got in enumerate(found[a]):
+            want = jax.jit(function(a))(x + i, jnp.int32(i))
+            jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, want)
+    (program,) = shared.programs
+    assert program.compiled[1].sizes[-1] == 4
+
+
+def test_an_error_is_each_callers():
+    def wrong(numbers, x):
+        raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        Together(wrong, {}, patience=0.0)([], jnp.ones(2))
 
 
 def test_other_programs_are_others():

@@ -11,6 +11,7 @@ import pytest
 
 from tfm_jax.errors import UserError
 from tfm_jax.sweep import runner, trials, vectorised
+from tfm_jax.sweep.programs import Shared
 from tfm_jax.sweep.space import named
 from tfm_jax.sweep.streams import ByThread
 from tfm_jax.sweep.vectorised import starter
@@ -46,7 +47,9 @@ def _numbers(run):
     return [line for line in lines if len(line) > 1]
 
 
-def test_each_is_its_solo_run(population, tmp_path):
+@pytest.mark.parametrize("together", [False, pytest.param(True, marks=pytest.mark.journey)])
+def test_each_is_its_solo_run(population, tmp_path, monkeypatch, together):
+    monkeypatch.setattr(vectorised, "Shared", lambda turns, **_: Shared(turns, together=together))
     resolved, made, streams = population
     said, (*good, bad) = [], LISTED
     source, start = runner.Listed(LISTED, tmp_path), made(LISTED)

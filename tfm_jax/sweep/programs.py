@@ -20,6 +20,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.linear_util import WrappedFun
 
 from tfm_jax.errors import UserError
+from tfm_jax.sweep.together import Together
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +48,12 @@ class Shared:
 
     Args:
       turns: how many of its programs run at a time. Threads that call them take turns.
+      together: calls of one program that wait are one call over a population axis instead (`sweep.together`).
     """
 
-    def __init__(self, turns: int = 1) -> None:
+    def __init__(self, turns: int = 1, *, together: bool = False) -> None:
         self.programs: list[Program] = []
+        self.together = together
         self.turn = threading.Semaphore(turns)
         self._changing = threading.RLock()
 
@@ -116,6 +119,9 @@ class Lowered:
         places, compiled = self._shared.compile(self.program, self._compile)
         numbers = [np.asarray(self._numbers[i]) for i in places]
 
+        if self._shared.together:
+            return lambda *arguments: compiled(numbers, *arguments)
+
         def call(*arguments: Any) -> Any:
             with self._shared.turn:
                 return jax.block_until_ready(compiled(numbers, *arguments))
@@ -141,12 +147,14 @@ class Lowered:
             options["in_shardings"] = (None, *options["in_shardings"])
         if "donate_argnums" in options:
             options["donate_argnums"] = options["donate_argnums"] + 1
-        numbers = [np.asarray(self._numbers[i]) for i in places]
         log.info(
             "Compiling a program of %d equations with %d numbers that differ.",
             len(program.traced.jaxpr.eqns),
             len(places),
         )
+        if self._shared.together:
+            return Together(with_numbers, options)
+        numbers = [np.asarray(self._numbers[i]) for i in places]
         return jax.jit(with_numbers, **options).lower(numbers, *self._arguments).compile()
 
 
