@@ -183,6 +183,10 @@ def test_in_a_browser(made, sweep, browser):
     for wanted in ("lr=0.001,seed=", "lr=0.128,seed="):
         browser.execute_script("window.deep('.slick-header-column').find(h => h.innerText.trim() == 'lr').click()")
         assert browser.execute_script(rows)[0].startswith(wanted)
+    # Of a setting its own digits, of what decides four decimals, and that first.
+    worst = "window.deep('.slick-row').find(r => r.innerText.startsWith('lr=0.128,seed=1')).querySelectorAll('.slick-cell')"
+    cells = browser.execute_script(f"return [...{worst}].map(c => c.innerText)")
+    assert cells[:4] == ["lr=0.128,seed=1", "finished", "40", "4.5335"] and sorted(cells[4:6]) == ["0.128", "1"]
     # Select: a click on the table's first row selects that run everywhere, here the worst one.
     browser.execute_script(
         "window.deep('.slick-row').find(r => r.innerText.startsWith('lr=0.128,seed=1')).querySelector('.slick-cell').click()"
@@ -208,6 +212,8 @@ def test_in_a_browser(made, sweep, browser):
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     )
     wait_for(browser, "document.documentElement.scrollWidth <= 390 && Bokeh.documents[0].is_idle")
+    # And what decides is on it.
+    assert browser.execute_script(f"return {worst}[3].getBoundingClientRect().right") <= 390
     # Nothing has been asked of a network.
     assert browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
     problems = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

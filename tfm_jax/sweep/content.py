@@ -70,7 +70,7 @@ def thinned(values: Sequence[Any]) -> list[Any]:
 
 def shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.5g}"
+        return f"{value:.6g}"
     return "" if value is None else str(value)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 from bokeh.models import (
+    CellFormatter,
     ColumnDataSource,
     DataTable,
     FactorRange,
     FixedTicker,
     HoverTool,
+    HTMLTemplateFormatter,
     NumberFormatter,
-    StringFormatter,
     TableColumn,
 )
 from bokeh.palettes import Viridis256
@@ -30,6 +31,11 @@ from tfm_jax.sweep.space import short
 TOOLS = "tap,box_zoom,pan,reset,save"
 DIM = {"nonselection_alpha": 0.08, "selection_alpha": 1.0}
 STAR = "#d62728"
+# A number's own digits, as a run's name has them, from 3e-7 to 1000000: numbro, of `NumberFormatter`, has no exponents.
+NUMBER = (
+    '<span style="display: block; text-align: right">'
+    '<%= value != value ? "" : value % 1 ? Number(value.toPrecision(6)) : value %></span>'
+)
 
 
 class Figures:
@@ -77,29 +83,40 @@ class Figures:
         return HoverTool(tooltips=[*self._said(), *more], **settings)
 
     def table(self) -> DataTable:
+        """What decides comes first, so that a phone shows it."""
+
         def column(field: str, title: str, width: int) -> TableColumn:
-            values = self.source.data[field]
-            number = scale(list(values)) != "category"
-            whole = number and all(float(v).is_integer() for v in values if v == v)
-            known = [v for v in values if v == v]
-            small = number and not whole and (is_log(known) or max(map(abs, known), default=1) < 0.1)
-            # A learning rate needs its leading digits, a loss its decimals.
-            form = NumberFormatter(format="0" if whole else "0.00e+0" if small else "0.0000", text_align="right")
-            return TableColumn(field=field, title=title, width=width, formatter=form if number else StringFormatter())
+            return TableColumn(field=field, title=title, width=width, formatter=self._form(field))
 
         longest = max(len(run.name) for run in self.runs)
-        columns = [column("run", "run", min(40 + 7 * longest, 320))]
-        columns += [column(key, self.names[key], 90) for key in self.report.keys]
-        columns += [
-            column(name, name, 40 + 7 * len(name))
-            for name in list(dict.fromkeys([self.report.metric, *self._columns()]))
+        metric, *others = self._columns()
+        columns = [
+            column("run", "run", min(24 + 7 * longest, 130)),
+            column("state", "state", 60),
+            column("step", "step", 44),
+            column(metric, metric.removeprefix("eval/"), 94),
+            *(column(key, self.names[key], max(76, 24 + 6 * len(self.names[key]))) for key in self.report.keys),
+            *(column(name, name, max(70, 24 + 6 * len(name))) for name in others),
         ]
-        columns += [column("state", "state", 80), column("step", "step", 70)]
         height = 25 * (min(len(self.runs), content.ROWS) + 1) + 22
         return DataTable(
             source=self.source, columns=columns, index_position=None, height=height, autosize_mode="none",
             sizing_mode="stretch_width", reorderable=False,
         )  # fmt: skip
+
+    def _form(self, field: str) -> CellFormatter:
+        """How a column's cells are written; they are sorted by their values."""
+        values = self.source.data[field]
+        known = [v for v in values if v == v]
+        if scale(list(values)) == "category":
+            # The whole of it, where the column is too narrow.
+            return HTMLTemplateFormatter(template='<span title="<%- value %>"><%- value %></span>')
+        if field in self.report.keys or max(map(abs, known), default=1) < 0.1:
+            return HTMLTemplateFormatter(template=NUMBER)
+        whole = all(float(v).is_integer() for v in known)
+        return NumberFormatter(
+            format="0" if whole else "0,0" if min(map(abs, known)) >= 1000 else "0.0000", text_align="right"
+        )
 
     def _figure(self, title: str, *, height: int = 300, **settings: Any) -> Any:
         made = figure(title=title, height=height, sizing_mode="stretch_width", tools=TOOLS, **settings)

@@ -107,7 +107,7 @@ def _printed(report: Report) -> str:
     """The table as text, for paper and for readers without scripts, and what became of runs that did not finish."""
     names = short(report.keys)
     rows = (
-        (run.name, *(run.config.get(k) for k in report.keys), run.state, run.step, run.value(report.metric))
+        (run.name, run.state, run.step, run.value(report.metric), *(run.config.get(k) for k in report.keys))
         for run in ranked(report.runs, report.metric, report.goal)
     )
     reasons = "".join(
@@ -115,7 +115,7 @@ def _printed(report: Report) -> str:
         for run in report.runs
         if run.reason
     )
-    table = _table("paper", ["run", *names.values(), "state", "step", report.metric], rows)
+    table = _table("paper", ["run", "state", "step", report.metric, *names.values()], rows)
     return table + (f"<ul>{reasons}</ul>" if reasons else "")
 
 
