@@ -15,6 +15,7 @@ from experiments.reproduce import report as reproduce
 from tests.errors import says
 from tests.sweep.runs import write_sweep
 from tfm_jax.errors import UserError
+from tfm_jax.files import write_status
 from tfm_jax.sweep import results, trials
 from tfm_jax.sweep.importance import importances
 
@@ -104,18 +105,23 @@ def test_evaluations_since(tmp_path):
 
 def test_damaged_and_missing(sweep, tmp_path, capsys):
     few = tmp_path / "few"
-    for name in (BEST, "lr=0.001,seed=1", "lr=0.002,seed=0"):
+    for name in (BEST, "lr=0.001,seed=1", "lr=0.002,seed=0", "lr=0.016,seed=0"):
         shutil.copytree(sweep / name, few / name)
     (few / "lr=0.001,seed=1" / "config.json").write_text("{")
     with (few / BEST / "metrics.jsonl").open("a") as cut:
         cut.write('{"step": 41, "eval/valid')
     (few / "lr=0.002,seed=0" / "status.json").write_text('{"state": "running", "reason": ""}')
     (few / "lr=0.002,seed=0" / "failed").write_text("exit code 1")
+    write_status(few / "lr=0.016,seed=0", "running")
+    (few / "lr=0.016,seed=0" / "pruned").write_text("too slow")
     assert report.main([str(few), "--json", f"--to={tmp_path}/page"]) == 0
     out = capsys.readouterr().out
     assert "lr=0.001,seed=1 is damaged: JSONDecodeError" in out and json.loads(out.splitlines()[-1])["best"] == BEST
     text = (tmp_path / "page" / "index.html").read_text()
-    assert "1 damaged, 1 failed, 1 finished" in text and "exit code 1" in text
+    assert "1 damaged, 1 failed, 1 finished, 1 pruned" in text
+    # What a study has pruned is folded away.
+    shown, _, folded = text[text.index("<ul>") :].partition("<details><summary>1 pruned before their end</summary>")
+    assert "exit code 1" in shown and "too slow" not in shown and "too slow" in folded
     with says(f"No run has logged eval/validation/los; --metric names another. Did you mean '{METRIC}'?"):
         report.main([str(few), "--metric=eval/validation/los"])
     with says(f"{tmp_path}/page is no run, and there is none below it: no folder there has a config.json."):
@@ -184,7 +190,9 @@ def test_in_a_browser(made, sweep, browser):
         browser.execute_script("window.deep('.slick-header-column').find(h => h.innerText.trim() == 'lr').click()")
         assert browser.execute_script(rows)[0].startswith(wanted)
     # Of a setting its own digits, of what decides four decimals, and that first.
-    worst = "window.deep('.slick-row').find(r => r.innerText.startsWith('lr=0.128,seed=1')).querySelectorAll('.slick-cell')"
+    worst = (
+        "window.deep('.slick-row').find(r => r.innerText.startsWith('lr=0.128,seed=1')).querySelectorAll('.slick-cell')"
+    )
     cells = browser.execute_script(f"return [...{worst}].map(c => c.innerText)")
     assert cells[:4] == ["lr=0.128,seed=1", "finished", "40", "4.5335"] and sorted(cells[4:6]) == ["0.128", "1"]
     # Select: a click on the table's first row selects that run everywhere, here the worst one.

@@ -14,19 +14,29 @@ from tfm_jax.sweep import results, trials, watch
 from tfm_jax.sweep.space import Trial
 
 
-def drawn(folder, now, **settings):
+def drawn(folder, now, metric=None, goal=None, width=200):
     out = io.StringIO()
-    Console(file=out, width=200).print(watch.table(results.read_all([folder]), None, None, now, **settings))
+    Console(file=out, width=width).print(watch.table(results.read_all([folder]), metric, goal, now, width))
+    assert max(map(len, out.getvalue().splitlines())) <= width
     return [line.strip(" \n│┃┏┓") for line in out.getvalue().splitlines()]
+
+
+def cells(lines):
+    """The last line of the head, and then each run's."""
+    begin = next(i for i, line in enumerate(lines) if line.startswith("┡"))
+    end = next(i for i, line in enumerate(lines) if line.startswith("└"))
+    head = [part.strip() for part in lines[begin - 1].split("┃")]
+    return head, [[part.strip() for part in line.split("│")] for line in lines[begin + 1 : end]]
 
 
 def test_table(tmp_path):
     folder = write_sweep(tmp_path / "rates", rates=3, seeds=1)
     lines = drawn(folder, now=0.0)
     assert lines[0] == "3 finished"
-    assert [part.strip() for part in lines[2].split("┃")][:5] == ["run", "lr", "state", "step", "eval/validation/loss"]
+    head, rows = cells(lines)
+    assert head == ["run", "state", "step", "loss", "lr", "loss", "tokens_per_sec"]
     # The best first.
-    assert [line.split()[0] for line in lines[4:7]] == [f"lr={rate},seed=0" for rate in (0.004, 0.002, 0.001)]
+    assert [row[0] for row in rows] == [f"lr={rate},seed=0" for rate in (0.004, 0.002, 0.001)]
     # One is still at it, has lost a line to a crash, and is silent; another one has failed.
     slow = folder / "lr=0.001,seed=0"
     write_status(slow, "running")
@@ -36,9 +46,44 @@ def test_table(tmp_path):
     write_status(folder / "lr=0.002,seed=0", "failed", "out of memory")
     lines = drawn(folder, now=1000.0 + 300)
     assert lines[0] == "1 failed, 1 finished, 1 running"
-    (first, *_, last) = lines[4:7]
-    assert first.startswith("lr=0.001,seed=0") and "50" in first and "1.0000" in first and "5 min ago" in first
-    assert last.startswith("lr=0.002,seed=0") and "failed" in last and "ago" not in last
+    first, *_, last = cells(lines)[1]
+    assert first[:5] == ["lr=0.001,seed=0", "running", "50/40", "1.0000", "5 min ago"]
+    assert last[:5] == ["lr=0.002,seed=0", "failed", "40/40", "2.1235", ""]
+
+
+def test_a_narrow_terminal(tmp_path):
+    """Names are cut last, and what has no room is said."""
+    folder = write_sweep(tmp_path / "rates", rates=3, seeds=2)
+    write_status(folder / "lr=0.001,seed=0", "running")
+    os.utime(folder / "lr=0.001,seed=0" / "metrics.jsonl", (1000, 1000))
+    lines = drawn(folder, now=1000.0 + 3000, width=80)
+    head, rows = cells(lines)
+    assert head == ["run", "state", "step", "loss", "last line", "seed", "lr"]
+    assert rows[3] == ["lr=0.002,seed=1", "finished", "40/40", "2.1335", "", "1", "0.002"]
+    assert lines[-1] == "Too narrow for train/loss, perf/tokens_per_sec."
+    # Of one long name the end goes.
+    (folder / "lr=0.002,seed=1").rename(folder / ("lr=0.002,seed=1" + 40 * "x"))
+    head, rows = cells(drawn(folder, now=1000.0 + 3000, width=50))
+    assert head == ["run", "state", "step", "loss"]
+    assert rows[3][0].startswith("lr=0.002,seed=") and rows[3][0].endswith("…")
+    assert rows[3][1:] == ["finished", "40/40", "2.1335"]
+
+
+def test_a_metric_that_nobody_has(tmp_path):
+    """Before anything of its kind is there, the loss decides, by its own direction; then it is an error."""
+    folder = write_sweep(tmp_path / "rates", rates=2, seeds=1)
+    for run in folder.iterdir():
+        write_status(run, "running")
+        lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "eval/" not in line]
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    lines = drawn(folder, now=0.0, metric="eval/validation/accuracy", goal="higher")
+    assert lines[-1] == "Nobody has logged eval/validation/accuracy yet: by train/loss meanwhile."
+    assert [row[0] for row in cells(lines)[1]] == ["lr=0.002,seed=0", "lr=0.001,seed=0"]
+    with (folder / "lr=0.001,seed=0" / "metrics.jsonl").open("a") as out:
+        out.write(json.dumps({"step": 40, "eval/validation/loss": 3.0}) + "\n")
+    message = "No run has logged eval/validation/los; --metric names another. Did you mean 'eval/validation/loss'?"
+    with says(message):
+        report.main([str(folder), "--watch", "--metric=eval/validation/los"])
 
 
 def test_trials_that_wait(tmp_path):
@@ -50,7 +95,7 @@ def test_trials_that_wait(tmp_path):
     trials.list_trials(folder, [Trial("a", {"optim.lr": 0.008}), Trial("b", {"optim.lr": 0.016})])
     assert results.differing(results.read_all([folder])) == ["optim.lr"]
     lines = drawn(folder, now=0.0)
-    assert lines[0] == "2 waiting" and [line.split("│")[1].strip() for line in lines[4:6]] == ["0.008", "0.016"]
+    assert lines[0] == "2 waiting" and [row[4] for row in cells(lines)[1]] == ["0.008", "0.016"]
     write_sweep(folder, rates=2, seeds=1)
     runs = results.read_all([folder])
     assert results.differing(runs) == ["optim.lr"]
@@ -62,7 +107,7 @@ def test_trials_that_wait(tmp_path):
 def test_a_study_is_ordered_by_its_own_metric(tmp_path):
     folder = write_sweep(tmp_path / "study", rates=3, seeds=1)
     trials.open_folder(folder, {"metric": "eval/validation/loss", "direction": "maximize"})
-    assert [line.split()[0] for line in drawn(folder, now=0.0)[4:7]] == [
+    assert [row[0] for row in cells(drawn(folder, now=0.0))[1]] == [
         f"lr={rate},seed=0" for rate in (0.001, 0.002, 0.004)
     ]
 

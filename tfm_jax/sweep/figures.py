@@ -24,7 +24,6 @@ from bokeh.plotting import figure
 
 from tfm_jax.sweep import content
 from tfm_jax.sweep.content import Map, Report, finite, scale, shown
-from tfm_jax.sweep.importance import is_log
 from tfm_jax.sweep.results import metrics, ranked
 from tfm_jax.sweep.space import short
 

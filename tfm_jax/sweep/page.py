@@ -11,8 +11,9 @@ from typing import Any
 
 from tfm_jax.errors import UserError
 from tfm_jax.sweep.content import Report, curves, shown
-from tfm_jax.sweep.results import ranked
+from tfm_jax.sweep.results import Run, ranked
 from tfm_jax.sweep.space import short
+from tfm_jax.sweep.trials import PRUNED
 
 
 def page(report: Report) -> str:
@@ -110,13 +111,17 @@ def _printed(report: Report) -> str:
         (run.name, run.state, run.step, run.value(report.metric), *(run.config.get(k) for k in report.keys))
         for run in ranked(report.runs, report.metric, report.goal)
     )
-    reasons = "".join(
-        f"<li><b>{html.escape(run.name)}</b> {html.escape(run.state)}: {html.escape(run.reason)}</li>"
-        for run in report.runs
-        if run.reason
-    )
     table = _table("paper", ["run", "state", "step", report.metric, *names.values()], rows)
-    return table + (f"<ul>{reasons}</ul>" if reasons else "")
+    pruned = [run for run in report.runs if run.state == PRUNED]
+    # That a study prunes is its purpose, and hides no failure.
+    others = [run for run in report.runs if run.reason and run not in pruned]
+    folded = f"<details><summary>{len(pruned)} pruned before their end</summary>{_reasons(pruned)}</details>"
+    return table + (_reasons(others) if others else "") + (folded if pruned else "")
+
+
+def _reasons(runs: Sequence[Run]) -> str:
+    said = ((html.escape(text) for text in (run.name, run.state, run.reason)) for run in runs)
+    return f"<ul>{''.join(f'<li><b>{name}</b> {state}: {reason}</li>' for name, state, reason in said)}</ul>"
 
 
 def _evaluations(report: Report) -> str:

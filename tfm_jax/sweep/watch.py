@@ -6,16 +6,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from tfm_jax.errors import UserError
 from tfm_jax.sweep import results
 from tfm_jax.sweep.content import shown
 from tfm_jax.sweep.results import Goal, Run
 from tfm_jax.sweep.space import short
+from tfm_jax.sweep.trials import FINISHED
 
+# Columns beside the run's name that are there however narrow the terminal is, and what is left of a name then.
+ALWAYS, NAME = 3, 16
 COLORS = {
     "finished": "green",
     "running": "cyan",
@@ -26,38 +30,75 @@ COLORS = {
 }
 
 
-def table(runs: Sequence[Run], metric: str | None, goal: Goal | None, now: float) -> Table:
-    """Every run, the best first: settings that differ, state, step of steps, losses, speed, and how long nothing has come."""
+def table(runs: Sequence[Run], metric: str | None, goal: Goal | None, now: float, width: int) -> Table:
+    """Every run, the best first: state, step of steps, how long nothing has come, what decides, settings that differ, other losses
+    and speed; as many of the columns as fit into `width` characters.
+
+    Raises:
+      UserError: no run has logged `metric`, and some should have by now.
+    """
     keys, known = results.differing(runs), results.metrics(runs)
+    if metric is not None and _due(runs, metric):
+        results.deciding(runs, metric)
     metric, goal = results.judged(runs, metric, goal)
     names = short(keys)
     losses = [metric] if metric is not None else [n for n in known if n.startswith("eval/") and n.endswith("/loss")]
     losses = list(dict.fromkeys([*losses, "train/loss"]))
     fast = [n for n in known if n.endswith("_per_sec") and n != "perf/steps_per_sec"]
     deciding = next((name for name in losses if name in known), losses[0])
-    ordered = results.ranked(runs, deciding, goal or results.goal_of(deciding))
+    # A direction is that of the metric it was said of.
+    own = goal if metric in (None, deciding) else None
+    ordered = results.ranked(runs, deciding, own or results.goal_of(deciding))
     counts = {state: sum(run.state == state for run in runs) for state in sorted({run.state for run in runs})}
+    columns: list[tuple[str, JustifyMethod, list[str]]] = [
+        ("state", "left", [run.state for run in ordered]),
+        ("step", "right", [_step(run) for run in ordered]),
+        (deciding, "right", [_number(run, deciding, ".4f") for run in ordered]),
+        ("last line", "right", [_since(run, now) for run in ordered]),
+        *((names[key], "left", [shown(run.config.get(key)) for run in ordered]) for key in keys),
+        *((name, "right", [_number(run, name, ".4f") for run in ordered]) for name in losses if name != deciding),
+        *((name, "right", [_number(run, name, ",.0f") for run in ordered]) for name in fast),
+    ]
+    columns = [column for column in columns if column[0] != "last line" or any(column[2])]
+    heads = [head.replace("/", "/\n") for head, _, _ in columns]
+    taken = [3 + max(map(len, [*head.split("\n"), *cells])) for head, (_, _, cells) in zip(heads, columns, strict=True)]
+    longest = max(len(run.name) for run in runs)
+    count = len(columns)
+    while count > ALWAYS and sum(taken[:count]) + min(longest, NAME) + 4 > width:
+        count -= 1
     out = Table(title=", ".join(f"{count} {state}" for state, count in counts.items()), title_justify="left")
-    for head in ("run", *names.values()):
-        out.add_column(head, overflow="fold")
-    out.add_column("state")
-    for head in ("step", *losses, *fast, "last line"):
-        out.add_column(head, justify="right", no_wrap=True)
-    for run in ordered:
-        color = COLORS.get(run.state, "")
-        state = f"[{color}]{run.state}[/]" if color else run.state
-        steps = run.config.get("train.steps")
-        step = f"{run.step}/{steps}" if steps else str(run.step)
-        out.add_row(
-            run.name,
-            *(shown(run.config.get(key)) for key in keys),
-            state,
-            step,
-            *(f"{value:.4f}" if (value := run.value(name)) is not None else "" for name in losses),
-            *(f"{value:,.0f}" if (value := run.value(name)) is not None else "" for name in fast),
-            _since(run, now),
-        )
+    room = max(min(longest, NAME), width - sum(taken[:count]) - 4)
+    out.add_column("run", width=min(longest, room), no_wrap=True, overflow="ellipsis")
+    for head, (_, justify, _) in zip(heads[:count], columns, strict=False):
+        out.add_column(head, justify=justify, no_wrap=True)
+    for i, run in enumerate(ordered):
+        state = Text(run.state, COLORS.get(run.state, ""))
+        out.add_row(Text(run.name), state, *(cells[i] for _, _, cells in columns[1:count]))
+    notes = (
+        [f"Nobody has logged {metric} yet: by {deciding} meanwhile."]
+        if deciding in known and metric not in (None, deciding)
+        else []
+    )
+    if left := [head for head, _, _ in columns[count:]]:
+        notes.append(f"Too narrow for {', '.join(left)}.")
+    out.caption, out.caption_justify = "\n".join(notes) or None, "left"
     return out
+
+
+def _due(runs: Sequence[Run], metric: str) -> bool:
+    """Whether a metric should have been logged: others of its kind have been, or a run has finished without."""
+    kind = metric.partition("/")[0] + "/"
+    return any(run.state == FINISHED for run in runs) or any(name.startswith(kind) for name in results.metrics(runs))
+
+
+def _step(run: Run) -> str:
+    steps = run.config.get("train.steps")
+    return f"{run.step}/{steps}" if steps else str(run.step)
+
+
+def _number(run: Run, metric: str, form: str) -> str:
+    value = run.value(metric)
+    return "" if value is None else format(value, form)
 
 
 def _since(run: Run, now: float) -> str:
@@ -73,7 +114,7 @@ def watch(folders: Sequence[Path], metric: str | None, goal: Goal | None, every:
     """Show the table until Ctrl-C; trials that a sweep starts meanwhile join it. Without a terminal it is printed once.
 
     Raises:
-      UserError: see `results.find`; an interval that is none.
+      UserError: see `results.find` and `table`; an interval that is none.
     """
     if every <= 0:
         raise UserError(f"--every={every}: seconds, more than 0.")
@@ -81,7 +122,7 @@ def watch(folders: Sequence[Path], metric: str | None, goal: Goal | None, every:
 
     def look() -> Table:
         found = [_read(name, path, known) for name, path in results.find(folders).items()]
-        return table(results.completed(found), metric, goal, time.time())
+        return table(results.completed(found), metric, goal, time.time(), console.width)
 
     first = look()
     if not console.is_terminal:
