@@ -80,6 +80,28 @@ def test_a_study_says_what_its_trials_are_compared_by(tmp_path, capsys):
     assert said["best"] == "lr=0.002,seed=0" and said["perf/tokens_per_sec"] == 1.0
 
 
+def test_what_was_pruned_is_not_compared(tmp_path, capsys):
+    """It stands where it was stopped, here lower than any other, is not the best, and explains nothing."""
+    folder = write_sweep(tmp_path / "study", rates=5, seeds=1)
+    runs = results.read_all([folder])
+    before = importances(runs, ["optim.lr"], METRIC)
+    stopped = folder / "lr=0.016,seed=0"
+    with (stopped / "metrics.jsonl").open("a") as out:
+        out.write(json.dumps({"step": 41, METRIC: 0.5}) + "\n")
+    write_status(stopped, "running")
+    (stopped / "pruned").write_text("behind")
+    runs = results.read_all([folder])
+    ranked = results.ranked(runs, METRIC, "lower")
+    assert (ranked[0].name, ranked[-1].name) == (BEST, "lr=0.016,seed=0")
+    after = importances(runs, ["optim.lr"], METRIC)
+    assert before == after == {"optim.lr": 1.0}
+    assert importances([run for run in runs if run.name not in (BEST, "lr=0.001,seed=0")], ["optim.lr"], METRIC) == {}
+    assert report.main([str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["best"] == BEST
+    text = (folder / "report" / "index.html").read_text()
+    assert "Grey and hollow: pruned" in text and '"label":{"type":"value","value":"pruned"}' in text
+
+
 def test_evaluations_since(tmp_path):
     """A row for each checkpoint and way of evaluating it; several evaluators and a second time are the same row."""
     folder = write_sweep(tmp_path / "rates", rates=2, seeds=1)

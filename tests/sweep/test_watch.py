@@ -63,7 +63,7 @@ def test_a_narrow_terminal(tmp_path):
     assert lines[-1] == "Too narrow for train/loss, perf/tokens_per_sec."
     # Of one long name the end goes.
     (folder / "lr=0.002,seed=1").rename(folder / ("lr=0.002,seed=1" + 40 * "x"))
-    head, rows = cells(drawn(folder, now=1000.0 + 3000, width=50))
+    head, rows = cells(drawn(folder, now=1000.0 + 3000, width=54))
     assert head == ["run", "state", "step", "loss"]
     assert rows[3][0].startswith("lr=0.002,seed=") and rows[3][0].endswith("…")
     assert rows[3][1:] == ["finished", "40/40", "2.1335"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from bokeh.models import (
+    CDSView,
     CellFormatter,
     ColumnDataSource,
     DataTable,
@@ -16,6 +17,7 @@ from bokeh.models import (
     FixedTicker,
     HoverTool,
     HTMLTemplateFormatter,
+    IndexFilter,
     NumberFormatter,
     TableColumn,
 )
@@ -60,9 +62,10 @@ class Figures:
             series = [run.series(name) for run in self.runs]
             columns[f"x {name}"] = [content.thinned(x) for x, _ in series]
             columns[f"y {name}"] = [content.thinned(y) for _, y in series]
+        whole = [run for run in self.runs if not run.pruned]
         # Dark is good; alone, a run is not pale.
-        places = np.linspace(0, 210, len(self.runs)).astype(int)
-        columns["color"] = [Viridis256[i] for i in places]
+        places = iter(np.linspace(0, 210, len(whole)).astype(int))
+        columns["color"] = [content.PRUNED if run.pruned else Viridis256[next(places)] for run in self.runs]
         self.source = ColumnDataSource(columns)
 
     def _columns(self) -> list[str]:
@@ -141,7 +144,9 @@ class Figures:
         return made
 
     def response(self, key: str) -> Any:
-        """The deciding metric over a setting; the line joins the best of each value, the star is the best of all."""
+        """The deciding metric over a setting; the line joins the best of each value, the star is the best of all.
+
+        Of whole runs: what was pruned is hollow."""
         metric = self.report.metric
         runs = [run for run in self.runs if run.config and run.value(metric) is not None]
         values = [run.config.get(key) for run in runs]
@@ -151,16 +156,24 @@ class Figures:
             settings = {"x_range": FactorRange(*dict.fromkeys(sorted(shown(v) for v in values)))}
         made = self._figure(f"{metric} over {self.names[key]}", x_axis_label=key, **settings)
         best: dict[Any, float] = {}
-        for value, run in zip(values, runs, strict=True):
+        whole = [(value, run) for value, run in zip(values, runs, strict=True) if not run.pruned]
+        for value, run in whole:
             # Runs come best first.
             best.setdefault(value if kind != "category" else shown(value), finite(run.value(metric)))
         line = sorted(best.items())
         made.line([x for x, _ in line], [y for _, y in line], color="#888", line_dash="dotted")
-        points = made.scatter(key, metric, source=self.source, size=9, fill_color="color", line_color="white", **DIM)
-        if runs:
-            first = values[0] if kind != "category" else shown(values[0])
-            made.scatter([first], [finite(runs[0].value(metric))], marker="star", size=18, color=STAR, level="overlay")
-        made.add_tools(self._hover(renderers=[points]))
+        points = []
+        for pruned in sorted({run.pruned for run in runs}):
+            view = CDSView(filter=IndexFilter([i for i, run in enumerate(self.runs) if run.pruned == pruned]))
+            look: dict[str, Any] = {"fill_color": "color", "line_color": "white"}
+            if pruned:
+                look = {"fill_color": None, "line_color": "color", "legend_label": "pruned"}
+            points.append(made.scatter(key, metric, source=self.source, view=view, size=9, **look, **DIM))
+        if whole:
+            value, run = whole[0]
+            first = value if kind != "category" else shown(value)
+            made.scatter([first], [finite(run.value(metric))], marker="star", size=18, color=STAR, level="overlay")
+        made.add_tools(self._hover(renderers=points))
         return made
 
     def parallel(self) -> Any:

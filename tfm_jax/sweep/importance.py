@@ -25,12 +25,13 @@ def is_numeric(values: Sequence[Any]) -> bool:
 
 def importances(runs: Sequence[Run], keys: Sequence[str], metric: str) -> dict[str, float]:
     """The share of a metric's variance that each key explains alone, by functional ANOVA over a random forest (Hutter et al.
-    2014), as Optuna has it; they add up to 1. None where fewer than `LEAST` runs have the metric, or it never changes.
+    2014), as Optuna has it; they add up to 1. Runs that were pruned do not
+    count. None where fewer than `LEAST` others have the metric, or it never changes.
 
     Raises:
       UserError: Optuna or scikit-learn is not installed.
     """
-    found = [(run, value) for run in runs if run.config and (value := run.value(metric)) is not None]
+    found = [(run, value) for run in runs if run.config and not run.pruned and (value := run.value(metric)) is not None]
     found = [(run, value) for run, value in found if math.isfinite(value)]
     varying = [key for key in keys if len({repr(run.config.get(key)) for run, _ in found}) > 1]
     if len(found) < LEAST or len({value for _, value in found}) < 2 or not varying:

@@ -13,7 +13,6 @@ from tfm_jax.errors import UserError
 from tfm_jax.sweep.content import Report, curves, shown
 from tfm_jax.sweep.results import Run, ranked
 from tfm_jax.sweep.space import short
-from tfm_jax.sweep.trials import PRUNED
 
 
 def page(report: Report) -> str:
@@ -49,6 +48,8 @@ def page(report: Report) -> str:
         for name, parts in sections.items()
     }
     bodies["Runs"] += _printed(report)
+    if "Settings" in bodies and any(run.pruned for run in report.runs):
+        bodies["Settings"] = f'<p class="note">{PRUNED}</p>{bodies["Settings"]}'
     if evaluations := _evaluations(report):
         bodies["Evaluations"] = evaluations
     if report.samples:
@@ -112,7 +113,7 @@ def _printed(report: Report) -> str:
         for run in ranked(report.runs, report.metric, report.goal)
     )
     table = _table("paper", ["run", "state", "step", report.metric, *names.values()], rows)
-    pruned = [run for run in report.runs if run.state == PRUNED]
+    pruned = [run for run in report.runs if run.pruned]
     # That a study prunes is its purpose, and hides no failure.
     others = [run for run in report.runs if run.reason and run not in pruned]
     folded = f"<details><summary>{len(pruned)} pruned before their end</summary>{_reasons(pruned)}</details>"
@@ -150,6 +151,10 @@ def _config(report: Report) -> str:
     return f'<details{" open" if len(known) == 1 else ""}><summary>{title}</summary><table class="config">{rows}</table></details>'
 
 
+PRUNED = (
+    "Grey and hollow: pruned, with what they had come to when they were stopped. They count neither for the best run nor for the"
+    " importance of settings."
+)
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tfm_jax.sweep.content import Report, curves, finite, scale, shown, thinned
+from tfm_jax.sweep.content import PRUNED, Report, curves, finite, scale, shown, thinned
 from tfm_jax.sweep.results import ranked
 from tfm_jax.sweep.space import short
 
@@ -14,10 +14,13 @@ def draw(report: Report, folder: Path) -> list[Path]:
     """`curves.png`, with settings that differ `response.png`, with maps `attention.png`."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
 
     runs, names, paths = ranked(report.runs, report.metric, report.goal), short(report.keys), []
-    colors = [colormaps["viridis"](0.82 * i / max(len(runs) - 1, 1)) for i in range(len(runs))]
+    whole = sum(not run.pruned for run in runs)
+    places = iter(0.82 * i / max(whole - 1, 1) for i in range(whole))
+    colors = [PRUNED if run.pruned else to_hex(colormaps["viridis"](next(places))) for run in runs]
 
     def panels(count: int, width: float = 4.0, height: float = 3.0) -> tuple[Any, list[Any]]:
         columns = min(count, 3)
@@ -51,8 +54,14 @@ def draw(report: Report, folder: Path) -> list[Path]:
             kind = scale(values)
             places: list[Any] = values if kind != "category" else [shown(v) for v in values]
             y = [finite(run.value(report.metric)) for run in known]
-            ax.scatter(places, y, color=colors[: len(known)])
-            ax.plot(places[:1], y[:1], "*", markersize=14, color="tab:red", label=f"best: {shown(values[0])}")
+            for pruned, fill in ((False, None), (True, "none")):
+                those = [i for i, run in enumerate(known) if run.pruned == pruned]
+                if those:
+                    edges = [colors[i] for i in those]
+                    ax.scatter([places[i] for i in those], [y[i] for i in those], facecolors=fill or edges, edgecolors=edges,
+                               label="pruned" if pruned else None)  # fmt: skip
+            if not known[0].pruned:
+                ax.plot(places[:1], y[:1], "*", markersize=14, color="tab:red", label=f"best: {shown(values[0])}")
             if kind == "log":
                 ax.set_xscale("log")
             ax.set(xlabel=key, ylabel=report.metric)

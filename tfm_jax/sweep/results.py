@@ -50,6 +50,11 @@ class Run:
     def step(self) -> int:
         return max((int(line["step"]) for line in self.lines), default=int(self.result.get("step", 0)))
 
+    @property
+    def pruned(self) -> bool:
+        """Whether a study has stopped it, so that its numbers are not those of a whole run."""
+        return self.state == trials.PRUNED
+
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values that have been logged of a metric."""
         found = [(int(line["step"]), float(line[metric])) for line in self.lines if _is_number(line.get(metric))]
@@ -199,12 +204,13 @@ def goal_of(metric: str) -> Goal:
 
 
 def ranked(runs: Sequence[Run], metric: str, goal: Goal) -> list[Run]:
-    """The best first; behind all others those that have no number."""
+    """The best first; behind all others those that have no number, before them those that were pruned: their number is that of
+    an earlier step."""
 
-    def place(run: Run) -> float:
+    def place(run: Run) -> tuple[bool, bool, float]:
         value = run.value(metric)
         if value is None or not math.isfinite(value):
-            return math.inf
-        return value if goal == "lower" else -value
+            return True, run.pruned, 0.0
+        return False, run.pruned, value if goal == "lower" else -value
 
     return sorted(runs, key=place)
