@@ -7,6 +7,7 @@ them: a loss from the middle of one is higher than that of a run of this length.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
-    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories, finished ones")
+    made.add_argument("runs", nargs="+", metavar="RUN", help="finished runs, or patterns of them")
     made.add_argument("--metric", required=True, help="a loss of result.json, for instance eval/validation/loss")
     made.add_argument("--budget", type=float, required=True, help="FLOPs to spend, for instance 1e18")
     made.add_argument("--to", type=Path, required=True, help="folder for the figures")
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tfm_jax.files import write_atomic
     from tfm_jax.sweep import scaling
 
-    read = [_read(path, flags.metric) for path in flags.runs]
+    read = [_read(path, flags.metric) for path in targets(flags.runs)]
     runs = [run for run, _ in read]
     found = scaling.fit(runs, resamples=flags.resamples)
     best, intervals, without = scaling.best(found, runs, flags.budget)
@@ -86,6 +87,19 @@ def _doubts(runs: Sequence[Any], budget: float, counted: Sequence[float]) -> lis
             " count, as small models with long sequences do."
         )
     return lines
+
+
+def targets(texts: Sequence[str]) -> list[Path]:
+    """Runs, and what patterns stand for; what lies beside runs, such as a sweep's report, is left out and named."""
+    from tfm_jax.sweep.results import MARKS
+
+    paths = [Path(p) for text in texts for p in ([] if Path(text).exists() else sorted(glob.glob(text))) or [text]]
+    beside = [path for path in paths if path.exists() and not any((path / mark).is_file() for mark in MARKS)]
+    if len(beside) == len(paths):
+        return paths
+    if beside:
+        print(f"Left out, no runs: {', '.join(map(str, beside))}.")
+    return [path for path in dict.fromkeys(paths) if path not in beside]
 
 
 def _read(run: Path, metric: str) -> tuple[Any, float | None]:

@@ -49,6 +49,20 @@ def test_a_law_from_run_directories(runs, tmp_path, capsys):
     assert (tmp_path / "law" / "scaling.png").stat().st_size > 10_000
 
 
+def test_patterns(runs, tmp_path, capsys):
+    """In quotes or by the shell; what lies beside the runs is named, whereas a run that is not there is an error."""
+    (tmp_path / "report").mkdir()
+    (tmp_path / "sweep.json").write_text("{}")
+    for texts in ([f"{tmp_path}/*"], [str(path) for path in sorted(tmp_path.iterdir())]):
+        assert scaling.targets(texts) == sorted(runs)
+        assert capsys.readouterr().out == f"Left out, no runs: {tmp_path}/report, {tmp_path}/sweep.json.\n"
+    flags = ["--metric=eval/validation/loss", "--budget=1e12", f"--to={tmp_path}/law"]
+    with pytest.raises(UserError, match="report is not a run directory"):
+        scaling.main([str(tmp_path / "report"), *flags])
+    with pytest.raises(UserError, match="nine is not a run directory"):
+        scaling.main([str(runs[0]), str(tmp_path / "nine"), *flags])
+
+
 def test_what_is_no_finished_run_is_refused(runs, tmp_path):
     flags = ["--budget=1e12", f"--to={tmp_path}/law"]
     with pytest.raises(UserError, match=r"has no --metric=eval/valid/loss\. Did you mean 'eval/validation/loss'\?"):

@@ -83,8 +83,6 @@ def test_a_study_says_what_its_trials_are_compared_by(tmp_path, capsys):
 def test_what_was_pruned_is_not_compared(tmp_path, capsys):
     """It stands where it was stopped, here lower than any other, is not the best, and explains nothing."""
     folder = write_sweep(tmp_path / "study", rates=5, seeds=1)
-    runs = results.read_all([folder])
-    before = importances(runs, ["optim.lr"], METRIC)
     stopped = folder / "lr=0.016,seed=0"
     with (stopped / "metrics.jsonl").open("a") as out:
         out.write(json.dumps({"step": 41, METRIC: 0.5}) + "\n")
@@ -93,9 +91,9 @@ def test_what_was_pruned_is_not_compared(tmp_path, capsys):
     runs = results.read_all([folder])
     ranked = results.ranked(runs, METRIC, "lower")
     assert (ranked[0].name, ranked[-1].name) == (BEST, "lr=0.016,seed=0")
-    after = importances(runs, ["optim.lr"], METRIC)
-    assert before == after == {"optim.lr": 1.0}
-    assert importances([run for run in runs if run.name not in (BEST, "lr=0.001,seed=0")], ["optim.lr"], METRIC) == {}
+    # Four others are enough, three are not.
+    assert importances(runs, ["optim.lr"], METRIC) == {"optim.lr": 1.0}
+    assert importances([run for run in runs if run.name != BEST], ["optim.lr"], METRIC) == {}
     assert report.main([str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["best"] == BEST
     text = (folder / "report" / "index.html").read_text()
@@ -125,7 +123,8 @@ def test_evaluations_since(tmp_path):
     ]
 
 
-def test_damaged_and_missing(sweep, tmp_path, capsys):
+def test_damaged_and_missing(sweep, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(sweep / BEST)
     few = tmp_path / "few"
     for name in (BEST, "lr=0.001,seed=1", "lr=0.002,seed=0", "lr=0.016,seed=0"):
         shutil.copytree(sweep / name, few / name)
@@ -148,6 +147,9 @@ def test_damaged_and_missing(sweep, tmp_path, capsys):
         report.main([str(few), "--metric=eval/validation/los"])
     with says(f"{tmp_path}/page is no run, and there is none below it: no folder there has a config.json."):
         report.main([f"{tmp_path}/page"])
+    monkeypatch.chdir(tmp_path)
+    with says("page is no run, and there is none below it: no folder there has a config.json. Valid: few."):
+        report.main(["page"])
     with says(f"There is no folder {tmp_path}/feww. Did you mean '{tmp_path}/few'?"):
         report.main([f"{tmp_path}/feww"])
 

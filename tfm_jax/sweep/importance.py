@@ -25,8 +25,8 @@ def is_numeric(values: Sequence[Any]) -> bool:
 
 def importances(runs: Sequence[Run], keys: Sequence[str], metric: str) -> dict[str, float]:
     """The share of a metric's variance that each key explains alone, by functional ANOVA over a random forest (Hutter et al.
-    2014), as Optuna has it; they add up to 1. Runs that were pruned do not
-    count. None where fewer than `LEAST` others have the metric, or it never changes.
+    2014), as Optuna has it; they add up to 1. Runs that were pruned do not count. None where
+    fewer than `LEAST` others have the metric, or it never changes.
 
     Raises:
       UserError: Optuna or scikit-learn is not installed.

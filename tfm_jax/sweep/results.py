@@ -84,10 +84,18 @@ def find(folders: Sequence[Path]) -> dict[str, Path]:
         if not runs and (folder / "sweep.json").is_file():
             raise UserError(f"{folder} is a sweep that has no trial yet.")
         if not runs:
-            raise UserError(f"{folder} is no run, and there is none below it: no folder there has a config.json.")
+            raise UserError(
+                f"{folder} is no run, and there is none below it: no folder there has a config.json."
+                f"{nearest(folder.as_posix(), _with_runs())}"
+            )
         found += [run for run in runs if run not in found]
     root = found[0].parent if len(found) == 1 else Path(os.path.commonpath([run.absolute() for run in found]))
     return {run.absolute().relative_to(root.absolute()).as_posix(): run for run in found}
+
+
+def _with_runs() -> set[str]:
+    """Folders of runs that are not far below where a command is typed."""
+    return {run.parent.as_posix() for depth in ("*/*/", "*/*/*/") for run in Path().glob(f"{depth}status.json")}
 
 
 def _below(folder: Path) -> Iterator[Path]:
