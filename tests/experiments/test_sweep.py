@@ -104,7 +104,7 @@ STUDY = "return Study(space={'optim.lr': log_uniform(1e-3, 1e-1)}, trials=2, met
 @pytest.mark.parametrize(
     ("body", "more", "said"),
     [
-        ("return grid({'optim.lrr': [1]})", (), "sweep(), trial lrr=1: --config.optim.lrr=1: unknown key 'optim.lrr'. Did you mean 'optim.lr'?"),
+        ("return grid({'optim.lrr': [1]})", (), "sweep(), trial only: --config.optim.lrr=1: unknown key 'optim.lrr'. Did you mean 'optim.lr'?"),
         ("return []", (), "sweep: the space is empty."),
         (STUDY % ("validatoin", "none"), (), "sweep: metric='eval/validatoin/loss' is none that trials log. Did you mean 'eval/validation/loss'?"),
         ((STUDY % ("validation", "none")).replace("eval/", "evl/"), (), "sweep: metric='evl/validation/loss' is none that trials log. Did you mean 'eval/validation/loss'?"),
