@@ -143,6 +143,12 @@ class Figures:
         made.add_tools(self._hover(("step", "$x{0}"), (name, "$y{0.0000}"), line_policy="nearest"))
         return made
 
+    def _views(self) -> list[tuple[bool, CDSView]]:
+        """The pruned runs, if there are any, and on top of them the others."""
+        kinds = sorted({run.pruned for run in self.runs}, reverse=True)
+        of = {kind: [i for i, run in enumerate(self.runs) if run.pruned == kind] for kind in kinds}
+        return [(kind, CDSView(filter=IndexFilter(rows))) for kind, rows in of.items()]
+
     def response(self, key: str) -> Any:
         """The deciding metric over a setting; the line joins the best of each value, the star is the best of all.
 
@@ -163,8 +169,7 @@ class Figures:
         line = sorted(best.items())
         made.line([x for x, _ in line], [y for _, y in line], color="#888", line_dash="dotted")
         points = []
-        for pruned in sorted({run.pruned for run in runs}):
-            view = CDSView(filter=IndexFilter([i for i, run in enumerate(self.runs) if run.pruned == pruned]))
+        for pruned, view in self._views():
             look: dict[str, Any] = {"fill_color": "color", "line_color": "white"}
             if pruned:
                 look = {"fill_color": None, "line_color": "color", "legend_label": "pruned"}
@@ -190,10 +195,11 @@ class Figures:
         self.source.data["y parallel"] = [[y for y in row if y is not None] for row in rows]
         made = self._figure("settings and result; click to select, shift for several", height=360,
                             x_range=(-0.15, len(axes) - 0.55), y_range=(-0.08, 1.08))  # fmt: skip
-        made.multi_line(
-            "x parallel", "y parallel", source=self.source, line_color="color", line_width=2.5,
-            selection_line_width=4, **DIM,
-        )  # fmt: skip
+        for pruned, view in self._views():
+            made.multi_line(
+                "x parallel", "y parallel", source=self.source, view=view, line_color="color",
+                line_width=1 if pruned else 2.5, selection_line_width=4, **DIM,
+            )  # fmt: skip
         places = list(range(len(axes)))
         made.segment(places, [0] * len(axes), places, [1] * len(axes), color="#444")
         made.text(

@@ -19,8 +19,8 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
     runs, names, paths = ranked(report.runs, report.metric, report.goal), short(report.keys), []
     whole = sum(not run.pruned for run in runs)
-    places = iter(0.82 * i / max(whole - 1, 1) for i in range(whole))
-    colors = [PRUNED if run.pruned else to_hex(colormaps["viridis"](next(places))) for run in runs]
+    shades = iter(0.82 * i / max(whole - 1, 1) for i in range(whole))
+    colors = [PRUNED if run.pruned else to_hex(colormaps["viridis"](next(shades))) for run in runs]
 
     def panels(count: int, width: float = 4.0, height: float = 3.0) -> tuple[Any, list[Any]]:
         columns = min(count, 3)

@@ -95,7 +95,7 @@ def find(folders: Sequence[Path]) -> dict[str, Path]:
 
 def _with_runs() -> set[str]:
     """Folders of runs that are not far below where a command is typed."""
-    return {run.parent.as_posix() for depth in ("*/*/", "*/*/*/") for run in Path().glob(f"{depth}status.json")}
+    return {path.parent.parent.as_posix() for depth in ("*/*", "*/*/*") for path in Path().glob(f"{depth}/status.json")}
 
 
 def _below(folder: Path) -> Iterator[Path]:
