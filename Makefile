@@ -87,10 +87,10 @@ reproduce-slurm: $(VENV)/.ready  ## a job on a real Slurm here, requeued (root, 
 reproduce-report: $(VENV)/.ready  ## 16 small runs, their report and its pictures (chromium for these; about 3 minutes)
 	@$(BIN)/python -m experiments.reproduce.report $(ARGS)
 
-reproduce-follow: $(VENV)/.ready  ## what evaluating a live run on other cores costs it (about 15 minutes)
+reproduce-follow: $(VENV)/.ready  ## what evaluating a live run on other cores costs it (about 7 minutes)
 	@$(BIN)/python -m experiments.reproduce.follow $(ARGS)
 
-reproduce-sweeps: $(VENV)/.ready  ## 16 runs as processes and as one program, a study, killed; DATA=input.txt (about half an hour)
+reproduce-sweeps: $(VENV)/.ready  ## 16 runs as processes and as one program, a study, killed; DATA=input.txt (about 20 minutes)
 	@$(BIN)/python -m experiments.reproduce.sweeps --data $(or $(DATA),$(error give DATA=path/to/input.txt)) $(ARGS)
 
 reproduce-minilm: $(VENV)/.ready  ## imported MiniLM on STS-B; MODEL=folder DATA=stsb-en-test.csv.gz (about 20 seconds)
