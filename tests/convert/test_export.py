@@ -86,6 +86,7 @@ def test_an_image_run_goes_back_with_its_classes_and_settings(tmp_path):
         evaluate.main([f"--run={tmp_path / 'again'}", f"--config.data.source=folder:{tmp_path}/pics/**"])
 
 
+@pytest.mark.journey
 def test_decoders_begin_as_they_were_trained(corpus, tmp_path):
     changes = [("data.source", f"text:{corpus}/*.txt"), ("train.steps", "1"), ("optim.warmup_steps", "0"),
                ("train.eval_every", "0"), ("data.decoder_start", "7")]  # fmt: skip
@@ -119,6 +120,7 @@ def electra(tmp_path_factory, corpus):
     return base
 
 
+@pytest.mark.journey
 def test_electra_is_a_folder_for_each_half(electra, tmp_path):
     assert sorted(p.name for p in (electra / "theirs").iterdir()) == ["discriminator", "generator"]
     known = json.loads((electra / "theirs" / "generator" / "config.json").read_text())
@@ -134,6 +136,7 @@ def test_electra_is_a_folder_for_each_half(electra, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, half, {name: ours[name] for name in half})
 
 
+@pytest.mark.journey
 def test_halves_that_do_not_belong_together(electra, tmp_path):
     shutil.copytree(electra / "theirs", tmp_path / "theirs")
     weights, config = (tmp_path / "theirs" / "generator" / name for name in ("model.safetensors", "config.json"))
@@ -157,6 +160,7 @@ def test_halves_that_do_not_belong_together(electra, tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.journey
 def test_transformers_reads_both_halves(electra):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

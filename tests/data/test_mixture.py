@@ -173,6 +173,7 @@ def test_a_mixture_is_distilled(sources, tmp_path):
         built(1, {**heat, "task": mixed})
 
 
+@pytest.mark.journey
 def test_questions_and_classes_on_one_trunk(sources, tmp_path):
     """Each part is scored by the evaluator of its kind."""
     rows = [{"question": "a b", "context": "p x q", "answers": {"text": ["x"], "answer_start": [2]}}] * 20

@@ -58,7 +58,7 @@ def alone(tmp_path_factory, make_config):
     return run
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.journey)])
 def test_processes_train_the_same_run(start_together, start_command, config_file, alone, tmp_path, count):
     run = tmp_path / "run"
     children = start_together(run, count)
