@@ -103,6 +103,7 @@ def command(package, command_env, name, *arguments):
     )
 
 
+@pytest.mark.journey
 def test_train_go_on_and_evaluate(package, command_env, tmp_path):
     run = tmp_path / "run"
     done = command(package, command_env, "train", f"--config={package}/config.py", f"--workdir={run}", "--json")

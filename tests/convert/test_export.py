@@ -44,6 +44,7 @@ def test_every_config_there_and_back(name):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.journey
 def test_an_image_run_goes_back_with_its_classes_and_settings(tmp_path):
     """Classes by the names of the import, whatever their order in the folder; and the settings of a tuned run."""
     from PIL import Image

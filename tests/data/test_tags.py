@@ -64,6 +64,7 @@ def test_first_tokens_have_their_words_tags(source, tokenizer):
     assert (cut > 0) == (tokenizer == "bytes")
 
 
+@pytest.mark.journey
 def test_a_tagger_learns(source, tmp_path):
     config = configs.resolve(
         {

@@ -227,7 +227,7 @@ def test_dropout_only_when_training():
     assert not np.allclose(train(jax.random.key(0)), train(jax.random.key(1)), atol=1e-2)
 
 
-@pytest.mark.parametrize("loop", ["loop", "scan"])
+@pytest.mark.parametrize("loop", ["loop", pytest.param("scan", marks=pytest.mark.journey)])
 def test_cached_decoding_looks_as_far_back_as_the_memory(loop):
     params = params_of()
     got = generate(

@@ -106,6 +106,7 @@ def test_the_fastest_that_fits_wins(config, slow, bounds, monkeypatch):
         searching.search(config, small, compiled=1)
 
 
+@pytest.mark.journey
 def test_from_the_command_to_a_config(config_file, slow, tmp_path, monkeypatch, capsys):
     """The written file is the old one with what was found, and plans as well."""
     monkeypatch.setattr("tfm_jax.parallel.plan.topology", lambda name: slow)

@@ -20,7 +20,7 @@ SETTINGS = {"name": "adalora", "rank": 2, "initial_rank": 4, "start": 0.2, "sett
             "pattern": "attention/(query|value)/kernel$"}  # fmt: skip
 
 
-@pytest.mark.parametrize("layer_loop", ["loop", "scan"])
+@pytest.mark.parametrize("layer_loop", ["scan", pytest.param("loop", marks=pytest.mark.journey)])
 def test_a_run_ends_with_as_many_triplets_as_the_budget_allows(make_config, tmp_path, layer_loop):
     changes = {"train.adapter": str(SETTINGS), "train.steps": 10, "model.layers": 2, "model.layer_loop": layer_loop}
     train(make_config(changes), tmp_path)

@@ -159,6 +159,7 @@ def test_what_a_task_adds_is_trained_without_being_named():
     assert frozen == {"attention/query/kernel"} and "bridge/kernel" in paths
 
 
+@pytest.mark.journey
 def test_a_base_with_another_head(make_config, tmp_path):
     """Of which the run took what it wanted; put on again they are what was trained."""
     base = {"model.name": "bert", "model.types": 0, "data.objective": "mask", "model.outputs": "('tokens',)"}
