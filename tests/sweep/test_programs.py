@@ -10,7 +10,7 @@ import pytest
 
 from tests.errors import says
 from tfm_jax.sweep import programs
-from tfm_jax.sweep.programs import Shared, difference
+from tfm_jax.sweep.programs import Shared, difference, in_turn
 from tfm_jax.sweep.together import Together
 
 
@@ -31,7 +31,7 @@ def function(a, b=2):
 
 
 def test_one_program_for_all():
-    shared, x = Shared(), jnp.arange(3.0)
+    shared, x = Shared(in_turn(1)), jnp.arange(3.0)
     made = [shared(function(a), out_shardings=None) for a in (0.5, 1.5, 2.5)]
     for one in made:
         one.lower(x, jnp.int32(5))
@@ -46,7 +46,7 @@ def test_one_program_for_all():
 
 def test_calls_at_a_time_are_one():
     """Five threads, one of which leaves early: rounds of four and one, then four; each has its own answer, or the error."""
-    shared, x = Shared(together=True), jnp.arange(3.0)
+    shared, x = Shared(Together), jnp.arange(3.0)
     rates = (0.5, 1.5, 2.5, 3.5, 4.5)
 
     def function(a):
@@ -83,7 +83,7 @@ def test_an_error_is_each_callers():
 
 
 def test_other_programs_are_others():
-    shared, arguments = Shared(), (jnp.arange(3.0), jnp.int32(5))
+    shared, arguments = Shared(in_turn(1)), (jnp.arange(3.0), jnp.int32(5))
     first, other = (shared(function(1.5, b)).lower(*arguments).program for b in (2, 3))
     assert first is not other and shared(function(2.5, 3)).lower(*arguments).program is other
     assert "instead of" in difference(first, other)

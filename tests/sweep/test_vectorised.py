@@ -11,9 +11,9 @@ import pytest
 
 from tfm_jax.errors import UserError
 from tfm_jax.sweep import runner, trials, vectorised
-from tfm_jax.sweep.programs import Shared
 from tfm_jax.sweep.space import named
 from tfm_jax.sweep.streams import ByThread
+from tfm_jax.sweep.together import Together
 from tfm_jax.sweep.vectorised import starter
 from tfm_jax.train.log import read_metrics
 from tfm_jax.train.run import train
@@ -49,7 +49,8 @@ def _numbers(run):
 
 @pytest.mark.parametrize("together", [False, pytest.param(True, marks=pytest.mark.journey)])
 def test_each_is_its_solo_run(population, tmp_path, monkeypatch, together):
-    monkeypatch.setattr(vectorised, "Shared", lambda turns, **_: Shared(turns, together=together))
+    if together:
+        monkeypatch.setattr(vectorised, "in_turn", lambda turns: Together)
     resolved, made, streams = population
     said, (*good, bad) = [], LISTED
     source, start = runner.Listed(LISTED, tmp_path), made(LISTED)

@@ -17,7 +17,7 @@ POINTS = 400
 # Rows of the table that are seen at once.
 ROWS = 24
 # The color of a pruned run.
-PRUNED = "#b0b0b0"
+GREY = "#b0b0b0"
 PERFORMANCE = ("optim/lr", "train/grad_norm", "_per_sec", "perf/data_wait_frac")
 HIDDEN = ("perf/steps_per_sec", "per_sec_per_device")
 

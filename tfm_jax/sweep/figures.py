@@ -65,7 +65,7 @@ class Figures:
         whole = [run for run in self.runs if not run.pruned]
         # Dark is good; alone, a run is not pale.
         places = iter(np.linspace(0, 210, len(whole)).astype(int))
-        columns["color"] = [content.PRUNED if run.pruned else Viridis256[next(places)] for run in self.runs]
+        columns["color"] = [content.GREY if run.pruned else Viridis256[next(places)] for run in self.runs]
         self.source = ColumnDataSource(columns)
 
     def _columns(self) -> list[str]:

@@ -49,7 +49,7 @@ def page(report: Report) -> str:
     }
     bodies["Runs"] += _printed(report)
     if "Settings" in bodies and any(run.pruned for run in report.runs):
-        bodies["Settings"] = f'<p class="note">{PRUNED}</p>{bodies["Settings"]}'
+        bodies["Settings"] = f'<p class="note">{_WITHOUT}</p>{bodies["Settings"]}'
     if evaluations := _evaluations(report):
         bodies["Evaluations"] = evaluations
     if report.samples:
@@ -151,7 +151,7 @@ def _config(report: Report) -> str:
     return f'<details{" open" if len(known) == 1 else ""}><summary>{title}</summary><table class="config">{rows}</table></details>'
 
 
-PRUNED = (
+_WITHOUT = (
     "Grey and hollow: pruned, with what they had come to when they were stopped. They count neither for the best run nor for the"
     " importance of settings."
 )

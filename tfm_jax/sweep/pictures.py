@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tfm_jax.sweep.content import PRUNED, Report, curves, finite, scale, shown, thinned
+from tfm_jax.sweep.content import GREY, Report, curves, finite, scale, shown, thinned
 from tfm_jax.sweep.results import ranked
 from tfm_jax.sweep.space import short
 
@@ -20,7 +20,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
     runs, names, paths = ranked(report.runs, report.metric, report.goal), short(report.keys), []
     whole = sum(not run.pruned for run in runs)
     shades = iter(0.82 * i / max(whole - 1, 1) for i in range(whole))
-    colors = [PRUNED if run.pruned else to_hex(colormaps["viridis"](next(shades))) for run in runs]
+    colors = [GREY if run.pruned else to_hex(colormaps["viridis"](next(shades))) for run in runs]
 
     def panels(count: int, width: float = 4.0, height: float = 3.0) -> tuple[Any, list[Any]]:
         columns = min(count, 3)

@@ -7,6 +7,7 @@ list: whatever leaves the program as it is.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import threading
@@ -20,7 +21,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.linear_util import WrappedFun
 
 from tfm_jax.errors import UserError
-from tfm_jax.sweep.together import Together
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +43,36 @@ class Program:
     compiled: tuple[frozenset[int], Callable[..., Any]] | None = None
 
 
+Caller = Callable[[Callable[..., Any], Mapping[str, Any], Sequence[Any]], Callable[..., Any]]
+
+
+def in_turn(turns: int) -> Caller:
+    """Calls are made one by one, so many of all programs at a time: threads take turns."""
+    turn = threading.Semaphore(turns)
+
+    def caller(function: Callable[..., Any], options: Mapping[str, Any], examples: Sequence[Any]) -> Callable[..., Any]:
+        compiled = jax.jit(function, **options).lower(*examples).compile()
+
+        def call(*arguments: Any) -> Any:
+            with turn:
+                return jax.block_until_ready(compiled(*arguments))
+
+        return call
+
+    return caller
+
+
 class Shared:
     """Used as `jax.jit` is: `jit(function, **options)`, then call it, or `.lower(*arguments).compile()`.
 
     Args:
-      turns: how many of its programs run at a time. Threads that call them take turns.
-      together: calls of one program that wait are one call over a population axis instead (`sweep.together`).
+      caller: makes, of a function, options of `jax.jit` and examples of its arguments, what threads call: `in_turn(turns)`, or
+        `together.Together`.
     """
 
-    def __init__(self, turns: int = 1, *, together: bool = False) -> None:
+    def __init__(self, caller: Caller) -> None:
         self.programs: list[Program] = []
-        self.together = together
-        self.turn = threading.Semaphore(turns)
+        self.caller = caller
         self._changing = threading.RLock()
 
     def __call__(self, function: Callable[..., Any], **options: Any) -> Jitted:
@@ -117,16 +135,10 @@ class Lowered:
 
     def compile(self) -> Callable[..., Any]:
         places, compiled = self._shared.compile(self.program, self._compile)
-        numbers = [np.asarray(self._numbers[i]) for i in places]
+        return functools.partial(compiled, self._at(places))
 
-        if self._shared.together:
-            return lambda *arguments: compiled(numbers, *arguments)
-
-        def call(*arguments: Any) -> Any:
-            with self._shared.turn:
-                return jax.block_until_ready(compiled(numbers, *arguments))
-
-        return call
+    def _at(self, places: Sequence[int]) -> list[np.ndarray]:
+        return [np.asarray(self._numbers[i]) for i in places]
 
     def _compile(self, places: list[int]) -> Callable[..., Any]:
         program, tree = self.program, self._tree
@@ -152,10 +164,7 @@ class Lowered:
             len(program.traced.jaxpr.eqns),
             len(places),
         )
-        if self._shared.together:
-            return Together(with_numbers, options)
-        numbers = [np.asarray(self._numbers[i]) for i in places]
-        return jax.jit(with_numbers, **options).lower(numbers, *self._arguments).compile()
+        return self._shared.caller(with_numbers, options, (self._at(places), *self._arguments))
 
 
 def difference(a: Program, b: Program) -> str:

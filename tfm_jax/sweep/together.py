@@ -25,7 +25,15 @@ class Together:
         more. One that has left, or evaluates, is waited for once.
     """
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], *, patience: float = 1.0) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        options: Mapping[str, Any],
+        examples: Sequence[Any] = (),
+        *,
+        patience: float = 1.0,
+    ) -> None:
+        del examples  # programs are made when it is known for how many
         self._function, self._options = function, options
         self._least = self._patience = patience
         self._programs: dict[int, Callable[..., Any]] = {}

@@ -20,16 +20,16 @@ from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.launch.job import FAILED, FINISHED, MISTAKE, PREEMPTED
 from tfm_jax.parallel.devices import peak_flops
-from tfm_jax.sweep.programs import Shared, difference
+from tfm_jax.sweep.programs import Shared, difference, in_turn
 from tfm_jax.sweep.runner import Running, Start
 from tfm_jax.sweep.space import Trial
 from tfm_jax.sweep.streams import ByThread
+from tfm_jax.sweep.together import Together
 from tfm_jax.train.build import build
 from tfm_jax.train.run import train
 from tfm_jax.train.stop import StopRequest
 
-# Programs at a time on a device: while one waits for its last product or for the interpreter, the others' fill the cores.
-# On two cores 3 have 8 % less time a step than 2, and 4 no less than 3.
+# Programs at a time on a CPU: while one waits for its last product or for the interpreter, the others' fill the cores.
 TURNS = 3
 
 
@@ -46,7 +46,7 @@ def starter(resolved: Callable[[Trial], configs.Config], examples: Sequence[Tria
     """
     devices = jax.local_devices()
     # On CPU a mapped step has more of a member's time than a step alone, on accelerators small products wait for their launch.
-    shared = [Shared(TURNS, together=device.platform != "cpu") for device in devices]
+    shared = [Shared(in_turn(TURNS) if device.platform == "cpu" else Together) for device in devices]
     peak_flops()  # measured while nothing else runs
     for one, device in zip(shared, devices, strict=True):
         _learn(one, resolved, examples, device)
