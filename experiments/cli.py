@@ -8,6 +8,7 @@ others'.
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import logging
 import os
@@ -59,6 +60,30 @@ def parse(
     if unknown:
         made.error(f"unknown argument {unknown[0]!r}.{nearest(unknown[0].partition('=')[0], known)}")
     return flags, overrides
+
+
+def targets(texts: Sequence[str]) -> list[Path]:
+    """Runs and checkpoints, and what patterns of them stand for, whoever expands these; of several, what lies beside runs, such
+    as a sweep's report, is left out and named.
+
+    Raises:
+      UserError: a pattern that stands for nothing.
+    """
+    from tfm_jax.train.rundir import run_folder
+
+    paths: list[Path] = []
+    for text in texts:
+        found = [text] if Path(text).exists() or not glob.has_magic(text) else sorted(glob.glob(text))
+        if not found:
+            raise UserError(f"{text}: no run is called like this.")
+        paths += [Path(path) for path in found]
+    paths = list(dict.fromkeys(paths))
+    beside = [p for p in paths if p.exists() and run_folder(p) == p and not (p / "config.json").is_file()]
+    if len(beside) == len(paths):
+        return paths
+    if beside:
+        print(f"Left out, no runs: {', '.join(map(str, beside))}.", file=sys.stderr)
+    return [path for path in paths if path not in beside]
 
 
 def add_average(made: argparse.ArgumentParser) -> None:

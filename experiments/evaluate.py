@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import glob
 import io
 import logging
 import time
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.follow and jax.process_count() > 1:
         raise UserError("--follow: several processes may not see a checkpoint at the same moment. Use one.")
     evaluations = Evaluations(overrides, **averaged, again=flags.again)
-    targets = _targets(flags.run)
+    targets = cli.targets(flags.run)
     wrong = _Wrong(several=len(targets) > 1)
     records: list[dict[str, Any]] = []
     try:
@@ -172,24 +171,6 @@ def _evaluated(evaluations: Any, run: Path, step: int, flags: Any, wrong: _Wrong
                 raise
             log.warning("%s, step %d is left out: the run has deleted a checkpoint of it meanwhile.", run, step)
     return None
-
-
-def _targets(texts: Sequence[str]) -> list[Path]:
-    """Paths, and what patterns stand for."""
-    from tfm_jax.train import rundir
-
-    out: list[Path] = []
-    for text in texts:
-        if Path(text).exists() or not glob.has_magic(text):
-            out.append(Path(text))
-            continue
-        paths = [Path(path) for path in sorted(glob.glob(text))]
-        # What lies beside the runs of a sweep, such as its report, is no run.
-        found = [path for path in paths if (path / "config.json").is_file() or rundir.run_folder(path) != path]
-        if not found:
-            raise UserError(f"--run={text}: no run is called like this.")
-        out += found
-    return list(dict.fromkeys(out))
 
 
 def _numbers(text: str | None) -> Sequence[int | None]:

@@ -7,7 +7,6 @@ them: a loss from the middle of one is higher than that of a run of this length.
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tfm_jax.files import write_atomic
     from tfm_jax.sweep import scaling
 
-    read = [_read(path, flags.metric) for path in targets(flags.runs)]
+    read = [_read(path, flags.metric) for path in cli.targets(flags.runs)]
     runs = [run for run, _ in read]
     found = scaling.fit(runs, resamples=flags.resamples)
     best, intervals, without = scaling.best(found, runs, flags.budget)
@@ -87,19 +86,6 @@ def _doubts(runs: Sequence[Any], budget: float, counted: Sequence[float]) -> lis
             " count, as small models with long sequences do."
         )
     return lines
-
-
-def targets(texts: Sequence[str]) -> list[Path]:
-    """Runs, and what patterns stand for; what lies beside runs, such as a sweep's report, is left out and named."""
-    from tfm_jax.sweep.results import MARKS
-
-    paths = [Path(p) for text in texts for p in ([] if Path(text).exists() else sorted(glob.glob(text))) or [text]]
-    beside = [path for path in paths if path.exists() and not any((path / mark).is_file() for mark in MARKS)]
-    if len(beside) == len(paths):
-        return paths
-    if beside:
-        print(f"Left out, no runs: {', '.join(map(str, beside))}.")
-    return [path for path in dict.fromkeys(paths) if path not in beside]
 
 
 def _read(run: Path, metric: str) -> tuple[Any, float | None]:

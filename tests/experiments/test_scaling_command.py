@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import scaling
+from experiments import cli, scaling
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.sweep.scaling import Law
@@ -54,8 +54,8 @@ def test_patterns(runs, tmp_path, capsys):
     (tmp_path / "report").mkdir()
     (tmp_path / "sweep.json").write_text("{}")
     for texts in ([f"{tmp_path}/*"], [str(path) for path in sorted(tmp_path.iterdir())]):
-        assert scaling.targets(texts) == sorted(runs)
-        assert capsys.readouterr().out == f"Left out, no runs: {tmp_path}/report, {tmp_path}/sweep.json.\n"
+        assert cli.targets(texts) == sorted(runs)
+        assert capsys.readouterr().err == f"Left out, no runs: {tmp_path}/report, {tmp_path}/sweep.json.\n"
     flags = ["--metric=eval/validation/loss", "--budget=1e12", f"--to={tmp_path}/law"]
     with pytest.raises(UserError, match="report is not a run directory"):
         scaling.main([str(tmp_path / "report"), *flags])

@@ -192,7 +192,7 @@ def test_mistakes(sweep):
         evaluate.main([f"--run={run}", "--follow"])
     with says("--steps=4;6: write `all`, or numbers with commas: 100,200."):
         evaluate.main([f"--run={run}", "--steps=4;6"])
-    with says(f"--run={sweep}/x*: no run is called like this."):
+    with says(f"{sweep}/x*: no run is called like this."):
         evaluate.main([f"--run={sweep}/x*"])
     with says("--decay=0.0: in (0, 1]; 1 for the mean."):
         evaluate.main([f"--run={run}", "--decay=0"])
