@@ -121,7 +121,7 @@ def topology(name: str) -> Topology:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{found[2]}:{found[3]}", **more)
     except Exception as error:
-        if "libtpu" in str(error) or "Unable to" in str(error):
+        if any(word in str(error) for word in ("libtpu", "Unable to", "TPU support not installed")):
             raise UserError("--topology needs the TPU compiler: pip install 'tfm_jax[tpu]'.") from error
         raise UserError(f"--topology={name}: the compiler knows no such shape: {error}") from None
     return Topology(name, described.devices, CHIPS[found[2]])
