@@ -1,8 +1,12 @@
+import contextlib
 import json
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import tensorflow_datasets as tfds
 
 from tests.errors import says
 from tfm_jax.data.records import RecordSet, RecordSplit, canonical_splits, open_tfds_folder, record_pieces
@@ -88,6 +92,26 @@ def test_a_builder_of_one_s_own_and_its_folder(tmp_path, module):
     assert again.fingerprint == source.fingerprint and texts(again, "train") == texts(source, "train")
     titles = open_source(f"tfds:{info.parent}", cache_dir=tmp_path / "cache", feature="title", piece_bytes=100)
     assert texts(titles, "train")[:2] == ["t0", "t1"] and titles.fingerprint != source.fingerprint
+
+
+def test_runs_that_begin_together_prepare_it_once(tmp_path, module):
+    name = f"tfds:{module()}:Tales/full"
+    together = threading.Barrier(2)
+    original = tfds.core.DatasetBuilder.is_prepared
+
+    def is_prepared(self):
+        found = original(self)
+        if not found and together.n_waiting < 2 and not together.broken:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait(2)  # both have seen that it is missing
+        return found
+
+    def titles(_):
+        return texts(open_source(name, cache_dir=tmp_path / "cache", feature="title"), "train")
+
+    with pytest.MonkeyPatch.context() as patched, ThreadPoolExecutor(2) as pool:
+        patched.setattr(tfds.core.DatasetBuilder, "is_prepared", is_prepared)
+        assert list(pool.map(titles, range(2))) == [[f"t{i}" for i in range(20)]] * 2
 
 
 def test_records_without_a_validation_split_are_shared_out_by_hash(tmp_path, module):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tfm_jax.data.files import text_of
+from tfm_jax.data.locks import locked
 from tfm_jax.data.splits import Keep, split_in_name
 from tfm_jax.data.types import Document
 from tfm_jax.errors import UserError, nearest
@@ -128,7 +129,11 @@ def tfds_folder(name: str, manual_dir: str | None = None) -> Path:
                 f"tfds:{name} is made of files that you must have: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS} Name the folder"
                 " they are in: --config.data.manual_dir=FOLDER."
             )
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=_expanded(manual_dir)))
+        # Runs that begin together all find it missing; TFDS fails where two write one folder.
+        with locked(Path(builder.data_dir)):
+            if not builder.is_prepared():
+                download = tfds.download.DownloadConfig(manual_dir=_expanded(manual_dir))
+                builder.download_and_prepare(download_config=download)
     return Path(builder.data_dir)
 
 
