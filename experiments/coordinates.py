@@ -1,7 +1,9 @@
 """Coordinate check: do activations move as far in the first steps at every width, standard and by muP?
 
 Trains the config a few steps at each width and compares what has changed (Yang et al. 2022, appendix D.1). `train.mup` of the
-config says the base; without it that is the smallest width. Writes `coordinates.json` and `coordinates.png`. Exits with 1 if
+config says the base; without it that is the smallest width. The rate is the config's, without its warm-up: give one that trains
+well at the base. Above it what a step has moved makes the next step larger, and sooner in a wide model: that is no longer the
+parametrisation's slope. Writes `coordinates.json` and `coordinates.png`. Exits with 1 if
 something grows or shrinks with the width under muP.
 """
 
@@ -80,10 +82,13 @@ def report(figures: Mapping[str, Any]) -> list[str]:
     rows = [("power of the width", *slopes)]
     rows += [(quantity, *(f"{slopes[name][quantity]:+.2f}" for name in slopes)) for quantity in slopes["mup"]]
     flat = "flat" if worst["mup"] <= FLAT else "NOT flat"
-    return [
+    lines = [
         cli.table(rows),
         f"muP is {flat}: at most {worst['mup']:.2f} (limit {FLAT}); the standard parametrisation {worst['standard']:.2f}.",
     ]
+    if not worst["mup"] <= FLAT:
+        lines.append("If optim.lr is above the rate that trains best at the base, lower it first: such a rate has slopes of its own.")
+    return lines
 
 
 if __name__ == "__main__":

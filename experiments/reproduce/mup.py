@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.results.mkdir(parents=True, exist_ok=True)
     figures, wrong = {}, False
     if flags.only != "rates":
-        small = configs.changed(config, {"data.batch_size": 4})  # four rows show it as well as sixteen
-        figures["coordinates"] = checked = coordinates.check(small, flags.checked, 4, 2, flags.workdir / "coordinates")
+        figures["coordinates"] = checked = coordinates.check(config, flags.checked, 4, 2, flags.workdir / "coordinates")
         print("\n".join(coordinates.report(checked)), flush=True)
         shutil.copyfile(flags.workdir / "coordinates" / "coordinates.png", flags.results / "mup_coordinates.png")
         write_result("mup_coordinates", checked, config=flags.config, folder=flags.results)
