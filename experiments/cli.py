@@ -1,8 +1,8 @@
 """What the commands share: flags, logging, the compile cache, errors and exit codes.
 
 Exit codes: 0 success, 1 an error of the program, or another host was lost, 2 a mistake of the user's, 75 preempted (try again:
-the same command goes on). A job's scheduler sees the highest of its hosts' codes: a lost host's, where it is higher than the
-others'.
+the same command goes on), 130 interrupted. A job's scheduler sees the highest of its hosts' codes: a lost host's, where it is
+higher than the others'.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from tfm_jax.errors import UserError, nearest
 from tfm_jax.parallel import watchdog
 
 PREEMPTED = 75
+INTERRUPTED = 130
 HIDDEN = argparse.SUPPRESS
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose help ends in examples."""
     made = argparse.ArgumentParser(
-        description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     made.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return made
@@ -151,7 +155,7 @@ def run(main: Callable[[Sequence[str] | None], int], *, memory: str = FAST) -> N
         code, reason = 2, str(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        code, reason = 130, "it was interrupted."
+        code, reason = INTERRUPTED, "it was interrupted."
     except Exception as error:
         code, reason = _unexpected(error)
     if watchdog.here is not None:

@@ -17,7 +17,7 @@ from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
 
 EXAMPLES = """\
-  python -m experiments.scaling runs/sizes/* --metric=eval/validation/loss --budget=1e18 --to=runs/law"""
+  python -m experiments.scaling 'sweeps/sizes/*' --metric=eval/validation/loss --budget=1e18 --to=runs/law"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

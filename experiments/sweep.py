@@ -83,15 +83,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--workdir is not set: where should the runs go? For instance --workdir=sweeps/first")
     source, record = _opened(sweep, listed, {"config": flags.config, "overrides": common}, flags)
     signal.signal(signal.SIGTERM, _interrupted)
-    if flags.vectorise is not None and flags.parallel > 1:
-        _several(flags.parallel, sys.argv[1:] if argv is None else argv)
-    elif flags.vectorise is not None:
-        _vectorised(source, flags, common, listed)
-    else:
-        start = runner.local(flags.config, flags.parallel, common)
-        if flags.backend == "slurm":
-            start = slurm.starter(flags.config, common, {name: getattr(flags, name) for name in settings})
-        runner.run(source, flags.workdir, start, parallel=flags.parallel)
+    try:
+        if flags.vectorise is not None and flags.parallel > 1:
+            _several(flags.parallel, sys.argv[1:] if argv is None else argv)
+        elif flags.vectorise is not None:
+            _vectorised(source, flags, common, listed)
+        else:
+            start = runner.local(flags.config, flags.parallel, common)
+            if flags.backend == "slurm":
+                start = slurm.starter(flags.config, common, {name: getattr(flags, name) for name in settings})
+            runner.run(source, flags.workdir, start, parallel=flags.parallel)
+    except KeyboardInterrupt:
+        if not flags.one_of_several:
+            states = [row["state"] for row in table(flags.workdir)]
+            ended = sum(state in trials.ENDED for state in states)
+            print(f"stopped: {ended} of {len(states)} trials have ended; the same command goes on.", file=sys.stderr)
+        return cli.INTERRUPTED
     if flags.one_of_several:
         return 0
     rows = table(flags.workdir)
@@ -119,7 +126,8 @@ def _interrupted(number: int, frame: Any) -> None:
 
 def _several(parallel: int, argv: Sequence[str]) -> None:
     """This command in several processes, which share the trials as any do that work in one folder."""
-    command = [sys.executable, "-m", "experiments.sweep", *argv, "--parallel=1", "--one_of_several"]
+    own = [flag for flag in argv if flag != "--retry_failed"]  # done already, by this one
+    command = [sys.executable, "-m", "experiments.sweep", *own, "--parallel=1", "--one_of_several"]
     started = [runner.bound(command, i, parallel) for i in range(parallel)]
     try:
         codes = [process.wait() for process in started]

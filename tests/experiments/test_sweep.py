@@ -56,6 +56,30 @@ def test_processes_with_members(arguments, start_command, tmp_path):
         assert same["metrics"][key] == pytest.approx(row["metrics"][key], rel=1e-5)
 
 
+def test_one_that_is_interrupted_says_how_it_goes_on(arguments, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep.runner, "run", interrupted)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    assert sweep.main(arguments("return grid({'optim.lr': [1e-2, 1e-1]})")) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "stopped: 0 of 2 trials have ended; the same command goes on.\n"
+
+
+def test_what_failed_is_taken_up_once_for_all_processes(arguments, monkeypatch):
+    commands = []
+
+    class Done:
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(sweep.runner, "bound", lambda command, slot, parallel: commands.append(command) or Done())
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    given = arguments("return grid({'optim.lr': [1e-2, 1e-1]})", "--retry_failed", "--vectorise=2", "--parallel=2")
+    assert sweep.main(given) == 0
+    assert [("--retry_failed" in command, "--parallel=1" in command) for command in commands] == [(False, True)] * 2
+
+
 def test_costs(arguments, capsys, monkeypatch, tmp_path):
     """Twice the width costs more than twice as much; nothing is written."""
     monkeypatch.setattr(cli, "setup", lambda: None)

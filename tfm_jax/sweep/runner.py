@@ -165,7 +165,7 @@ def _empty(slot: _Slot, source: Source, folder: Path, deaths: dict[str, int], sa
         write_atomic(run / FAILED, state.reason)
     if ended:
         source.ended(trial, state)
-        say(f"{trial.name}: {state.word}{f', {state.reason}' if state.reason else ''} at step {state.step}.")
+        say(f"{trial.name}: {state.word} at step {state.step}{f': {state.reason}' if state.reason else ''}.")
     slot.stack.close()
     slot.trial = slot.running = None
 
