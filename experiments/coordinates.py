@@ -87,7 +87,9 @@ def report(figures: Mapping[str, Any]) -> list[str]:
         f"muP is {flat}: at most {worst['mup']:.2f} (limit {FLAT}); the standard parametrisation {worst['standard']:.2f}.",
     ]
     if not worst["mup"] <= FLAT:
-        lines.append("If optim.lr is above the rate that trains best at the base, lower it first: such a rate has slopes of its own.")
+        lines.append(
+            "If optim.lr is above the rate that trains best at the base, lower it first: such a rate has slopes of its own."
+        )
     return lines
 
 
