@@ -16,6 +16,7 @@ from experiments import cli
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.files import write_atomic
+from tfm_jax.units import counted, short
 
 EXAMPLES = """\
   python -m experiments.plan --config=configs/gpt_stdlib.py --topology=v5e:2x4 --config.mesh.fsdp=8 --config.mesh.data=1
@@ -166,12 +167,12 @@ def figures(plan: Any, tokens: float) -> dict[str, Any]:
 def _report(plan: Any, chip: Any, tokens: float) -> str:
     room = chip.hbm / 2**30
     lines = [
-        f"{plan.params / 1e9:.2f} B parameters, {plan.tokens:,} tokens a step, {plan.chips} chips of {chip.name}"
+        f"{short(plan.params)} parameters, {plan.tokens:,} tokens a step, {counted(plan.chips, 'chip')} of {chip.name}"
         f" ({plan.topology}), compiled in {plan.compile_seconds:.0f} s.",
-        f"Memory: {plan.hbm / 2**30:.1f} of {room:.0f} GiB a chip: {'fits' if plan.fits else 'DOES NOT FIT'}.",
+        f"Memory: {plan.hbm / 2**30:.3g} of {room:.3g} GiB a chip: {'fits' if plan.fits else 'DOES NOT FIT'}.",
     ]
     if plan.fits:
-        lines[-1] += f" Arguments {plan.arguments / 2**30:.1f}, temporaries {plan.temporaries / 2**30:.1f} GiB."
+        lines[-1] += f" Arguments {plan.arguments / 2**30:.3g}, temporaries {plan.temporaries / 2**30:.3g} GiB."
     gave_way = [row for row in plan.table if row.note]
     lines += [
         f"  {row.path} {'x'.join(map(str, row.shape))}: {row.note} ({row.bytes_per_device / 2**20:.1f} MiB a chip)"
@@ -226,7 +227,7 @@ def _picture(plan: Any, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("ms a step")
     axes.set_title(
-        f"{plan.topology}: {1e3 * plan.step:.0f} ms, MFU {100 * plan.mfu:.0f} %, {plan.hbm / 2**30:.1f} GiB",
+        f"{plan.topology}: {1e3 * plan.step:.0f} ms, MFU {100 * plan.mfu:.0f} %, {plan.hbm / 2**30:.3g} GiB",
         fontsize=10,
     )
     axes.legend(fontsize=8)

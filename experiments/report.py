@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments import cli
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.units import counted
 
 EXAMPLES = """\
   python -m experiments.report runs/gpt_stdlib --prompt 'def main(' --attend 'for i in range(10):'
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{run.name} is damaged: {run.reason}")
     size = (folder / "index.html").stat().st_size
     seconds = time.perf_counter() - began
-    print(f"{folder / 'index.html'}  {len(runs)} runs, {size / 1e6:.1f} MB, {seconds:.1f} s")
+    print(f"{folder / 'index.html'}  {counted(len(runs), 'run')}, {size / 1e6:.1f} MB, {seconds:.1f} s")
     if flags.json:
         found = {"page": str(folder / "index.html"), "pictures": [str(path) for path in pictures], "runs": len(runs)}
         cli.print_json({**found, "best": best.name, metric: best.value(metric), "bytes": size, "seconds": seconds})

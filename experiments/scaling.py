@@ -15,6 +15,7 @@ from typing import Any
 from experiments import cli
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.units import counted, short
 
 EXAMPLES = """\
   python -m experiments.scaling 'sweeps/sizes/*' --metric=eval/validation/loss --budget=1e18 --to=runs/law"""
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [run for run, _ in read]
     found = scaling.fit(runs, resamples=flags.resamples)
     best, intervals, without = scaling.best(found, runs, flags.budget)
-    counted = sorted(flops / run.parameters for run, flops in read if flops is not None)
+    of_runs = sorted(flops / run.parameters for run, flops in read if flops is not None)
     figures = {
         "metric": flags.metric,
         "runs": [run._asdict() for run in runs],
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "budget": flags.budget,
         "optimum": {name: {"value": v, "low": intervals[name][0], "high": intervals[name][1]} for name, v in best._asdict().items()},
         "resamples_without_optimum": without,
-        "flops_per_parameter_and_token": {"used": scaling.FLOPS, "of_the_runs": counted and [counted[0], counted[-1]]},
+        "flops_per_parameter_and_token": {"used": scaling.FLOPS, "of_the_runs": of_runs and [of_runs[0], of_runs[-1]]},
     }  # fmt: skip
     flags.to.mkdir(parents=True, exist_ok=True)
     write_atomic(flags.to / "scaling.json", configs.to_json(figures))
@@ -57,32 +58,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (value, low, high) in scaling.constants(found).items():
         rows.append((name, f"{value:.4g}", f"{low:.4g} to {high:.4g}"))
     print(cli.table(rows))
-    print(f"{len(runs)} runs, {100 * found.residual:.2f} % away from it (root mean square).")
-    least, most = (scaling.short(x) for x in intervals["parameters"])
+    print(f"{counted(len(runs), 'run')}, {100 * found.residual:.2f} % away from it (root mean square).")
+    least, most = (short(x) for x in intervals["parameters"])
     print(
-        f"Best for {flags.budget:.3g} FLOPs: {scaling.short(best.parameters)} parameters ({least} to {most}) on"
-        f" {scaling.short(best.tokens)} tokens, loss {best.loss:.4g}."
+        f"Best for {flags.budget:.3g} FLOPs: {short(best.parameters)} parameters ({least} to {most}) on"
+        f" {short(best.tokens)} tokens, loss {best.loss:.4g}."
     )
     if without:
         print(
             f"{without} of {flags.resamples} resampled fits have no best size: the loss does not fall in them. The others' is meant."
         )
-    for line in _doubts(runs, flags.budget, counted):
+    for line in _doubts(runs, flags.budget, of_runs):
         print(line)
     if flags.json:
         cli.print_json(figures)
     return 0
 
 
-def _doubts(runs: Sequence[Any], budget: float, counted: Sequence[float]) -> list[str]:
+def _doubts(runs: Sequence[Any], budget: float, of_runs: Sequence[float]) -> list[str]:
     from tfm_jax.sweep import scaling
 
     lines, most = [], max(scaling.FLOPS * run.parameters * run.tokens for run in runs)
     if budget > 10 * most:
         lines.append(f"That is {budget / most:.0f} times the largest run: far outside of what was measured.")
-    if counted and counted[-1] > 1.5 * scaling.FLOPS:
+    if of_runs and of_runs[-1] > 1.5 * scaling.FLOPS:
         lines.append(
-            f"Counted are 6 FLOPs a parameter and token; these runs have {counted[0]:.1f} to {counted[-1]:.1f} by the model's own"
+            f"Counted are 6 FLOPs a parameter and token; these runs have {of_runs[0]:.1f} to {of_runs[-1]:.1f} by the model's own"
             " count, as small models with long sequences do."
         )
     return lines
@@ -108,8 +109,8 @@ def _read(run: Path, metric: str) -> tuple[Any, float | None]:
         raise UserError(f"{run}: its data.name={data['name']!r} has no fixed number of tokens a step (data.seq_len).")
     tokens = float(result["step"]) * data["batch_size"] * data["seq_len"]
     flops = getattr(build_model(config["model"]), "train_flops_per_token", None)
-    counted = None if flops is None else float(flops(data["seq_len"]))
-    return scaling.Run(run.as_posix(), float(result["parameters"]), tokens, float(result[metric])), counted
+    each = None if flops is None else float(flops(data["seq_len"]))
+    return scaling.Run(run.as_posix(), float(result["parameters"]), tokens, float(result[metric])), each
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tfm_jax.launch.slurm import launch
 from tfm_jax.sweep import runner, slurm, trials
 from tfm_jax.sweep.space import Choice, Overrides, Study, Trial, named, spelled
 from tfm_jax.sweep.streams import ByThread
+from tfm_jax.units import counted
 
 EXAMPLES = """\
   python -m experiments.sweep --config=configs/gpt_stdlib.py --sweep=configs/sweeps/lr.py --workdir=sweeps/lr --parallel=2
@@ -97,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not flags.one_of_several:
             states = [row["state"] for row in table(flags.workdir)]
             ended = sum(state in trials.ENDED for state in states)
-            print(f"stopped: {ended} of {len(states)} trials have ended; the same command goes on.", file=sys.stderr)
+            print(
+                f"stopped: {ended} of {counted(len(states), 'trial')} ended; the same command goes on.", file=sys.stderr
+            )
         return cli.INTERRUPTED
     if flags.one_of_several:
         return 0
@@ -239,7 +242,7 @@ def _dry_run(flags: Any, common: Mapping[str, str], sweep: Any, listed: Sequence
     least, most = (count * min(flops), count * max(flops)) if studied else (sum(flops), sum(flops))
     print(cli.table([("trial with" if studied else "trial", "steps", "FLOPs"), *rows]))
     said = f"{most:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
-    print(f"{count} trials, {said} FLOPs in all{', if none is stopped early' if studied else ''}.")
+    print(f"{counted(count, 'trial')}, {said} FLOPs in all{', if none is stopped early' if studied else ''}.")
     if flags.json:
         cli.print_json({"trials": count, "least_flops": least, "flops": most})
     return 0

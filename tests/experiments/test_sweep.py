@@ -63,7 +63,7 @@ def test_one_that_is_interrupted_says_how_it_goes_on(arguments, capsys, monkeypa
     monkeypatch.setattr(sweep.runner, "run", interrupted)
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
     assert sweep.main(arguments("return grid({'optim.lr': [1e-2, 1e-1]})")) == cli.INTERRUPTED
-    assert capsys.readouterr().err == "stopped: 0 of 2 trials have ended; the same command goes on.\n"
+    assert capsys.readouterr().err == "stopped: 0 of 2 trials ended; the same command goes on.\n"
 
 
 def test_what_failed_is_taken_up_once_for_all_processes(arguments, monkeypatch):

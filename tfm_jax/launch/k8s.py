@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def launch(
     write_atomic(output, text)
     if dry_run:
         print(text, end="")
+        print(f"{output} is written; nothing is applied.", file=sys.stderr)
         return 0
     if shutil.which("kubectl") is None:
         raise UserError(

@@ -85,6 +85,7 @@ def launch(
     write_atomic(path, text)
     if dry_run:
         print(text, end="")
+        print(f"{path} is written; nothing is submitted.", file=sys.stderr)
         return 0
     if shutil.which("sbatch") is None:
         raise UserError(

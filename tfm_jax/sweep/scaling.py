@@ -16,6 +16,7 @@ from scipy.optimize import least_squares
 from scipy.special import logsumexp
 
 from tfm_jax.errors import UserError
+from tfm_jax.units import short
 
 # Beyond this residual of log L the Huber loss is linear (appendix D.3).
 HUBER = 1e-3
@@ -295,14 +296,6 @@ def _size(law: Law, budget: float, flops: float) -> float:
 def _title(found: Fit) -> str:
     law = found.law
     return f"{law.E:.3g} + {law.A:.3g} / N^{law.alpha:.2f} + {law.B:.3g} / D^{law.beta:.2f}"
-
-
-def short(value: float) -> str:
-    """1.23 M."""
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 def constants(found: Fit) -> Mapping[str, tuple[float, float, float]]:

@@ -21,6 +21,7 @@ from tfm_jax.train.checkpoint import Checkpointer, CorruptCheckpoint, Restored, 
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.state import TrainState
 from tfm_jax.train.surgery import LINE, Report, Resize, transfer
+from tfm_jax.units import counted
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def latest(path: Path, steps: Sequence[int], last: int, count: int) -> list[int]
     found = [step for step in steps if step <= last][-count:] if count > 0 else []
     if len(found) < max(count, 1):
         raise UserError(
-            f"--average={count}: {path} has {len(found)} checkpoints up to step {last}. A run keeps more of them with"
+            f"--average={count}: {path} has {counted(len(found), 'checkpoint')} up to step {last}. A run keeps more of them with"
             " checkpoint.keep."
             if count > 0
             else f"--average={count}: must be at least 1."
