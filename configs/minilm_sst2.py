@@ -74,7 +74,8 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         config.train.adapter = {
             "name": arguments,
             "rank": 4,
-            "alpha": 8.0,
+            # AdaLoRA's P and Q have length 1: its s alone, at the same rate, has to carry what LoRA's whole B does.
+            "alpha": 8.0 if arguments == "lora" else 32.0,
             # All of them: rank 8 of queries and values alone, with the pooler trained too, has 87.0 % after as many steps.
             "pattern": r"(attention/(query|key|value|out)|mlp/(up|down))/kernel$",
             "train": ("class_head/",),
