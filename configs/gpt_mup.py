@@ -24,6 +24,8 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "width": 32 if smoke else 64,
                 "heads": 4,
                 "max_len": 64,
+                # 1 / sqrt(width) of the base: a wider model begins with what these have become by then.
+                "init_std": 0.125,
             },
             "data": {"name": "tokens", "source": "stdlib", "tokenizer": "bytes", "seq_len": 64, "batch_size": 16},
             "optim": {"lr": 2**-9, "warmup_steps": 10, "options": {"b2": 0.99}},
