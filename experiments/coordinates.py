@@ -88,7 +88,8 @@ def report(figures: Mapping[str, Any]) -> list[str]:
     ]
     if not worst["mup"] <= FLAT:
         lines.append(
-            "If optim.lr is above the rate that trains best at the base, lower it first: such a rate has slopes of its own."
+            "A few narrow widths and seeds differ by chance, and a rate that hardly trains has slopes of its own: before it is"
+            " believed, try wider --widths, more --seeds and a lower optim.lr."
         )
     return lines
 

@@ -24,7 +24,7 @@ EXAMPLES = """\
 CONFIG = "configs/gpt_mup.py"
 WIDTHS = (64, 512)
 # Powers of 2, from too low to too high for both.
-GRID = tuple(range(-12, -3))
+GRID = tuple(range(-12, -4))
 METRIC = "eval/validation/loss"
 # By width and learning rate.
 Losses = dict[int, dict[float, float]]
@@ -83,15 +83,14 @@ def rates(losses: Mapping[str, Losses]) -> dict[str, Any]:
 
 def sweep(config: configs.Config, widths: Sequence[int], powers: Sequence[int], name: str, folder: Path) -> Losses:
     """The final loss at each width and rate; one that diverged has lost."""
+    from tfm_jax.train.coordinates import at_width
+
     found: Losses = {}
     for width in widths:
-        # At the base both are one.
-        sizes = config["train"]["mup"] if name == "mup" and width != config["train"]["mup"]["width"] else None
+        one = at_width(config, width, name, width)
         for rate in (2.0**power for power in powers):
-            changes = {"model.width": width, "optim.lr": rate, "train.mup": sizes}
-            found.setdefault(width, {})[rate] = loss(
-                configs.changed(config, changes), folder / f"{'mup' if sizes else 'standard'}-{width}-{rate:.6f}"
-            )
+            run = folder / f"{'mup' if one['train']['mup'] else 'standard'}-{width}-{rate:.6f}"
+            found.setdefault(width, {})[rate] = loss(configs.changed(one, {"optim.lr": rate}), run)
     return found
 
 

@@ -18,7 +18,9 @@ import numpy as np
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
+from tfm_jax.sections import build_model
 from tfm_jax.tasks.base import bind
+from tfm_jax.train import mup
 from tfm_jax.train.build import build
 
 # By name of the quantity, in the order of its steps.
@@ -27,19 +29,22 @@ NAMES = {"standard": "standard parametrisation", "mup": "muP"}
 
 
 def at_width(config: configs.Config, width: int, parametrisation: str, base: int) -> configs.Config:
-    """The config at another width, standard or by muP.
+    """The config at another width, standard or by muP; at the base both are one.
+
+    The standard one (the paper's table 3) has one rate for all, and initial values whose variance falls with the width, as muP's.
 
     Args:
       base: the width of the base where `train.mup` does not say.
     """
-    sizes = None if parametrisation == "standard" else config["train"]["mup"] or {"width": base}
-    if sizes is not None and all(
-        size == (config["model"] | {"width": width}).get(name) for name, size in sizes.items()
-    ):
-        sizes = None  # the base itself, where both are one
-    # Constant from the first step on: a warm-up would hide what a step does.
-    rate = {"optim.schedule": "constant", "optim.warmup_steps": 0}
-    return configs.changed(config, {"model.width": width, "train.mup": sizes, **rate})
+    sizes = config["train"]["mup"] or {"width": base}
+    if all(size == (config["model"] | {"width": width}).get(name) for name, size in sizes.items()):
+        return configs.changed(config, {"model.width": width, "train.mup": None})
+    wide = configs.changed(config, {"model.width": width, "train.mup": sizes})
+    mup.check(wide)
+    if parametrisation == "mup":
+        return wide
+    std = build_model(config["model"]).block.init_std * (sizes.get("width", base) / width) ** 0.5
+    return configs.changed(config, {"model.width": width, "model.init_std": std, "train.mup": None})
 
 
 def moves(config: configs.Config, *, steps: int) -> Moves:
@@ -47,7 +52,8 @@ def moves(config: configs.Config, *, steps: int) -> Moves:
 
     Of `logits`, and of what the blocks say of themselves: attention `scores` and `states`, by their paths.
     """
-    experiment = build(config)
+    # Constant from the first step on: a warm-up would hide what a step does.
+    experiment = build(configs.changed(config, {"optim.schedule": "constant", "optim.warmup_steps": 0}))
     model = experiment.model
 
     def seen(params: Any, inputs: Any) -> dict[str, jax.Array]:
