@@ -28,7 +28,7 @@ _OWN_FILES = (
 )  # fmt: skip
 SMOKE = [name for name in NAMES if name not in _OWN_FILES]
 # Of the blocks that there are; the other families' meshes are for `make journeys`.
-_SHORT = ("gpt_stdlib", "moe_stdlib", "t5_stdlib", "vit_digits")
+_SHORT = ("gpt_stdlib", "moe_stdlib", "vit_digits")
 
 
 def losses(name, sizes, steps=2):

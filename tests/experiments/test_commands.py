@@ -69,13 +69,13 @@ def test_greedy_text_is_reproducible(finished, capsys):
 
 def test_evaluate_a_step(finished, capsys):
     run = finished[0]
-    assert evaluate.main(["--run", str(run), "--step", "4", "--json"]) == 0
+    assert evaluate.main(["--run", str(run), "--steps", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     (line,) = (run / "evaluations.jsonl").read_text().splitlines()
     assert found["step"] == 4 and json.loads(line)["results"].items() <= found.items()
-    for command in (evaluate, generate):
+    for command, flag in ((evaluate, "--steps"), (generate, "--step")):
         with pytest.raises(UserError) as wrong:
-            command.main(["--run", str(run), "--step", "5"])
+            command.main(["--run", str(run), flag, "5"])
         assert str(wrong.value) == f"{run} has no checkpoint of step 5. There are: 4, 8."
 
 

@@ -210,7 +210,7 @@ def test_the_failed_are_tried_again_if_asked(tmp_path):
 
     study, said = wanted(sampler="random", trials=2), []
     runner.run(drawn(tmp_path, study), tmp_path, failing, wait=0.01, say=said.append)
-    assert len(said) == 2 and all("failed, by chance" in line for line in said)
+    assert len(said) == 2 and all(": failed at step 0: by chance" in line for line in said)
     runner.run(drawn(tmp_path, study), tmp_path, start, wait=0.01)
     assert drawn(tmp_path, study).best() is None
     again = Drawn(study, tmp_path, retry=True)
