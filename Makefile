@@ -70,7 +70,7 @@ journeys: $(VENV)/.ready  ## the long tests: whole commands, killed processes, a
 	@$(BIN)/python -m pytest -m journey --numprocesses=auto --maxprocesses=4 $(ARGS)
 
 parity: $(VENV)/.parity  ## compare with PyTorch live
-	@$(BIN)/python -m pytest -m parity tests/parity $(ARGS)
+	@$(BIN)/python -m pytest -m parity $(ARGS)
 
 reproduce-shakespeare: $(VENV)/.ready  ## nanoGPT's CPU figure; DATA=path/to/input.txt (about 2 minutes)
 	@$(BIN)/python -m experiments.reproduce.shakespeare --data $(or $(DATA),$(error give DATA=path/to/input.txt)) $(ARGS)

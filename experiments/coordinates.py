@@ -3,8 +3,8 @@
 Trains the config a few steps at each width and compares what has changed (Yang et al. 2022, appendix D.1). `train.mup` of the
 config says the base; without it that is the smallest width. The rate is the config's, without its warm-up: give one that trains
 well at the base. Above it what a step has moved makes the next step larger, and sooner in a wide model: that is no longer the
-parametrisation's slope. Writes `coordinates.json` and `coordinates.png`. Exits with 1 if
-something grows or shrinks with the width under muP.
+parametrisation's slope. Writes `coordinates.json` and `coordinates.png`. Exits with 1 if something grows or shrinks with the width
+under muP.
 """
 
 from __future__ import annotations

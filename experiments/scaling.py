@@ -18,7 +18,7 @@ from tfm_jax.errors import UserError, nearest
 from tfm_jax.units import counted, short
 
 EXAMPLES = """\
-  python -m experiments.scaling 'sweeps/sizes/*' --metric=eval/validation/loss --budget=1e18 --to=runs/law"""
+  python -m experiments.scaling 'sweeps/sizes/*' --metric=eval/validation/loss --budget=1e13 --to=runs/law"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

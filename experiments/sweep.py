@@ -96,11 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             runner.run(source, flags.workdir, start, parallel=flags.parallel)
     except KeyboardInterrupt:
         if not flags.one_of_several:
-            states = [row["state"] for row in table(flags.workdir)]
-            ended = sum(state in trials.ENDED for state in states)
-            print(
-                f"stopped: {ended} of {counted(len(states), 'trial')} ended; the same command goes on.", file=sys.stderr
-            )
+            print(_stopped(flags.workdir), file=sys.stderr)
         return cli.INTERRUPTED
     if flags.one_of_several:
         return 0
@@ -125,6 +121,12 @@ def _backend_flags(made: argparse.ArgumentParser, argv: Sequence[str] | None) ->
 def _interrupted(number: int, frame: Any) -> None:
     """SIGTERM is as Ctrl-C: what runs is told to save."""
     raise KeyboardInterrupt
+
+
+def _stopped(folder: Path) -> str:
+    states = [row["state"] for row in table(folder)]
+    ended = sum(state in trials.ENDED for state in states)
+    return f"stopped: {ended} of {counted(len(states), 'trial')} ended; the same command goes on."
 
 
 def _several(parallel: int, argv: Sequence[str]) -> None:

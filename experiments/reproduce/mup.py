@@ -87,7 +87,7 @@ def sweep(config: configs.Config, widths: Sequence[int], powers: Sequence[int], 
 
     found: Losses = {}
     for width in widths:
-        one = at_width(config, width, name, width)
+        one = at_width(config, width, name, min(widths))
         for rate in (2.0**power for power in powers):
             run = folder / f"{'mup' if one['train']['mup'] else 'standard'}-{width}-{rate:.6f}"
             found.setdefault(width, {})[rate] = loss(configs.changed(one, {"optim.lr": rate}), run)

@@ -161,7 +161,6 @@ def test_halves_that_do_not_belong_together(electra, tmp_path):
 
 
 @pytest.mark.parity
-@pytest.mark.journey
 def test_transformers_reads_both_halves(electra):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

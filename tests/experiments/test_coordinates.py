@@ -6,8 +6,9 @@ import jax
 import pytest
 
 from experiments import coordinates
+from tfm_jax import config as configs
 from tfm_jax.errors import UserError
-from tfm_jax.train.coordinates import slopes
+from tfm_jax.train.coordinates import at_width, slopes
 
 
 def test_flat_for_mup_and_not_for_the_standard(config_file, tmp_path, capsys, monkeypatch):
@@ -23,6 +24,23 @@ def test_flat_for_mup_and_not_for_the_standard(config_file, tmp_path, capsys, mo
     # What has been measured is not measured again.
     assert coordinates.main([*flags, "--widths", "16", "128"]) == 0
     assert "measured" not in capsys.readouterr().out
+
+
+def test_the_standard_one_begins_by_its_fan_in():
+    """Four times the width has half the standard deviation; muP's is the base's, scaled where it is made; at the base both are one."""
+    config = configs.resolve(configs.load("configs/gpt_mup.py"))
+    standard, mup = (at_width(config, 256, name, 64) for name in ("standard", "mup"))
+    assert (standard["model"]["init_std"], standard["train"]["mup"]) == (0.0625, None)
+    assert (mup["model"]["init_std"], mup["train"]["mup"]) == (0.125, {"width": 64})
+    assert standard["optim"] == mup["optim"] == config["optim"]
+    base = [at_width(config, 64, name, 64) for name in ("standard", "mup")]
+    assert base[0] == base[1] and base[0]["model"]["init_std"] == 0.125
+
+
+def test_a_family_without_such_a_parametrisation():
+    config = configs.resolve(configs.load("configs/t5_stdlib.py"))
+    with pytest.raises(UserError, match=r"model\.name='t5' does not say where its width ends"):
+        at_width(config, 128, "standard", 16)
 
 
 def test_one_width_says_nothing(config_file, tmp_path):
