@@ -27,7 +27,7 @@ from bokeh.plotting import figure
 from tfm_jax.sweep import content
 from tfm_jax.sweep.content import Map, Report, finite, scale, shown
 from tfm_jax.sweep.results import metrics, ranked
-from tfm_jax.sweep.space import short
+from tfm_jax.sweep.space import short_names
 
 TOOLS = "tap,box_zoom,pan,reset,save"
 DIM = {"nonselection_alpha": 0.08, "selection_alpha": 1.0}
@@ -45,7 +45,7 @@ class Figures:
     def __init__(self, report: Report) -> None:
         self.report = report
         self.runs = ranked(report.runs, report.metric, report.goal)
-        self.names = short(report.keys)
+        self.names = short_names(report.keys)
         columns: dict[str, list[Any]] = {
             "run": [run.name for run in self.runs],
             "state": [run.state for run in self.runs],

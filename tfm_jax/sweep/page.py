@@ -12,7 +12,7 @@ from typing import Any
 from tfm_jax.errors import UserError
 from tfm_jax.sweep.content import Report, curves, shown
 from tfm_jax.sweep.results import Run, ranked
-from tfm_jax.sweep.space import short
+from tfm_jax.sweep.space import short_names
 
 
 def page(report: Report) -> str:
@@ -88,7 +88,7 @@ def _summary(report: Report) -> str:
         counts[run.state] = counts.get(run.state, 0) + 1
     states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     best = ranked(report.runs, report.metric, report.goal)[0]
-    value, names = best.value(report.metric), short(report.keys)
+    value, names = best.value(report.metric), short_names(report.keys)
     said = ", ".join(f"{names[key]} {shown(best.config.get(key))}" for key in report.keys)
     which = "" if len(report.runs) == 1 else f" of {best.name}" + (f" ({said})" if said and said != best.name else "")
     found = (
@@ -107,7 +107,7 @@ def _table(kind: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
 
 def _printed(report: Report) -> str:
     """The table as text, for paper and for readers without scripts, and what became of runs that did not finish."""
-    names = short(report.keys)
+    names = short_names(report.keys)
     rows = (
         (run.name, run.state, run.step, run.value(report.metric), *(run.config.get(k) for k in report.keys))
         for run in ranked(report.runs, report.metric, report.goal)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tfm_jax.sweep.content import GREY, Report, curves, finite, scale, shown, thinned
 from tfm_jax.sweep.results import ranked
-from tfm_jax.sweep.space import short
+from tfm_jax.sweep.space import short_names
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
@@ -17,7 +17,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
     from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
 
-    runs, names, paths = ranked(report.runs, report.metric, report.goal), short(report.keys), []
+    runs, names, paths = ranked(report.runs, report.metric, report.goal), short_names(report.keys), []
     whole = sum(not run.pruned for run in runs)
     shades = iter(0.82 * i / max(whole - 1, 1) for i in range(whole))
     colors = [GREY if run.pruned else to_hex(colormaps["viridis"](next(shades))) for run in runs]

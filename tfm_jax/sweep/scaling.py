@@ -231,7 +231,12 @@ def _descend(start: np.ndarray, data: tuple[np.ndarray, np.ndarray, np.ndarray])
     2404.10102, section 3).
     """
     tight = dict(ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=300)
-    return least_squares(_residuals, start, _jacobian, args=data, loss="huber", f_scale=HUBER, x_scale="jac", **tight)
+    # Where a resampled fit leaves a constant undetermined, scipy's search for the length of a step divides by a singular value of 0,
+    # and goes on within its bounds.
+    with np.errstate(divide="ignore"):
+        return least_squares(
+            _residuals, start, _jacobian, args=data, loss="huber", f_scale=HUBER, x_scale="jac", **tight
+        )
 
 
 def _law(x: np.ndarray) -> Law:

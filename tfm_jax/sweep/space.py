@@ -206,7 +206,7 @@ def named(sweep: Sequence[Overrides]) -> list[Trial]:
         raise UserError("sweep: the space is empty.")
     keys = list(dict.fromkeys(key for one in sweep for key in one))
     varying = [key for key in keys if len({repr(one.get(key, _UNSET)) for one in sweep}) > 1]
-    said = short(_told_apart(varying, sweep))
+    said = short_names(_told_apart(varying, sweep))
     seen: dict[str, Overrides] = {}
     for one in sweep:
         name = ",".join(f"{end}={text_of(one[key])}" for key, end in said.items() if key in one) or "only"
@@ -219,7 +219,7 @@ def named(sweep: Sequence[Overrides]) -> list[Trial]:
 _UNSET = object()
 
 
-def short(keys: Sequence[str]) -> dict[str, str]:
+def short_names(keys: Sequence[str]) -> dict[str, str]:
     """The last part of each dotted key, where no other key ends so."""
     ends = [key.rpartition(".")[2] for key in keys]
     return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}

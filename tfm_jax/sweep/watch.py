@@ -15,7 +15,7 @@ from tfm_jax.errors import UserError
 from tfm_jax.sweep import results
 from tfm_jax.sweep.content import shown
 from tfm_jax.sweep.results import Goal, Run
-from tfm_jax.sweep.space import short
+from tfm_jax.sweep.space import short_names
 from tfm_jax.sweep.trials import FINISHED
 
 # Columns beside the run's name that are there however narrow the terminal is, and what is left of a name then.
@@ -41,7 +41,7 @@ def table(runs: Sequence[Run], metric: str | None, goal: Goal | None, now: float
     if metric is not None and _due(runs, metric):
         results.deciding(runs, metric)
     metric, goal = results.judged(runs, metric, goal)
-    names = short(keys)
+    names = short_names(keys)
     losses = [metric] if metric is not None else [n for n in known if n.startswith("eval/") and n.endswith("/loss")]
     losses = list(dict.fromkeys([*losses, "train/loss"]))
     fast = [n for n in known if n.endswith("_per_sec") and n != "perf/steps_per_sec"]
