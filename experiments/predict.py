@@ -2,7 +2,8 @@
 
 For `data.name=examples`: logits (N, C), which `data.predictions` of another run takes for a teacher's, or numbers (N,), in
 their own unit, which it does not.
-`--config.KEY=VALUE` changes the run's config, for other data or another mesh.
+`--config.KEY=VALUE` changes the run's config, for other data or another mesh: `--config.data.split=all` has every example of a
+source without splits of its own in one, `--config.data.label=None` reads texts that have no labels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from tfm_jax.errors import UserError
 
 EXAMPLES = """\
   python -m experiments.predict --run runs/minilm_sst2-0 --split train --to teacher.npy
-  python -m experiments.predict --run runs/reviews --to new.npy --config.data.source='jsonl:new/*.jsonl'"""
+  python -m experiments.predict --run runs/reviews --to new.npy --config.data.source='jsonl:new/*.jsonl' --config.data.split=all
+  python -m experiments.predict --run runs/reviews --to new.npy --config.data.source='jsonl:new/*.jsonl' --config.data.split=all \\
+    --config.data.label=None"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from tests.errors import says
 from tests.test_configs import FOLDER, NAMES
 from tfm_jax import config as configs
 from tfm_jax.data.tokenizers import load_tokenizer
+from tfm_jax.errors import UserError
 from tfm_jax.train import rundir
 from tfm_jax.train.build import build
 from tfm_jax.train.restore import with_donors
@@ -95,6 +96,25 @@ def test_a_teacher_that_has_spoken_beforehand(reviews, trained, tmp_path):
         build(configs.resolve(apart, [("data.source", reviews.replace("*", "valid")), ("data.split", "all")]))
     with says("task.hidden and task.attention need the teacher itself: task.teacher=RUN."):
         build(configs.resolve(apart, [("task.hidden", "((1, 1),)")]))
+
+
+def test_predictions_of_texts_without_labels(reviews, trained, tmp_path):
+    """Those of the same texts with their labels, in the file's order."""
+    base, _, _ = trained
+    labelled, new = reviews.removeprefix("jsonl:").replace("*", "valid"), tmp_path / "new.jsonl"
+    with open(labelled) as rows:
+        new.write_text("".join(json.dumps({"text": json.loads(row)["text"]}) + "\n" for row in rows))
+    found = {}
+    for source, more in ((labelled, []), (new, ["--config.data.label=None"])):
+        to = tmp_path / "logits.npy"
+        command = [f"--run={base}/minilm_sst2-smoke-0", f"--to={to}", f"--config.data.source=jsonl:{source}"]
+        assert predict.main([*command, "--config.data.split=all", *more]) == 0
+        found[source] = np.load(to)
+    assert found[new].shape == (60, 2)
+    np.testing.assert_allclose(found[new], found[labelled], atol=1e-6)
+    with pytest.raises(UserError, match="This data has no labels to train or to score by: data.label=None"):
+        evaluate.main(["--run", f"{base}/minilm_sst2-smoke-0", f"--config.data.source=jsonl:{new}", "--config.data.split=all",
+                       "--config.data.label=None"])  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["bert_books", "t5_books", "lm_wikitext2"])
@@ -192,6 +212,13 @@ def test_recipes_say_what_they_want(tmp_path):
     names = ", ".join(f"{small}:{name}" for name in ("sst2", "sst2_scratch", "cola", "cola_scratch"))
     with says(f"--config={small} says no figure in RECIPES. Its recipes are {names}. Or give --metric."):
         recipe.main([f"--config={small}"])
+    with says(
+        "--config.train.steps=3: results/ has the figures of the recipe as it is. Name a folder for others: --results=FOLDER."
+    ):
+        recipe.main([f"--config={FOLDER}/bert_books.py", "--config.train.steps=3"])
+    (tmp_path / "data").mkdir()
+    with says(f"--data={tmp_path}/dta: there is no such folder. Did you mean 'data'?"):
+        recipe.main([f"--config={FOLDER}/bert_books.py", f"--data={tmp_path}/dta"])
     with says(f"{FOLDER}/scitldr.py starts from runs/t5_books-0: finish `make reproduce-t5_books` (seed 0) first."):
         recipe.main([f"--config={FOLDER}/scitldr.py"])
     with says(f"--model=there: {FOLDER}/bert_books.py starts from no imported model."):

@@ -1,7 +1,8 @@
 """Train a config once for each seed and write the figure that it is for: `results/NAME.json`.
 
 What a config's figure is, and what it should be, stands beside it in its file, `RECIPES` by arguments. A run that is finished is
-not trained again, and one that was cut goes on. Further `--config.SECTION.KEY=VALUE` are for every run.
+not trained again, and one that was cut goes on. Further `--config.SECTION.KEY=VALUE` are for every run; such figures are not the
+recipe's and go to another folder, `--results`.
 """
 
 from __future__ import annotations
@@ -60,17 +61,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--at-least", type=float, help="of the first metric: another goal than the recipe's")
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
     made.add_argument("--workdir", type=Path, default=Path("runs"), help="folder of the runs")
-    made.add_argument("--results", type=Path, default=RESULTS, help="folder of NAME.json")
+    made.add_argument("--results", type=Path, help=f"folder of NAME.json ({RESULTS})")
     flags, overrides = cli.parse(made, argv)
     module, arguments = configs.load_module(flags.config)
-    recipe = dict(getattr(module, "RECIPES", {}).get(arguments, {}))
+    known = getattr(module, "RECIPES", {})
+    recipe = dict(known.get(arguments, {}))
+    changed = [f"--config.{key}={value}" for key, value in overrides if key not in LOCAL]
+    changed += [flag for flag in ("--metric", "--at-least") if getattr(flags, flag[2:].replace("-", "_")) is not None]
+    if recipe and changed and flags.results is None:
+        raise UserError(
+            f"{changed[0]}: {RESULTS}/ has the figures of the recipe as it is. Name a folder for others: --results=FOLDER."
+        )
+    results = flags.results or RESULTS
     recipe |= {"metrics": flags.metric} if flags.metric else {}
     recipe |= {} if flags.at_least is None else {"goals": [{"least": flags.at_least}]}
     if "metrics" not in recipe:
-        known = [f"{flags.config.partition(':')[0]}:{name}" for name in getattr(module, "RECIPES", {})]
-        others = f" Its recipes are {', '.join(known)}." if known else ""
+        file = flags.config.partition(":")[0]
+        names = ", ".join(f"{file}:{name}" if name else file for name in known)
+        others = f" Its recipes are {names}." if names else ""
         raise UserError(f"--config={flags.config} says no figure in RECIPES.{others} Or give --metric.")
     if flags.data is not None:
+        if not flags.data.is_dir():
+            beside = flags.data.absolute().parent
+            others = [path.name for path in beside.iterdir() if path.is_dir()] if beside.is_dir() else []
+            raise UserError(f"--data={flags.data}: there is no such folder.{nearest(flags.data.name, others)}")
         overrides = [*overrides, ("data.manual_dir", str(flags.data.absolute()))]
     for run in map(Path, recipe.get("needs", ())):
         if not (run / "result.json").is_file():
@@ -94,14 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             name,
             figures,
             config={"file": flags.config, "overrides": settings},
-            folder=flags.results,
+            folder=results,
             # A finished run may be older than the code and the day.
             revision=_each(found, "revision"),
             date=_each(found, "date"),
         )
     spread = f" (+- {figures['deviation']:.4f} over {len(found)} seeds)" if len(found) > 1 else ""
     print(f"{name}: {figures['metric']} {figures['mean']:.4f}{spread}")
-    checked = [check(goal, figures, flags.results) for goal in figures["goals"]]
+    checked = [check(goal, figures, results) for goal in figures["goals"]]
     for words, met in checked:
         print(f"  asked: {words}{'' if met is None else ': met' if met else ': missed'}")
     if flags.json:

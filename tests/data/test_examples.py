@@ -14,6 +14,7 @@ from tfm_jax.data.rows import POOL
 from tfm_jax.data.tokenizers import read_json_tokenizer
 from tfm_jax.data.types import Frame
 from tfm_jax.data.vocabularies import byte_tokenizer
+from tfm_jax.tasks.base import targets_of
 
 WORDS = ["the", "whale", "ship", "sea", "sails", "swims", "on", "in", "and", "a"]
 DRAW = np.random.default_rng(0)
@@ -241,8 +242,20 @@ def test_pairs_that_stay_apart(folder, bert):
     np.testing.assert_array_equal(unlabelled.train.batch_at(0)["targets"], np.zeros(8))
     with says("data.pair_as='apart': there is no second text. Set data.pair=FIELD."):
         make(**common, pair_as="apart")
-    with says("data.label=None: nothing is predicted then. Give a field, or data.pair_as='apart'."):
-        make(**common, pair="other", label=None)
+
+
+def test_texts_without_labels(folder, bert):
+    """The rows of labelled ones, without targets: a task that needs them says so."""
+    labelled, plain = (opened(folder, bert, label=label, batch_size=5, seq_len=64) for label in ("place", None))
+    assert plain.sizes == plain.filled_in == {} and len(plain.train.examples) == len(labelled.train.examples)
+    for step in range(3):
+        have, want = plain.train.batch_at(step), labelled.train.batch_at(step)
+        assert have.keys() == {"inputs", "weights"}
+        np.testing.assert_array_equal(have["inputs"]["tokens"], want["inputs"]["tokens"])
+    with says(
+        "This data has no labels to train or to score by: data.label=None is for `python -m experiments.predict`."
+    ):
+        targets_of(have)
 
 
 def test_a_run_keeps_the_names_of_its_classes(folder, bert, tmp_path):

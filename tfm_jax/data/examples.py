@@ -56,7 +56,8 @@ def make(
       text: the field that is the text.
       pair: the field of a second text.
       pair_as: whether the two are `joined` in one row, or stay `apart`, for a task that compares them.
-      label: the field to predict; None for texts that only belong together, whose targets are 0.
+      label: the field to predict; None for texts that only belong together, whose targets are 0, and for texts whose labels
+        are not known: without targets, for `python -m experiments.predict`.
       names: the classes in their order; those of the train split, sorted, if None, and kept with the run. Labels may be their
         numbers instead.
       predictions: a `.npy` of what a teacher predicts for each example of the train split, in its order, (N, C) float, as
@@ -90,8 +91,6 @@ def make(
     apart = pair_as == "apart"
     if apart and pair is None:
         raise UserError("data.pair_as='apart': there is no second text. Set data.pair=FIELD.")
-    if label is None and not apart:
-        raise UserError("data.label=None: nothing is predicted then. Give a field, or data.pair_as='apart'.")
     marks = len(frame.before) + len(frame.after) + (0 if pair is None or apart else len(frame.between))
     needed = 1 if apart else len(corpora)
     if seq_len < marks + needed:
@@ -106,11 +105,14 @@ def make(
     if names is not None and kind != "class":
         raise UserError(f"data.names={tuple(names)}: a number has no classes. Leave it out.")
     known = None if names is None else list(names)
-    classes = [] if kind != "class" else known or _classes(labels["train"], source, str(label))
+    classes = [] if kind != "class" or label is None else known or _classes(labels["train"], source, label)
     told = None if predictions is None else _told(predictions, len(labels["train"]))
 
     def made(name: str) -> _Examples | _Apart:
-        targets = _targets(labels[name], kind, classes, f"data.source={source!r}, {name}", str(label))
+        where = f"data.source={source!r}, {name}"
+        targets = None if label is None else _targets(labels[name], kind, classes, where, label)
+        if apart and targets is None:
+            targets = np.zeros(len(labels[name]), np.int32)
         teacher = told if name == "train" else None
 
         def of(*corpora: Corpus) -> _Examples:
@@ -213,10 +215,10 @@ def _targets(labels: Sequence[Any], kind: Kind, classes: Sequence[Any], where: s
 
 @dataclass(frozen=True, eq=False)
 class _Examples:
-    """Tokenized examples of a split: their texts, and targets (N,)."""
+    """Tokenized examples of a split: their texts, and targets (N,) if they have any."""
 
     texts: tuple[Texts, ...]
-    targets: np.ndarray
+    targets: np.ndarray | None
     frame: Frame
     seq_len: int
     pad: int
@@ -225,10 +227,10 @@ class _Examples:
 
     def __post_init__(self) -> None:
         for text in self.texts:
-            assert len(text.edges) == len(self.targets) + 1, "A record gave more than one document, or none."
+            assert len(text.edges) == len(self) + 1, "A record gave more than one document, or none."
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.texts[0].edges) - 1 if self.targets is None else len(self.targets)
 
     @property
     def marks(self) -> list[list[int]]:
@@ -257,9 +259,11 @@ class _Examples:
         return self.rows(index, inside, width_for(int(self.lengths(whole).max()), self.seq_len))
 
     def rows(self, index: np.ndarray, inside: np.ndarray, width: int) -> Batch:
-        inputs = self.inputs(index, width)
-        batch = {"inputs": inputs, "targets": self.targets[index], "weights": inside.astype(np.float32)}
-        return batch if self.told is None else {**batch, "teacher": self.told[index]}
+        batch: Batch = {"inputs": self.inputs(index, width), "weights": inside.astype(np.float32)}
+        for name, of_each in (("targets", self.targets), ("teacher", self.told)):
+            if of_each is not None:
+                batch[name] = of_each[index]
+        return batch
 
     def inputs(self, index: np.ndarray, width: int) -> dict[str, np.ndarray]:
         """What a model is given of some examples."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from tfm_jax.errors import UserError
 from tfm_jax.evals.base import Context, Evaluate, needed, predictions
+from tfm_jax.tasks.base import targets_of
 
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
 
@@ -43,7 +44,7 @@ def make(
         targets, found = list[np.ndarray](), list[np.ndarray]()
         for batch, made in predictions(context, state, dataset, "predict"):
             shown = batch["weights"] > 0
-            targets.append(batch["targets"][shown])
+            targets.append(targets_of(batch)[shown])
             found.append(made["prediction"][shown])
         wanted, values = np.concatenate(targets), np.concatenate(found)
         return {metric: scored(metric, wanted, values) for metric in metrics} | {"examples": float(len(wanted))}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 
+from tfm_jax.errors import UserError
 from tfm_jax.nn.capture import AUXILIARY, SAID, collected
 
 Params = Any
@@ -141,6 +142,20 @@ class Task:
     carry: Carry | None = None
     predict_fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     unit: str = "token"
+
+
+def targets_of(batch: Mapping[str, Any]) -> Any:
+    """What a batch's rows should be told as.
+
+    Raises:
+      UserError: there is nothing of the kind.
+    """
+    if "targets" not in batch:
+        raise UserError(
+            "This data has no labels to train or to score by: data.label=None is for `python -m experiments.predict`. Name the"
+            " field."
+        )
+    return batch["targets"]
 
 
 def with_auxiliary(task: Task) -> Task:

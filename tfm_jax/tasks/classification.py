@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
 from tfm_jax.losses.cross_entropy import cross_entropy
-from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
+from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, targets_of
 
 TOP = 5
 
@@ -32,7 +32,7 @@ def make(*, label_smoothing: float = 0.0) -> Task:
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
         if "logits" not in out:
             raise UserError(f"This model gives no class: it returns {', '.join(sorted(out))}. See model.outputs.")
-        logits, targets, weights = out["logits"], batch["targets"], batch["weights"]
+        logits, targets, weights = out["logits"], targets_of(batch), batch["weights"]
         if targets.ndim != 1:
             raise UserError(f"task.name=classification wants one class a row; this data's targets are {targets.shape}.")
         if not jnp.issubdtype(targets.dtype, jnp.integer):

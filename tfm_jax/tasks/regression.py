@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
-from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
+from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, targets_of
 
 
 def make(*, scale: float = 1.0) -> Task:
@@ -29,12 +29,12 @@ def make(*, scale: float = 1.0) -> Task:
             raise UserError(f"This model gives no number: it returns {', '.join(sorted(out))}. See model.outputs.")
         if out["logits"].ndim != 2 or out["logits"].shape[1] != 1:
             raise UserError(f"This model's logits are {out['logits'].shape}, a number for each example wants (B, 1).")
-        if batch["targets"].ndim != 1:
-            shape = batch["targets"].shape
-            raise UserError(f"task.name=regression wants one number a row; this data's targets are {shape}.")
+        targets = targets_of(batch)
+        if targets.ndim != 1:
+            raise UserError(f"task.name=regression wants one number a row; this data's targets are {targets.shape}.")
         # A padded row may hold anything, infinities included; weight 0 must silence it.
         weights = batch["weights"]
-        error = jnp.where(weights > 0, out["logits"][:, 0] - batch["targets"] / scale, 0.0)
+        error = jnp.where(weights > 0, out["logits"][:, 0] - targets / scale, 0.0)
         weight = jnp.sum(weights)
         total = jnp.sum(error**2 * weights)
         metrics = {"loss": (total, weight), "absolute_error": (scale * jnp.sum(jnp.abs(error) * weights), weight)}
