@@ -78,9 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _doubts(runs: Sequence[Any], budget: float, of_runs: Sequence[float]) -> list[str]:
     from tfm_jax.sweep import scaling
 
-    lines, most = [], max(scaling.FLOPS * run.parameters * run.tokens for run in runs)
-    if budget > 10 * most:
-        lines.append(f"That is {budget / most:.0f} times the largest run: far outside of what was measured.")
+    spent = [scaling.FLOPS * run.parameters * run.tokens for run in runs]
+    lines = []
+    if budget > 10 * max(spent):
+        lines.append(f"That is {budget / max(spent):.0f} times the largest run: far outside of what was measured.")
+    if budget < min(spent) / 10:
+        lines.append(f"That is {budget / min(spent):.2g} times the smallest run: far outside of what was measured.")
     if of_runs and of_runs[-1] > 1.5 * scaling.FLOPS:
         lines.append(
             f"Counted are 6 FLOPs a parameter and token; these runs have {of_runs[0]:.1f} to {of_runs[-1]:.1f} by the model's own"

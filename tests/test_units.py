@@ -4,7 +4,8 @@ from tfm_jax.units import counted, short
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(3, "3"), (999, "999"), (1000, "1 k"), (6_738_415_616, "6.74 B"), (1.5e12, "1.5 T")]
+    ("value", "said"),
+    [(3, "3"), (999, "999"), (1000, "1 k"), (999_600, "1 M"), (6_738_415_616, "6.74 B"), (1.5e12, "1.5 T")],
 )
 def test_short(value, said):
     assert short(value) == said

@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.data is not None:
         if not flags.data.is_dir():
             beside = flags.data.absolute().parent
-            others = [path.name for path in beside.iterdir() if path.is_dir()] if beside.is_dir() else []
-            raise UserError(f"--data={flags.data}: there is no such folder.{nearest(flags.data.name, others)}")
+            folders = [path.name for path in beside.iterdir() if path.is_dir()] if beside.is_dir() else []
+            raise UserError(f"--data={flags.data}: there is no such folder.{nearest(flags.data.name, folders)}")
         overrides = [*overrides, ("data.manual_dir", str(flags.data.absolute()))]
     for run in map(Path, recipe.get("needs", ())):
         if not (run / "result.json").is_file():

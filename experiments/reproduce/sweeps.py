@@ -108,7 +108,7 @@ def _vectorise(flags: Any) -> dict[str, Any]:
         "parallel_seconds": apart,
         "vectorised_seconds": together,
         "ratio": together / apart,
-        # Later ones drift apart where a rate is so high that rounding grows: by step 10 it has not.
+        # Where a rate is so high that rounding grows from step to step, later ones are further apart.
         "relative_difference_of_losses_at_step_10": _apart(flags, 10),
         "relative_difference_of_last_losses": {
             rate: max(abs(losses[1][name] / x - 1) for name, x in losses[0].items() if f"lr={rate}," in name)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments import cli, scaling
+from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.sweep.scaling import Law
@@ -47,6 +48,16 @@ def test_a_law_from_run_directories(runs, tmp_path, capsys):
     low, high = found["flops_per_parameter_and_token"]["of_the_runs"]
     assert 2 < low < high < 12
     assert (tmp_path / "law" / "scaling.png").stat().st_size > 10_000
+
+
+def test_budgets_far_from_the_runs(runs, tmp_path, capsys):
+    """Said where they may mislead, refused where nothing follows."""
+    flags = [*map(str, runs), "--metric=eval/validation/loss", f"--to={tmp_path}/law", "--resamples=10"]
+    for budget, said in (("3e7", "That is 0.054 times the smallest run"), ("1e16", "times the largest run")):
+        assert scaling.main([*flags, f"--budget={budget}"]) == 0
+        assert said in capsys.readouterr().out
+    with says("--budget=10: the smallest of these runs took 5.51e+08 FLOPs, and they say nothing of so few."):
+        scaling.main([*flags, "--budget=10"])
 
 
 def test_patterns(runs, tmp_path, capsys):

@@ -48,10 +48,6 @@ def test_calls_at_a_time_are_one():
     """Five threads, one of which leaves early: rounds of four and one, then four; each has its own answer, or the error."""
     shared, x = Shared(Together), jnp.arange(3.0)
     rates = (0.5, 1.5, 2.5, 3.5, 4.5)
-
-    def function(a):
-        return lambda x, i: {"x": x * a + jax.random.normal(jax.random.key(int(10 * a)), x.shape), "i": i - a}
-
     made = [shared(function(a), donate_argnums=0) for a in rates]
     for one in made:
         one.lower(x, jnp.int32(5))

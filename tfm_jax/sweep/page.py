@@ -13,6 +13,7 @@ from tfm_jax.errors import UserError
 from tfm_jax.sweep.content import Report, curves, shown
 from tfm_jax.sweep.results import Run, ranked
 from tfm_jax.sweep.space import short_names
+from tfm_jax.units import counted
 
 
 def page(report: Report) -> str:
@@ -94,8 +95,7 @@ def _summary(report: Report) -> str:
     found = (
         "" if value is None else f" <strong>{html.escape(report.metric)} {shown(value)}</strong>{html.escape(which)}."
     )
-    word = "run" if len(report.runs) == 1 else "runs"
-    return f"{len(report.runs)} {word}: {states}.{found}"
+    return f"{counted(len(report.runs), 'run')}: {html.escape(states)}.{found}"
 
 
 def _table(kind: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

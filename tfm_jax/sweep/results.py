@@ -55,6 +55,10 @@ class Run:
         """Whether a study has stopped it, so that its numbers are not those of a whole run."""
         return self.state == trials.PRUNED
 
+    @property
+    def finished(self) -> bool:
+        return self.state == trials.FINISHED
+
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values that have been logged of a metric."""
         found = [(int(line["step"]), float(line[metric])) for line in self.lines if _is_number(line.get(metric))]
@@ -212,13 +216,13 @@ def goal_of(metric: str) -> Goal:
 
 
 def ranked(runs: Sequence[Run], metric: str, goal: Goal) -> list[Run]:
-    """The best first; behind all others those that have no number, before them those that were pruned: their number is that of
-    an earlier step."""
+    """The best first; behind all that have finished those that go on or have failed, and those that were pruned: their number is
+    that of an earlier step. Last, those that have no number."""
 
-    def place(run: Run) -> tuple[bool, bool, float]:
+    def place(run: Run) -> tuple[bool, bool, bool, float]:
         value = run.value(metric)
         if value is None or not math.isfinite(value):
-            return True, run.pruned, 0.0
-        return False, run.pruned, value if goal == "lower" else -value
+            return True, run.pruned, not run.finished, 0.0
+        return False, run.pruned, not run.finished, value if goal == "lower" else -value
 
     return sorted(runs, key=place)

@@ -118,8 +118,14 @@ def best(found: Fit, runs: Sequence[Run], budget: float) -> Best:
     """The best size for a budget.
 
     Raises:
-      UserError: there is none, by the law or by most of the resampled ones: the loss does not fall with parameters, or tokens.
+      UserError: there is none, by the law or by most of the resampled ones: the loss does not fall with parameters, or tokens; or
+        the budget is not a thousandth of the smallest run's.
     """
+    least_spent = FLOPS * min(run.parameters * run.tokens for run in runs)
+    if budget < least_spent / 1000:
+        raise UserError(
+            f"--budget={budget:.3g}: the smallest of these runs took {least_spent:.3g} FLOPs, and they say nothing of so few."
+        )
     optimum, law = found.law.optimum(budget), found.law
     others = [other for one in found.resampled if (other := one.optimum(budget)) is not None]
     without = len(found.resampled) - len(others)

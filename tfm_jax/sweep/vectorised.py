@@ -1,7 +1,8 @@
 """Trials as threads of one process that share its compiled programs: start-up, tracing's imports and compiling are paid once.
 
 Each is an ordinary run by the ordinary loop, in its own directory. Their programs, equal but for numbers, are one program over
-the numbers and states of all (`sweep.programs`): on CPU the runs call it in turn, a loop over the population; on accelerators
+the numbers and states of all (`sweep.programs`), with which the compiler folds other products than with constants, so that a
+trial is its solo run up to rounding: on CPU the runs call it in turn, a loop over the population; on accelerators
 their calls are one over a population axis (`sweep.together`). One that ends, diverges or is stopped calls no more, and another
 takes its place. With several devices each has its share of the trials.
 """
@@ -42,7 +43,7 @@ def starter(resolved: Callable[[Trial], configs.Config], examples: Sequence[Tria
       streams: what stands for `sys.stderr`.
 
     Raises:
-      UserError: two of the examples have programs that differ in more than numbers.
+      UserError: two of the examples have states of other shapes.
     """
     devices = jax.local_devices()
     # On CPU a mapped step has more of a member's time than a step alone, on accelerators small products wait for their launch.
@@ -61,24 +62,29 @@ def starter(resolved: Callable[[Trial], configs.Config], examples: Sequence[Tria
 def _learn(
     shared: Shared, resolved: Callable[[Trial], configs.Config], examples: Sequence[Trial], device: jax.Device
 ) -> None:
-    """Trace a trial for each key that is swept: two values are enough to see where it stands in the programs."""
-    first, covered = examples[0], set[str]()
-    own = None
+    """Trace a trial for each key that is swept: two values are enough to see where it stands in the programs, and a zero besides,
+    which may leave out a part of them: a program more."""
+    first, covered = examples[0], set[tuple[str, bool]]()
+    own = shapes = None
     for trial in examples:
-        new = {key for key, value in trial.overrides.items() if first.overrides.get(key) != value} - covered
+        new = {
+            (key, bool(value)) for key, value in trial.overrides.items() if first.overrides.get(key) != value
+        } - covered
         if trial is not first and not new:
             continue
         covered |= new
         experiment = build(resolved(trial), devices=[device], jit=shared)
         with jax.set_mesh(experiment.layout.mesh):
             experiment.jitted_init().lower()
-            program = experiment.jitted_step().lower(experiment.abstract_state(), experiment.batch(0)).program
-        own = own or program
-        if program is not own:
-            said = ", ".join(f"{key}={trial.overrides[key]!r}" for key in sorted(new))
+            state = experiment.abstract_state()
+            program = experiment.jitted_step().lower(state, experiment.batch(0)).program
+        found = [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+        own, shapes = own or program, shapes or found
+        if found != shapes:
+            said = ", ".join(sorted(f"{key}={trial.overrides[key]!r}" for key, _ in new))
             raise UserError(
-                f"--vectorise: {said} is not only other numbers in the program of {first.name}: it has"
-                f" {difference(program, own)}. Sweep what changes shapes or branches with --parallel."
+                f"--vectorise: {said} changes shapes; beside {first.name} there is {difference(program, own)}. Sweep what does so"
+                " with --parallel."
             )
 
 
