@@ -164,6 +164,9 @@ def test_predictions_are_logits_of_each_example(folder, bert, tmp_path):
     data = opened(folder, bert, label="mood", predictions=str(file), batch_size=5, seq_len=24)
     batch, (index, _) = data.evals("train", 5).batch_at(2), data.evals("train", 5).places.at(2)
     np.testing.assert_array_equal(batch["teacher"], logits[index].astype(np.float32))
+    np.save(file, np.where(np.arange(300)[:, None] == 7, np.nan, logits))
+    with says(f"data.predictions={str(file)!r}: row 7 has a number that is not finite."):
+        opened(folder, bert, label="mood", predictions=str(file))
     np.save(file, logits[:200])
     with says(f"data.predictions={str(file)!r} is (200, 3), and the train split has 300 examples."):
         opened(folder, bert, label="mood", predictions=str(file))
@@ -185,7 +188,7 @@ def test_bad_input_is_named(folder, bert, tmp_path):
         f"data.source={source!r}: the field 'score' mixes names and numbers, or has fractions; is it a number to predict (data.kind=number)?"
     ):
         opened(folder, bert, label="score")
-    with says(f"data.source={source!r}, train 0: the field 'mood' is 'good', not a number."):
+    with says(f"{folder}/train.jsonl, line 1: the field 'mood' is 'good', not a number."):
         opened(folder, bert, label="mood", kind="number")
     with says("data.seq_len=4: the marks alone take 3, and each text at least one more."):
         opened(folder, bert, pair="other", label="mood", seq_len=4)
@@ -193,7 +196,7 @@ def test_bad_input_is_named(folder, bert, tmp_path):
     write(tmp_path / "train.jsonl", rows[:9])
     write(tmp_path / "valid.jsonl", [rows[0], {**rows[1], "mood": "god"}])
     with says(
-        f"data.source='jsonl:{tmp_path}/*.jsonl', validation 1: 'god' in the field 'mood' is none of the classes, which"
+        f"{tmp_path}/valid.jsonl, line 2: 'god' in the field 'mood' is none of the classes, which"
         " are the train split's or data.names. Did you mean 'good'?"
     ):
         opened(tmp_path, bert, label="mood")
@@ -253,7 +256,8 @@ def test_texts_without_labels(folder, bert):
         assert have.keys() == {"inputs", "weights"}
         np.testing.assert_array_equal(have["inputs"]["tokens"], want["inputs"]["tokens"])
     with says(
-        "This data has no labels to train or to score by: data.label=None is for `python -m experiments.predict`."
+        "This data has no labels to train or to score by: data.label=None is for `python -m experiments.predict`. Name the"
+        " field."
     ):
         targets_of(have)
 
@@ -271,11 +275,11 @@ def test_a_run_keeps_the_names_of_its_classes(folder, bert, tmp_path):
     assert {int(x) for x in numbered.train.batch_at(0)["targets"]} <= {0, 1, 2, 3}
     write(tmp_path / "valid.jsonl", [{"text": "the sea", "mood": "nine"}])
     with says(
-        f"data.source='jsonl:{tmp_path}/*.jsonl', validation 0: 'nine' in the field 'mood' is none of the classes, which"
+        f"{tmp_path}/valid.jsonl, line 1: 'nine' in the field 'mood' is none of the classes, which"
         " are the train split's or data.names. Did you mean 'none'?"
     ):
         make(source=f"jsonl:{tmp_path}/*.jsonl", label="mood", **common)
     write(tmp_path / "valid.jsonl", [{"text": "the sea", "mood": math.nan}])
     write(tmp_path / "train.jsonl", [{"text": "the sea", "mood": 1.5}])
-    with says(f"data.source='jsonl:{tmp_path}/*.jsonl', validation 0: the field 'mood' is nan, not a number."):
+    with says(f"{tmp_path}/valid.jsonl, line 1: the field 'mood' is nan, not a number."):
         make(source=f"jsonl:{tmp_path}/*.jsonl", label="mood", kind="number", **common)

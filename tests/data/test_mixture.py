@@ -125,6 +125,8 @@ def test_bad_input(sources):
 
     with says("config: unknown key 'task.tasks.tone.label_smooth' (=0.1). Did you mean 'label_smoothing'?"):
         built(task={"tasks": {"tone": {"name": "classification", "label_smooth": 0.1}}})
+    with says("task.tasks.tune: no part of the data is for it. Did you mean 'tone'? See data.parts."):
+        built(task={"tasks": {name: {"name": "classification"} for name in ("tone", "count", "tune")}})
     with says("task.weights.tune: there is no such task. Did you mean 'tone'?"):
         built(task={"weights": {"tune": 2.0}})
     with says("model.classes={'tone': 2}: the data has {'tone': 2, 'count': 1}. Set these, or leave it out."):

@@ -62,6 +62,11 @@ def test_bad_input(make_config):
     context = Context(built.task, built.model, built.layout, built.data, 8)
     with says("evals: scores needs a task that predicts a class or a number for each example."):
         scores.make(context, metrics=("matthews",))
+    task = Task(loss=None, predict_fns={"predict": None})
+    numbers = type("Numbers", (Passes,), {"targets": np.linspace(0, 1, 19)})()
+    data = type("Data", (), {"evals": staticmethod(lambda split, rows: numbers)})
+    with says("evals: matthews is a score of classes, and this data has numbers: pearson, spearman."):
+        scores.make(Context(task, built.model, built.layout, data, 8), metrics=("spearman", "matthews"))
     with says("evals: metrics is empty: give for instance ('matthews',)."):
         scores.make(context, metrics=())
     with says("evals: matthews is a score of classes, and this task predicts numbers."):

@@ -60,5 +60,8 @@ def test_files_that_one_must_have(monkeypatch, tmp_path):
         " they are in: --config.data.manual_dir=FOLDER."
     ):
         tfds_folder(name)
+    (tmp_path / "files").mkdir()
+    with says(f"data.manual_dir='{tmp_path}/fils': there is no such folder. Did you mean 'files'?"):
+        tfds_folder(name, f"{tmp_path}/fils")
     with says(f"data.manual_dir='{tmp_path}' has no sst2/train.tsv, and no sst2/train.tsv.gz."):
         datasets.read_text(tmp_path, "sst2/train.tsv")

@@ -16,6 +16,7 @@ from tfm_jax.data.vocabularies import byte_tokenizer
 from tfm_jax.errors import UserError
 from tfm_jax.models.albert import Model as AlbertModel
 from tfm_jax.models.bert import Model as BertModel
+from tfm_jax.models.t5 import Model as T5Model
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.paths import flatten
 from tfm_jax.sections import build_model
@@ -253,15 +254,20 @@ def test_bad_pairs():
     tokens = jnp.zeros((1, 6), jnp.int32)
     batch = {"inputs": {"tokens": tokens}, "targets": tokens, "weights": jnp.ones((1, 6))}
 
-    def tried(**changes):
+    def tried(other=other, batch=batch, **changes):
         task = make(teacher="x", taught_by=other, model=small, build=plain, task={}, **changes)
         params = small.init(jax.random.key(0), tokens)["params"]
-        extra = {"inner": {}, "teacher": other.init(jax.random.key(0), tokens)["params"]}
+        extra = {"inner": {}, "teacher": other.init(jax.random.key(0), **other.example())["params"]}
         return task.loss(bind(small, {}), params, extra, batch, None, True)
 
+    t5 = T5Model(BlockSpec(width=8, heads=2), vocab_size=9, encoder_layers=1, decoder_layers=1)
+    with says("task.teacher='x' reads decoder_tokens, which this data has not."):
+        tried(other=t5)
+    with says("task.teacher and data.predictions are both set: a student learns from one of them."):
+        tried(batch={**batch, "teacher": jnp.zeros((1, 6, 9))})
     with says("task.hidden: 3 is not a pair (layer of the student, layer of the teacher)."):
         tried(hidden=(3,))
-    with says("task.hidden: there is no layer 2; the last is 1."):
+    with says("task.hidden: the teacher has no layer 2; its last is 1."):
         tried(hidden=((1, 2),))
     with says("task.attention: the student has 2 heads, the teacher 4."):
         tried(attention=((1, 1),))

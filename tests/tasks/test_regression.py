@@ -32,5 +32,5 @@ def test_squared_error_over_the_scale():
 def test_bad_input():
     with says("task.scale=0: must be above 0."):
         regression.make(scale=0)
-    with says("This model's logits are (3, 2), a number for each example wants (B, 1)."):
+    with says("This model's logits are (3, 2), a number for each example wants (B, 1): data.kind='number' has it."):
         regression.make().loss(apply(np.zeros((3, 2), np.float32)), {}, {}, BATCH, None, True)

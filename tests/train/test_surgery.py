@@ -141,3 +141,5 @@ def test_some_of_the_layers(donor_loop, loop):
         np.testing.assert_array_equal(got, want)
     with pytest.raises(UserError, match=r"^checkpoint\.layers=\(0, 4\): the donor has layers 0 to 3\.$"):
         transfer(donor, params(2, loop)[1], layers=(0, 4))
+    with pytest.raises(UserError, match=r"^checkpoint\.layers=\(0, 1, 2\) are 3, and this model has 2 layers\.$"):
+        transfer(donor, params(2, loop)[1], layers=(0, 1, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -109,8 +110,7 @@ def make(
     told = None if predictions is None else _told(predictions, len(labels["train"]))
 
     def made(name: str) -> _Examples | _Apart:
-        where = f"data.source={source!r}, {name}"
-        targets = None if label is None else _targets(labels[name], kind, classes, where, label)
+        targets = None if label is None else _targets(labels[name], kind, classes, corpora[0], name, label)
         if apart and targets is None:
             targets = np.zeros(len(labels[name]), np.int32)
         teacher = told if name == "train" else None
@@ -156,6 +156,8 @@ def _told(path: str, examples: int) -> np.ndarray:
         )
     if found.ndim != 2 or len(found) != examples:
         raise UserError(f"data.predictions={path!r} is {found.shape}, and the train split has {examples} examples.")
+    if (wrong := np.flatnonzero(~np.isfinite(found).all(axis=1))).size:
+        raise UserError(f"data.predictions={path!r}: row {wrong[0]} has a number that is not finite.")
     return found.astype(np.float32)
 
 
@@ -171,6 +173,15 @@ def _labels(corpus: Corpus, split: str, field: str, root: Path) -> list[Any]:
 
 
 def _values(corpus: Corpus, split: str, field: str) -> Iterator[Any]:
+    return (value for _, value in _placed(corpus, split, field))
+
+
+def _place(corpus: Corpus, split: str, field: str, number: int) -> str:
+    """Where a label stands, for an error."""
+    return next(where for where, _ in itertools.islice(_placed(corpus, split, field), number, None))
+
+
+def _placed(corpus: Corpus, split: str, field: str) -> Iterator[tuple[str, Any]]:
     for piece in corpus.pieces[split]:
         assert isinstance(piece, Records)
         for where, value in piece.values(field):
@@ -178,7 +189,7 @@ def _values(corpus: Corpus, split: str, field: str) -> Iterator[Any]:
             plain = plain.decode("utf-8", "replace") if isinstance(plain, bytes) else plain
             if not isinstance(plain, str | int | float):
                 raise UserError(f"{where}: the field {field!r} is a {type(plain).__name__}, not a label.")
-            yield plain
+            yield where, plain
 
 
 def _classes(labels: Sequence[Any], source: str, field: str) -> list[Any]:
@@ -196,18 +207,20 @@ def _classes(labels: Sequence[Any], source: str, field: str) -> list[Any]:
     return list(range(int(max(labels)) + 1))
 
 
-def _targets(labels: Sequence[Any], kind: Kind, classes: Sequence[Any], where: str, field: str) -> np.ndarray:
+def _targets(
+    labels: Sequence[Any], kind: Kind, classes: Sequence[Any], corpus: Corpus, split: str, field: str
+) -> np.ndarray:
     if kind == "number":
         for i, value in enumerate(labels):
             if isinstance(value, str) or value != value:
-                raise UserError(f"{where} {i}: the field {field!r} is {value!r}, not a number.")
+                raise UserError(f"{_place(corpus, split, field, i)}: the field {field!r} is {value!r}, not a number.")
         return np.asarray(labels, np.float32)
     number: dict[Any, int] = {i: i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     for i, value in enumerate(labels):
         if value not in number:
             hint = nearest(str(value), [str(name) for name in classes])
             raise UserError(
-                f"{where} {i}: {value!r} in the field {field!r} is none of the classes, which are the train split's or"
+                f"{_place(corpus, split, field, i)}: {value!r} in the field {field!r} is none of the classes, which are the train split's or"
                 f" data.names.{hint}"
             )
     return np.asarray([number[value] for value in labels], np.int32)

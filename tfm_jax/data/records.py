@@ -124,6 +124,8 @@ def tfds_folder(name: str, manual_dir: str | None = None) -> Path:
                 f"tfds:my_package.my_module:MyBuilder."
             ) from None
     if not builder.is_prepared():
+        if manual_dir is not None and not Path(manual_dir).expanduser().is_dir():
+            raise UserError(f"data.manual_dir={manual_dir!r}: there is no such folder.{_beside(manual_dir)}")
         if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and manual_dir is None:
             raise UserError(
                 f"tfds:{name} is made of files that you must have: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS} Name the folder"
@@ -135,6 +137,11 @@ def tfds_folder(name: str, manual_dir: str | None = None) -> Path:
                 download = tfds.download.DownloadConfig(manual_dir=_expanded(manual_dir))
                 builder.download_and_prepare(download_config=download)
     return Path(builder.data_dir)
+
+
+def _beside(folder: str) -> str:
+    path = Path(folder).expanduser().absolute()
+    return nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir())) if path.parent.is_dir() else ""
 
 
 def _expanded(folder: str | None) -> str | None:

@@ -12,6 +12,7 @@ from tfm_jax.evals.base import Context, Evaluate, needed, predictions
 from tfm_jax.tasks.base import targets_of
 
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
+NUMBERS = ("pearson", "spearman")
 
 
 def make(
@@ -39,6 +40,10 @@ def make(
     if "predict" not in context.task.predict_fns:
         raise UserError("evals: scores needs a task that predicts a class or a number for each example.")
     dataset = context.data.evals(split, context.rows(batch_size))
+    kind = targets_of(dataset.batch_at(0)).dtype.kind
+    for metric in metrics:
+        if kind == "f" and metric not in NUMBERS:
+            raise UserError(f"evals: {metric} is a score of classes, and this data has numbers: {', '.join(NUMBERS)}.")
 
     def evaluate(state: Any) -> dict[str, float]:
         targets, found = list[np.ndarray](), list[np.ndarray]()
@@ -54,7 +59,7 @@ def make(
 
 def scored(metric: str, wanted: np.ndarray, found: np.ndarray) -> float:
     """One score of predictions: logits (N, C) of classes (N,), or numbers (N,)."""
-    if metric in ("pearson", "spearman"):
+    if metric in NUMBERS:
         stats = needed("scipy.stats", "evals: scores")
         numbers = found if found.ndim == 1 else found[:, -1]
         which = stats.pearsonr if metric == "pearson" else stats.spearmanr

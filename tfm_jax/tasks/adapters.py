@@ -108,6 +108,9 @@ def by_kernel(branch: Any) -> dict[str, Arrays]:
 
 
 def _some(paths: Iterable[str]) -> str:
-    """A few paths, one for each kind of layer."""
-    kinds = {re.sub(r"\d+", "0", path): path for path in paths}
-    return ", ".join(list(kinds.values())[:12])
+    """A few paths, one for each kind of layer, kernels first: they are what is adapted."""
+    kinds = sorted(
+        {re.sub(r"\d+", "0", path): path for path in paths}.values(), key=lambda path: not path.endswith("/kernel")
+    )
+    more = f" and {len(kinds) - 12} kinds more" if len(kinds) > 12 else ""
+    return ", ".join(kinds[:12]) + more

@@ -7,6 +7,7 @@ B batch, T length, C classes or vocabulary, D width, H heads, L layers.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
@@ -126,6 +127,12 @@ def make(
 
         hard = inner.loss(listened, plain(params), extra["inner"], batch, rng, train)
         if taught_by is not None:
+            if "teacher" in batch:
+                raise UserError("task.teacher and data.predictions are both set: a student learns from one of them.")
+            if missing := _read(taught_by) - {*batch["inputs"]}:
+                raise UserError(
+                    f"task.teacher={teacher!r} reads {', '.join(sorted(missing))}, which this data has not."
+                )
             told = bind(taught_by, {})(extra[KEY], **batch["inputs"], train=False, capture=listening)
             told = jax.lax.stop_gradient(told)
         elif "teacher" in batch:
@@ -134,7 +141,8 @@ def make(
             raise UserError("task.teacher is not set, and the data has no data.predictions of a teacher.")
         answer, asked = (logits_of(name, out, batch) for name, out in (("student", said), ("teacher", told)))
         if answer.shape != asked.shape:
-            raise UserError(f"task.teacher={teacher!r}: its logits are {asked.shape}, the student's {answer.shape}.")
+            whose = "data.predictions: the teacher's" if taught_by is None else f"task.teacher={teacher!r}: its"
+            raise UserError(f"{whose} logits are {asked.shape}, the student's {answer.shape}.")
         weights = batch["weights"]
         found = divergence(asked, answer, temperature)
         soft = jnp.sum(jnp.where(weights > 0, found * weights, 0.0))
@@ -167,6 +175,14 @@ def make(
     )
 
 
+def _read(model: nn.Module) -> set[str]:
+    """The inputs that a model cannot do without."""
+    taken = inspect.signature(type(model).__call__).parameters.values()
+    return {p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {
+        "self"
+    }
+
+
 class Captured(dict[str, list[jax.Array]]):
     """`states`, of what the first block is given and of each block (B, T, D), and `scores` (B, H, T, T), by layer."""
 
@@ -196,11 +212,11 @@ def _states(
     """For each pair of layers, each row's mean squared difference of states (B,)."""
     out, count = [], jnp.maximum(jnp.sum(valid, axis=1), 1)
     for student, teacher in pairs:
-        mine = _layer("hidden", ours["states"], student, 0).astype(jnp.float32)
+        mine = _layer("hidden", "student", ours["states"], student, 0).astype(jnp.float32)
         name = "embeddings" if student == 0 else "states"
         if name in bridge:
             mine = mine @ bridge[name]["kernel"]
-        error = jnp.mean((mine - _layer("hidden", theirs["states"], teacher, 0)) ** 2, axis=-1)
+        error = jnp.mean((mine - _layer("hidden", "teacher", theirs["states"], teacher, 0)) ** 2, axis=-1)
         out.append(jnp.sum(jnp.where(valid, error, 0.0), axis=1) / count)
     return out
 
@@ -210,7 +226,10 @@ def _scores(pairs: Sequence[tuple[int, int]], ours: Captured, theirs: Captured, 
     out, both = [], valid[:, None, :, None] & valid[:, None, None, :]
     count = jnp.maximum(jnp.sum(both, axis=(1, 2, 3)), 1)
     for student, teacher in pairs:
-        mine, other = _layer("attention", ours["scores"], student, 1), _layer("attention", theirs["scores"], teacher, 1)
+        mine, other = (
+            _layer("attention", "student", ours["scores"], student, 1),
+            _layer("attention", "teacher", theirs["scores"], teacher, 1),
+        )
         if mine.shape != other.shape:
             raise UserError(f"task.attention: the student has {mine.shape[1]} heads, the teacher {other.shape[1]}.")
         error = jnp.mean(jnp.where(both, (mine - other) ** 2, 0.0), axis=1)
@@ -218,9 +237,9 @@ def _scores(pairs: Sequence[tuple[int, int]], ours: Captured, theirs: Captured, 
     return out
 
 
-def _layer(setting: str, found: Sequence[jax.Array], layer: int, first: int) -> jax.Array:
+def _layer(setting: str, whose: str, found: Sequence[jax.Array], layer: int, first: int) -> jax.Array:
     if layer - first >= len(found):
-        raise UserError(f"task.{setting}: there is no layer {layer}; the last is {len(found) - 1 + first}.")
+        raise UserError(f"task.{setting}: the {whose} has no layer {layer}; its last is {len(found) - 1 + first}.")
     return found[layer - first]
 
 

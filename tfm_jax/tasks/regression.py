@@ -28,7 +28,9 @@ def make(*, scale: float = 1.0) -> Task:
         if "logits" not in out:
             raise UserError(f"This model gives no number: it returns {', '.join(sorted(out))}. See model.outputs.")
         if out["logits"].ndim != 2 or out["logits"].shape[1] != 1:
-            raise UserError(f"This model's logits are {out['logits'].shape}, a number for each example wants (B, 1).")
+            raise UserError(
+                f"This model's logits are {out['logits'].shape}, a number for each example wants (B, 1): data.kind='number' has it."
+            )
         targets = targets_of(batch)
         if targets.ndim != 1:
             raise UserError(f"task.name=regression wants one number a row; this data's targets are {targets.shape}.")

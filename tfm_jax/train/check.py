@@ -36,6 +36,12 @@ def check(config: configs.Config, layout: Layout) -> None:
     length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
     if length is not None and limit is not None and length > limit:
         raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")
+    task = config["task"]
+    tasks, parts = task.get("task", task).get("tasks"), config["data"].get("parts")
+    if tasks is not None and parts is not None and (idle := sorted({*tasks} - {*parts})):
+        raise UserError(
+            f"task.tasks.{idle[0]}: no part of the data is for it.{nearest(idle[0], parts)} See data.parts."
+        )
     watched = config["train"]["stop_metric"]
     if watched is not None:
         kind, _, rest = watched.partition("/")

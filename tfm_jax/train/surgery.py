@@ -70,7 +70,8 @@ def transfer(
     target = flatten(params)
     renamed = _rename(donor, rename)
     source = _restack(
-        renamed if layers is None else _chosen(renamed, layers), stacked=any(_BLOCKS.search(path) for path in target)
+        renamed if layers is None else _chosen(renamed, layers, _count(target)),
+        stacked=any(_BLOCKS.search(path) for path in target),
     )
     resized, wrong, values = [], [], {}
     for path, leaf in target.items():
@@ -121,14 +122,21 @@ def _rename(donor: dict[str, jax.Array], rules: Sequence[Any]) -> dict[str, jax.
     return donor
 
 
-def _chosen(donor: dict[str, jax.Array], layers: Sequence[int]) -> dict[str, jax.Array]:
-    """Some of the layers, numbered anew."""
+def _count(params: dict[str, jax.Array]) -> int:
+    """Of layers."""
+    numbers = {i for path in params if (found := _BLOCK.search(path)) for i in [int(found[2])]}
+    return next((x.shape[0] for path, x in params.items() if _BLOCKS.search(path)), len(numbers))
+
+
+def _chosen(donor: dict[str, jax.Array], layers: Sequence[int], wanted: int) -> dict[str, jax.Array]:
+    """Some of the layers, numbered anew, as many as are wanted."""
     out: dict[str, jax.Array] = {}
-    numbers = {i for path in donor if (found := _BLOCK.search(path)) for i in [int(found[2])]}
-    count = next((x.shape[0] for path, x in donor.items() if _BLOCKS.search(path)), len(numbers))
+    count = _count(donor)
     for i in layers:
         if not 0 <= i < count:
             raise UserError(f"checkpoint.layers={tuple(layers)}: the donor has layers 0 to {count - 1}.")
+    if len(layers) != wanted:
+        raise UserError(f"checkpoint.layers={tuple(layers)} are {len(layers)}, and this model has {wanted} layers.")
     for path, value in donor.items():
         if found := _BLOCK.search(path):
             for new, old in enumerate(layers):
