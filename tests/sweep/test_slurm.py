@@ -24,7 +24,9 @@ job = queue / sys.argv[3].removeprefix("--jobs=")
 asked = queue.parent / f"{job.name}.asked"
 if asked.exists():
     run = pathlib.Path(job.read_text())
-    if says := os.environ.get("JOB_SAYS"):
+    if os.environ.get("JOB_STATE") and int(job.name) < 44:
+        (run / "status.json").write_text('{"state": "%s"}' % os.environ["JOB_STATE"])
+    elif says := os.environ.get("JOB_SAYS"):
         (run / f"slurm-{job.name}.log").write_text(says)
     else:
         (run / "status.json").write_text('{"state": "finished"}')
@@ -45,6 +47,14 @@ def queue(tmp_path, monkeypatch):
         path.chmod(path.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     return folder
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass as the runner waits for them."""
+    now = [0.0]
+    monkeypatch.setattr(runner.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    return lambda: now[0]
 
 
 def test_jobs(queue, tmp_path):
@@ -68,9 +78,18 @@ def test_jobs(queue, tmp_path):
         ("error: out of memory.\nAttempt 0 ended with exit code 1.\nkilled\nAttempt 1 ended with exit code 9.\n", 3, "killed"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_submitted_once_and_its_words_are_kept(queue, tmp_path, monkeypatch, says, jobs, reason):
+def test_a_mistake_is_submitted_once_and_its_words_are_kept(queue, clock, tmp_path, monkeypatch, says, jobs, reason):
     monkeypatch.setenv("JOB_SAYS", says)
-    folder, start = tmp_path / "sweep", slurm.starter("a.py", {}, {"partition": "gpu"}, every=0.0)
-    runner.run(runner.Listed(LISTED[:1], folder), folder, start, wait=0.01, say=lambda line: None)
+    folder, start = tmp_path / "sweep", slurm.starter("a.py", {}, {"partition": "gpu"}, clock=clock)
+    runner.run(runner.Listed(LISTED[:1], folder), folder, start, wait=1.0, say=lambda line: None)
     assert len(list(queue.iterdir())) == jobs
     assert trials.state(folder / LISTED[0].name)[:2] == ("failed", reason)
+
+
+def test_being_preempted_is_no_death(queue, clock, tmp_path, monkeypatch):
+    """However often: the fifth job finishes."""
+    monkeypatch.setenv("JOB_STATE", "preempted")
+    folder, start = tmp_path / "sweep", slurm.starter("a.py", {}, {"partition": "gpu"}, clock=clock)
+    runner.run(runner.Listed(LISTED[:1], folder), folder, start, wait=1.0, say=lambda line: None)
+    assert sorted(path.name for path in queue.iterdir()) == ["40", "41", "42", "43", "44"]
+    assert trials.state(folder / LISTED[0].name).word == "finished"

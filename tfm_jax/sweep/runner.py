@@ -55,7 +55,7 @@ class Running(Protocol):
     lasting: bool
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """Its exit code, None while it runs; a cluster is not asked at each call, so that a code may be told once."""
 
     def stop(self) -> None:
         """Make it save and end."""
@@ -98,8 +98,8 @@ def run(
     try:
         while True:
             for slot in slots:
-                if slot.running is not None and slot.running.poll() is not None:
-                    _empty(slot, source, folder, deaths, say)
+                if slot.running is not None and (code := slot.running.poll()) is not None:
+                    _empty(slot, code, source, folder, deaths, say)
                 if slot.trial is None:
                     _fill(slot, source, folder, start)
                 elif not slot.stopped and source.should_stop(slot.trial):
@@ -153,9 +153,12 @@ def _started(slot: _Slot, trial: Trial, source: Source, folder: Path, start: Sta
     return True
 
 
-def _empty(slot: _Slot, source: Source, folder: Path, deaths: dict[str, int], say: Callable[[str], None]) -> None:
-    assert slot.trial is not None and slot.running is not None
-    trial, code, run = slot.trial, slot.running.poll(), folder / slot.trial.name
+def _empty(
+    slot: _Slot, code: int, source: Source, folder: Path, deaths: dict[str, int], say: Callable[[str], None]
+) -> None:
+    """Take note of how a slot's trial has ended."""
+    assert slot.trial is not None
+    trial, run = slot.trial, folder / slot.trial.name
     state = trials.state(run)
     deaths[trial.name] = deaths.get(trial.name, 0) + (code != PREEMPTED)
     ended = state.word in trials.ENDED

@@ -17,7 +17,13 @@ from tfm_jax.sweep.space import Trial
 EVERY = 5.0
 
 
-def starter(config: str, common: Mapping[str, str], settings: Mapping[str, Any], every: float = EVERY) -> runner.Start:
+def starter(
+    config: str,
+    common: Mapping[str, str],
+    settings: Mapping[str, Any],
+    every: float = EVERY,
+    clock: Callable[[], float] = time.monotonic,
+) -> runner.Start:
     """Start trials as jobs.
 
     Args:
@@ -30,7 +36,7 @@ def starter(config: str, common: Mapping[str, str], settings: Mapping[str, Any],
         path = run / slurm.NUMBER
         if not path.is_file() or not queued(path.read_text()):
             slurm.launch(job(runner.arguments(trial, run, config, common)), **settings)
-        return Submitted(run, path.read_text(), every)
+        return Submitted(run, path.read_text(), every, clock)
 
     return start
 
@@ -47,7 +53,7 @@ class Submitted:
 
     lasting = True
 
-    def __init__(self, run: Path, number: str, every: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, run: Path, number: str, every: float, clock: Callable[[], float]) -> None:
         self._run, self._number, self._every, self._clock = run, number, every, clock
         self._asked = clock()
 
