@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file, flushed to disk, so that its name always stands for the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as out:
-        out.write(content.encode() if isinstance(content, str) else content)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+    # Not the process's number: in a shared folder another host's, or another thread's, may be the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        # No later call takes its name.
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_status(run: Path) -> dict[str, Any]:

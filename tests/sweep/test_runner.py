@@ -171,6 +171,28 @@ def test_cores_and_gpus_are_shared_out(tmp_path, monkeypatch):
     assert len(seen) == 3
 
 
+def test_gpus_by_their_order_and_memory_for_all(tmp_path, monkeypatch):
+    """A container that was given the second and the fourth has those that CUDA calls 0 and 1."""
+    for name in ("nvidia1", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(runner, "DEVICES", tmp_path)
+    for name in ("CUDA_VISIBLE_DEVICES", *runner.MEMORY):
+        monkeypatch.delenv(name, raising=False)
+    assert runner._on_gpus(0, 1) == {}
+    assert [runner._on_gpus(slot, 2) for slot in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in (0, 1)]
+    # Of five one GPU has three.
+    shared = [runner._on_gpus(slot, 5) for slot in range(5)]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in shared] == ["0", "1", "0", "1", "0"]
+    assert {one["XLA_CLIENT_MEM_FRACTION"] for one in shared} == {"0.250"}
+    # JAX refuses both names of it.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.2")
+    assert runner._on_gpus(4, 5) == {"CUDA_VISIBLE_DEVICES": "0"}
+    # A user's own names are shared out as they are.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5f,MIG-7a")
+    assert [runner._on_gpus(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["GPU-5f", "MIG-7a"]
+    assert runner._on_gpus(0, 1) == {}
+
+
 PARENT = """
 import sys, time, types
 from pathlib import Path

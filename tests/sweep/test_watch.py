@@ -5,6 +5,7 @@ import json
 import os
 
 from rich.console import Console
+from rich.text import Text
 
 from experiments import report
 from tests.errors import says
@@ -112,10 +113,69 @@ def test_a_study_is_ordered_by_its_own_metric(tmp_path):
     ]
 
 
-def test_without_a_terminal_it_is_printed_once(tmp_path, capsys):
-    folder = write_sweep(tmp_path / "rates", rates=2, seeds=1)
+def watched(monkeypatch, folder, *changes):
+    """Watch a folder to which between looks something happens, and then Ctrl-C."""
+    left = iter([*changes, None])
+
+    def sleep(seconds):
+        if (change := next(left)) is None:
+            raise KeyboardInterrupt
+        change()
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
     assert report.main([str(folder), "--watch"]) == 0
-    assert "2 finished" in capsys.readouterr().out
+
+
+def test_without_a_terminal_it_is_printed_at_each_change(tmp_path, monkeypatch, capsys):
+    """Whole, however long the names are."""
+    folder = write_sweep(tmp_path / "rates", rates=2, seeds=1)
+    (folder / "lr=0.001,seed=0").rename(folder / ("x" * 100))
+    at_looks = []
+
+    def nothing():
+        at_looks.append(capsys.readouterr().out)
+
+    def fails():
+        nothing()
+        write_status(folder / ("x" * 100), "failed")
+
+    watched(monkeypatch, folder, fails, nothing, nothing)
+    assert [out.split("\n")[0].strip() for out in at_looks] == ["2 finished", "1 failed, 1 finished", ""]
+    assert "x" * 100 in at_looks[0] and "tokens_per_sec" in at_looks[0] and "\x1b" not in at_looks[0]
+
+
+def test_a_terminal_that_cannot_draw_anew(tmp_path, monkeypatch, capsys):
+    """One of an editor, for instance: Live would say nothing before its end."""
+    folder = write_sweep(tmp_path / "rates", rates=2, seeds=1)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    looks = []
+    watched(monkeypatch, folder, lambda: looks.append(capsys.readouterr().out))
+    assert "2 finished" in looks[0]
+
+
+def test_a_short_terminal(tmp_path, monkeypatch):
+    """Those that run are shown before the best, and how many are left out; at the end all."""
+    folder = write_sweep(tmp_path / "rates", rates=8, seeds=1)
+    worst = "lr=0.128,seed=0"
+    write_status(folder / worst, "running")
+    out, at_look = io.StringIO(), []
+    made = {"file": out, "width": 120, "height": 12, "force_terminal": True}
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(watch, "Console", lambda: Console(**made))
+    watched(monkeypatch, folder, lambda: at_look.append(out.getvalue()))
+    first = [Text.from_ansi(line).plain for line in at_look[0].splitlines()]
+    assert len(first) == 12 and first[-1].strip() == "Too short for 4 more runs."
+    assert [row.split()[1] for row in first if row.startswith("│")] == [
+        *(f"lr={rate},seed=0" for rate in (0.004, 0.002, 0.008)),
+        worst,
+    ]
+    last = out.getvalue().rpartition("1 running")[2]
+    assert last.count("seed=0") == 8 and "Too short" not in last
+
+
+def test_what_does_not_go_with_watching(tmp_path):
+    folder = write_sweep(tmp_path / "rates", rates=2, seeds=1)
     for more in ("--to=x", "--run=x", "--heads=0.0"):
         with says("--watch writes no page: it goes with --metric, --goal and --every alone."):
             report.main([str(folder), "--watch", more])

@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+import types
 
 from tfm_jax.train.log import Progress, Writers, read_metrics
 
@@ -40,6 +42,21 @@ def test_tensorboard_files_are_written(tmp_path):
     out.close()
     (events,) = tmp_path.glob("events.out.tfevents*")
     assert events.stat().st_size > 50 * 30 and b"train/loss" in events.read_bytes()
+
+
+def test_runs_of_weights_and_biases(tmp_path, monkeypatch):
+    """Equal names in two sweeps are two runs, also in one process; what goes on in a folder, by whatever path, is one."""
+    asked = []
+    wandb = types.SimpleNamespace(init=lambda **options: asked.append(options) or types.SimpleNamespace(finish=int))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for sweep in ("a", "b", "link"):
+        (tmp_path / sweep / "lr=0.1").mkdir(parents=True, exist_ok=True)
+        writers(tmp_path / sweep / "lr=0.1", wandb="us/project").close()
+    assert {(one["name"], one["entity"], one["project"]) for one in asked} == {("lr=0.1", "us", "project")}
+    first, second, again = (one["id"] for one in asked)
+    assert first != second and first == again
+    assert {(one["reinit"], one["resume"]) for one in asked} == {("create_new", "allow")}
 
 
 def test_plain_lines_in_a_pipe():

@@ -25,6 +25,27 @@ def test_files_are_replaced_whole(tmp_path):
     before.close()
 
 
+def test_writers_with_the_same_number_do_not_meet(tmp_path, monkeypatch):
+    """Two hosts write a file at once: each replaces it with its own, and one that cannot leaves nothing."""
+    path = tmp_path / "status.json"
+
+    def replace(source, target):
+        monkeypatch.undo()
+        write_atomic(path, "another's")
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="full"):
+            write_atomic(path, "nobody's")
+        monkeypatch.undo()
+        os.replace(source, target)
+
+    def full(source, target):
+        raise OSError("full")
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_atomic(path, "own")
+    assert path.read_text() == "own" and os.listdir(tmp_path) == ["status.json"]
+
+
 def test_status(tmp_path):
     write_status(tmp_path, "failed", "because", step=3)
     found = json.loads((tmp_path / "status.json").read_text())

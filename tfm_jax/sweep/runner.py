@@ -7,6 +7,7 @@ it is told by a lock that the kernel frees, and a run whose launcher dies is tol
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from tfm_jax.sweep.words import last_words
 
 # A user's mistake is not tried again: it would be made again.
 ATTEMPTS = 3
+DEVICES = Path("/dev")
 
 
 class Source(Protocol):
@@ -55,7 +57,7 @@ class Running(Protocol):
     lasting: bool
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """Its exit code, None while it runs; a cluster is not asked at each call, so that a code may be told once."""
 
     def stop(self) -> None:
         """Make it save and end."""
@@ -98,8 +100,8 @@ def run(
     try:
         while True:
             for slot in slots:
-                if slot.running is not None and slot.running.poll() is not None:
-                    _empty(slot, source, folder, deaths, say)
+                if slot.running is not None and (code := slot.running.poll()) is not None:
+                    _empty(slot, code, source, folder, deaths, say)
                 if slot.trial is None:
                     _fill(slot, source, folder, start)
                 elif not slot.stopped and source.should_stop(slot.trial):
@@ -153,9 +155,12 @@ def _started(slot: _Slot, trial: Trial, source: Source, folder: Path, start: Sta
     return True
 
 
-def _empty(slot: _Slot, source: Source, folder: Path, deaths: dict[str, int], say: Callable[[str], None]) -> None:
-    assert slot.trial is not None and slot.running is not None
-    trial, code, run = slot.trial, slot.running.poll(), folder / slot.trial.name
+def _empty(
+    slot: _Slot, code: int, source: Source, folder: Path, deaths: dict[str, int], say: Callable[[str], None]
+) -> None:
+    """Take note of how a slot's trial has ended."""
+    assert slot.trial is not None
+    trial, run = slot.trial, folder / slot.trial.name
     state = trials.state(run)
     deaths[trial.name] = deaths.get(trial.name, 0) + (code != PREEMPTED)
     ended = state.word in trials.ENDED
@@ -219,8 +224,7 @@ def local(config: str, parallel: int, common: Mapping[str, str]) -> Start:
 def bound(command: Sequence[str], slot: int, parallel: int, **options: Any) -> subprocess.Popen[bytes]:
     """Start a process on the slot's share of the cores and GPUs that this one has; it saves and ends when this one is gone."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    gpus, parent = _gpus(), os.getpid()
-    chosen = {"CUDA_VISIBLE_DEVICES": ",".join(_share(gpus, slot, parallel))} if gpus else {}
+    parent = os.getpid()
 
     def before() -> None:
         if sys.platform == "linux":
@@ -236,7 +240,7 @@ def bound(command: Sequence[str], slot: int, parallel: int, **options: Any) -> s
         stdin=subprocess.DEVNULL,
         preexec_fn=before,
         start_new_session=True,
-        env={**os.environ, **chosen},
+        env={**os.environ, **_on_gpus(slot, parallel)},
         **options,
     )
 
@@ -257,12 +261,33 @@ def _share(those: Sequence[T], slot: int, parallel: int) -> Sequence[T]:
     return those[slot * len(those) // parallel : (slot + 1) * len(those) // parallel]
 
 
+# By what a user says how much of a GPU's memory a process takes.
+MEMORY = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+)
+
+
+def _on_gpus(slot: int, parallel: int) -> dict[str, str]:
+    """Variables that leave a slot its GPUs, and of one that several share a part of the memory; none for the only slot."""
+    gpus = _gpus()
+    if parallel == 1 or not gpus:
+        return {}
+    out = {"CUDA_VISIBLE_DEVICES": ",".join(_share(gpus, slot, parallel))}
+    if parallel > len(gpus) and not any(name in os.environ for name in MEMORY):
+        # Together what JAX would take for one: it takes that at its start, and the second would find nothing left.
+        out["XLA_CLIENT_MEM_FRACTION"] = f"{0.75 / math.ceil(parallel / len(gpus)):.3f}"
+    return out
+
+
 def _gpus() -> list[str]:
-    """NVIDIA GPUs by the names that CUDA_VISIBLE_DEVICES has for them."""
+    """NVIDIA GPUs by what CUDA_VISIBLE_DEVICES calls them: CUDA counts those that are here, whatever their files are called."""
     said = os.environ.get("CUDA_VISIBLE_DEVICES")
     if said is not None:
         return [name for name in said.split(",") if name]
-    return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    return [str(i) for i, _ in enumerate(DEVICES.glob("nvidia[0-9]*"))]
 
 
 class Process:

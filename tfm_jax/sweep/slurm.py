@@ -1,13 +1,17 @@
-"""Trials as jobs of a Slurm cluster, which go on when their launcher ends; the next one finds them by their numbers."""
+"""Trials as jobs of a Slurm cluster, which go on when their launcher ends; the next one finds them by their names."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tfm_jax.errors import UserError
+from tfm_jax.files import write_atomic
 from tfm_jax.launch import slurm
 from tfm_jax.launch.job import FAILED, FINISHED, MISTAKE, PREEMPTED, job
 from tfm_jax.sweep import runner, trials, words
@@ -17,7 +21,13 @@ from tfm_jax.sweep.space import Trial
 EVERY = 5.0
 
 
-def starter(config: str, common: Mapping[str, str], settings: Mapping[str, Any], every: float = EVERY) -> runner.Start:
+def starter(
+    config: str,
+    common: Mapping[str, str],
+    settings: Mapping[str, Any],
+    every: float = EVERY,
+    clock: Callable[[], float] = time.monotonic,
+) -> runner.Start:
     """Start trials as jobs.
 
     Args:
@@ -27,19 +37,39 @@ def starter(config: str, common: Mapping[str, str], settings: Mapping[str, Any],
     """
 
     def start(trial: Trial, run: Path, lock: int, slot: int) -> runner.Running:
-        path = run / slurm.NUMBER
-        if not path.is_file() or not queued(path.read_text()):
-            slurm.launch(job(runner.arguments(trial, run, config, common)), **settings)
-        return Submitted(run, path.read_text(), every)
+        # By its name: a launcher that was killed right after `sbatch` has not kept the number.
+        name = job_name(run)
+        found = _squeue(f"--name={name}")
+        if found.returncode:
+            raise UserError(f"squeue does not say whether {name} is submitted already: {found.stderr.strip()}")
+        if numbers := found.stdout.split():
+            write_atomic(run / slurm.NUMBER, numbers[0])
+        else:
+            own = {**settings, "sbatch": [*settings.get("sbatch", ()), f"--job-name={name}"]}
+            slurm.launch(job(runner.arguments(trial, run, config, common)), **own)
+        return Submitted(run, (run / slurm.NUMBER).read_text(), every, clock)
 
     return start
 
 
+def job_name(run: Path) -> str:
+    """The run's name, made unique by its path; without commas, which part the names that squeue is asked for."""
+    unique = hashlib.sha256(bytes(run.resolve())).hexdigest()[:12]
+    return f"{re.sub('[^A-Za-z0-9.=_-]', '_', run.name)}-{unique}"
+
+
 def queued(number: str) -> bool:
     """Whether a job waits or runs; a controller that does not answer is taken to be busy."""
-    command = ["squeue", "--noheader", "--format=%i", f"--jobs={number}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = _squeue(f"--jobs={number}")
     return number in done.stdout.split() if done.returncode == 0 else "Invalid job id" not in done.stderr
+
+
+def _squeue(which: str) -> subprocess.CompletedProcess[str]:
+    """Numbers of jobs that wait or run."""
+    try:
+        return subprocess.run(["squeue", "--noheader", "--format=%i", which], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("There is no squeue here; Slurm's client programs have it (slurm-client on Debian).") from None
 
 
 class Submitted:
@@ -47,7 +77,7 @@ class Submitted:
 
     lasting = True
 
-    def __init__(self, run: Path, number: str, every: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, run: Path, number: str, every: float, clock: Callable[[], float]) -> None:
         self._run, self._number, self._every, self._clock = run, number, every, clock
         self._asked = clock()
 

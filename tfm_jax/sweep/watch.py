@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console, JustifyMethod
@@ -17,9 +18,12 @@ from tfm_jax.sweep.content import shown
 from tfm_jax.sweep.results import Goal, Run
 from tfm_jax.sweep.space import short_names
 from tfm_jax.sweep.trials import FINISHED
+from tfm_jax.units import counted
 
 # Columns beside the run's name that are there however narrow the terminal is, and what is left of a name then.
 ALWAYS, NAME = 3, 16
+# Of a pipe: nothing is cut.
+WIDE = 10_000
 COLORS = {
     "finished": "green",
     "running": "cyan",
@@ -30,9 +34,14 @@ COLORS = {
 }
 
 
-def table(runs: Sequence[Run], metric: str | None, goal: Goal | None, now: float, width: int) -> Table:
+def table(
+    runs: Sequence[Run], metric: str | None, goal: Goal | None, now: float, width: int, most: int | None = None
+) -> Table:
     """Every run, the best first: state, step of steps, how long nothing has come, what decides, settings that differ, other losses
     and speed; as many of the columns as fit into `width` characters.
+
+    Args:
+      most: runs to show, those that are running before others.
 
     Raises:
       UserError: no run has logged `metric`, and some should have by now.
@@ -71,7 +80,11 @@ def table(runs: Sequence[Run], metric: str | None, goal: Goal | None, now: float
     out.add_column("run", width=min(longest, room), no_wrap=True, overflow="ellipsis")
     for head, (_, justify, _) in zip(heads[:count], columns, strict=False):
         out.add_column(head, justify=justify, no_wrap=True)
+    # A stable sort: of those that do not run the best.
+    kept = {run.path for run in sorted(ordered, key=lambda run: run.state != "running")[:most]}
     for i, run in enumerate(ordered):
+        if run.path not in kept:
+            continue
         state = Text(run.state, COLORS.get(run.state, ""))
         out.add_row(Text(run.name), state, *(cells[i] for _, _, cells in columns[1:count]))
     notes = (
@@ -81,6 +94,8 @@ def table(runs: Sequence[Run], metric: str | None, goal: Goal | None, now: float
     )
     if left := [head for head, _, _ in columns[count:]]:
         notes.append(f"Too narrow for {', '.join(left)}.")
+    if len(kept) < len(ordered):
+        notes.append(f"Too short for {counted(len(ordered) - len(kept), 'more run')}.")
     out.caption, out.caption_justify = "\n".join(notes) or None, "left"
     return out
 
@@ -111,7 +126,8 @@ def _since(run: Run, now: float) -> str:
 
 
 def watch(folders: Sequence[Path], metric: str | None, goal: Goal | None, every: float) -> None:
-    """Show the table until Ctrl-C; trials that a sweep starts meanwhile join it. Without a terminal it is printed once.
+    """Show the table until Ctrl-C; trials that a sweep starts meanwhile join it. Without a terminal that can draw it anew it is
+    printed whole at each change.
 
     Raises:
       UserError: see `results.find` and `table`; an interval that is none.
@@ -120,21 +136,46 @@ def watch(folders: Sequence[Path], metric: str | None, goal: Goal | None, every:
         raise UserError(f"--every={every}: seconds, more than 0.")
     console, known = Console(), dict[Path, tuple[float, Run]]()
 
-    def look() -> Table:
-        found = [_read(name, path, known) for name, path in results.find(folders).items()]
-        return table(results.completed(found), metric, goal, time.time(), console.width)
+    def look() -> list[Run]:
+        return results.completed([_read(name, path, known) for name, path in results.find(folders).items()])
 
-    first = look()
-    if not console.is_terminal:
-        console.print(first)
-        return
-    with Live(first, console=console, auto_refresh=False) as live:
+    def drawn(runs: Sequence[Run], width: int, most: int | None = None) -> Table:
+        return table(runs, metric, goal, time.time(), width, most)
+
+    if console.is_terminal and not console.is_dumb_terminal:
+        _draw(console, look, drawn, every)
+    else:
+        _print(look, drawn, every)
+
+
+def _draw(console: Console, look: Callable[[], list[Run]], drawn: Callable[..., Table], every: float) -> None:
+    """In one place, as much as fits; in the end all."""
+
+    def fitting() -> Table:
+        runs = look()
+        whole = drawn(runs, console.width)
+        over = len(console.render_lines(whole)) - console.height
+        # One more makes room for the line that says so.
+        return whole if over <= 0 else drawn(runs, console.width, max(1, len(runs) - over - 1))
+
+    with Live(fitting(), console=console, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(every)
-                live.update(look(), refresh=True)
+                live.update(fitting(), refresh=True)
         except KeyboardInterrupt:
-            live.update(look(), refresh=True)
+            live.update(drawn(look(), console.width))
+
+
+def _print(look: Callable[[], list[Run]], drawn: Callable[..., Table], every: float) -> None:
+    """One after the other."""
+    console, before = Console(width=WIDE), list[Run]()
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            if (runs := look()) != before:
+                console.print(drawn(runs, WIDE))
+                before = runs
+            time.sleep(every)
 
 
 def _read(name: str, path: Path, known: dict[Path, tuple[float, Run]]) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -42,8 +43,11 @@ class Writers:
                 entity=entity or None,
                 dir=run,
                 name=run.name,
-                id=run.name,
+                # Trials of two sweeps may have the same name.
+                id=hashlib.sha256(bytes(run.resolve())).hexdigest()[:16],
                 resume="allow",
+                # Other threads may have runs of their own: by default it would be one of these.
+                reinit="create_new",
                 config=config,
             )
 
