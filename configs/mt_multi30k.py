@@ -82,7 +82,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     )
     if arguments == "smoke":
         config.model.update({"encoder_layers": 1, "decoder_layers": 1, "width": 32, "heads": 2, "dropout": 0.0})
-        config.data.update({"text": "source", "target": "target", "tokenizer": "wordpiece:40", "batch_size": 32})
+        config.data.update({"text": "source", "target": "target", "tokenizer": "wordpiece:400", "batch_size": 32})
         config.optim.update({"lr": 2e-2, "warmup_steps": 10})
         config.train.update({"steps": 120, "eval_every": 20, "ema": 0.9})
         del config.evals.flickr2017

@@ -66,7 +66,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     )
     if arguments == "smoke":
         config.model.update({"variant": "mini", "layers": 1, "width": 32, "heads": 2, "max_len": 64})
-        config.data.update({"tokenizer": "wordpiece:60", "seq_len": 32, "overlap": 4, "longest_question": 8})
+        config.data.update({"tokenizer": "wordpiece:400", "seq_len": 32, "overlap": 4, "longest_question": 8})
         config.optim.update({"lr": 1e-2, "warmup_steps": 10})
         config.train.update({"steps": 120, "eval_every": 60})
         config.checkpoint.init_from = None

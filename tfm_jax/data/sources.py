@@ -136,13 +136,11 @@ def _remembered(path: Path, make: Callable[[], list[files.FileIndex]]) -> list[f
         found: list[files.FileIndex] = pickle.loads(path.read_bytes())
         return found
     made = make()
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(pickle.dumps(made))
+        write_atomic(path, pickle.dumps(made))
     except OSError as error:
         raise UserError(f"The cache folder {path.parent} cannot be written: {error.strerror}.") from None
-    partial.rename(path)
     return made
 
 

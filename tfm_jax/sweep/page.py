@@ -168,6 +168,7 @@ nav a {{ margin-right: 1rem; color: #2a5d84; }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }}
 .cell {{ min-width: 0; }}
 .scroll {{ overflow-x: auto; }}
+.scroll td, .scroll th {{ overflow-wrap: normal; }}
 .wide {{ grid-column: 1 / -1; }}
 .note, figcaption {{ color: #555; }}
 figure {{ margin: 0 0 1rem; }}
