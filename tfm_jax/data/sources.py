@@ -23,6 +23,7 @@ from tfm_jax.data import files, records
 from tfm_jax.data.splits import Keep, check_rule, draw, split_in_name
 from tfm_jax.data.types import Piece, Source
 from tfm_jax.errors import UserError, closest, nearest
+from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
 
