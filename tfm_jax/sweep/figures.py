@@ -11,6 +11,7 @@ import numpy as np
 from bokeh.models import (
     CDSView,
     CellFormatter,
+    ColorBar,
     ColumnDataSource,
     DataTable,
     FactorRange,
@@ -18,6 +19,7 @@ from bokeh.models import (
     HoverTool,
     HTMLTemplateFormatter,
     IndexFilter,
+    LinearColorMapper,
     NumberFormatter,
     TableColumn,
 )
@@ -233,9 +235,10 @@ class Figures:
             "seen": [one.seen[i] for i in x],
             "looking": [one.looking[j] for j in y],
         }
-        most = float(one.weights.max()) or 1.0
-        cells["color"] = [Viridis256[round(255 * (1 - w / most))] for w in cells["weight"]]
-        made.rect("x", "y", 1, 1, source=ColumnDataSource(cells), fill_color="color", line_color=None)
+        colors = LinearColorMapper(palette=Viridis256[::-1], low=0, high=float(one.weights.max()) or 1.0)
+        fill = {"field": "weight", "transform": colors}
+        made.rect("x", "y", 1, 1, source=ColumnDataSource(cells), fill_color=fill, line_color=None)
+        made.add_layout(ColorBar(color_mapper=colors, title="weight", width=10), "right")
         for axis, tokens in ((made.xaxis, one.seen), (made.yaxis, one.looking)):
             axis.ticker = FixedTicker(ticks=list(range(len(tokens))))
             axis.major_label_overrides = dict(enumerate(tokens))

@@ -75,7 +75,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
     if report.maps:
         figure, axes = panels(len(report.maps), 4.0, 4.0)
         for one, ax in zip(report.maps, axes, strict=False):
-            ax.imshow(one.weights, cmap="viridis_r", vmin=0)
+            figure.colorbar(ax.imshow(one.weights, cmap="viridis_r", vmin=0), ax=ax, shrink=0.7)
             ax.set_xticks(range(len(one.seen)), one.seen, rotation=90, fontsize=max(4, 9 - len(one.seen) // 12))
             ax.set_yticks(range(len(one.looking)), one.looking, fontsize=max(4, 9 - len(one.looking) // 12))
             ax.set_title(one.title, fontsize=10)
