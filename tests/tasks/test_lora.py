@@ -181,6 +181,11 @@ def test_a_base_with_another_head(make_config, tmp_path):
             "log": {"every": 1, "tensorboard": False},
         }
     )  # fmt: skip
+    idle = {**run, "train": {**run["train"], "adapter": {**run["train"]["adapter"], "train": ["class_head/"]}}}
+    with pytest.raises(
+        UserError, match=r"has no pooler/dense/bias, which is frozen here and would stay as it was drawn\."
+    ):
+        train(idle, tmp_path / "idle")
     train(run, tmp_path / "run")
     adapters.save(tmp_path / "run", tmp_path / "saved")
     adapters.put_on(tmp_path / "saved", tmp_path / "base", tmp_path / "back")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -272,6 +273,12 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
             resize_positions=settings.resize_positions,
             resize=family(experiment.config["model"]["name"], "RESIZE", LINE),
         )
+        frozen = [*experiment.config["optim"]["freeze"], *experiment.task.frozen]
+        if idle := [path for path in report.missing if any(re.search(pattern, path) for pattern in frozen)]:
+            raise UserError(
+                f"checkpoint.init_from={str(settings.init_from)!r} has no {idle[0]}, which is frozen here and would stay as it was"
+                f" drawn. Train it: train.adapter={{..., 'train': ({idle[0].split('/')[0] + '/'!r},)}}, or leave it out of optim.freeze."
+            )
         if main:
             log.warning("init_from %s: %s", settings.init_from, report)
             donor = run_folder(Path(str(settings.init_from)))
