@@ -88,6 +88,15 @@ def test_nothing_twice(sweep, capsys, tmp_path, monkeypatch):
     go("--config.evals.validation.max_batches=2")
     assert calls == [8]
     assert [one["step"] for one in go("--steps=all", "--average=3")["evaluations"]] == [6, 8] and calls == [6, 8]
+    # So are rows of another length, and where the split is cut short, more of them; or as many as another mesh makes of them.
+    short = go("--config.data.seq_len=4")
+    assert calls == [8] and short["eval/validation/loss"] != every[-1]["eval/validation/loss"]
+    few = ["--config.evals.validation.max_batches=2", "--config.data.batch_size=4"]
+    tokens = [go(*few, mesh)["eval/validation/tokens"] for mesh in ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")]
+    assert tokens == [128, 64] and calls == [8]
+    # Where the data lies is not.
+    go(f"--config.data.cache_dir={tmp_path}/cache", "--config.data.workers=1")
+    assert calls == []
     go("--again")
     assert calls == [8]
 

@@ -29,6 +29,8 @@ from tfm_jax.train.restore import latest, restore_for_evaluation
 log = logging.getLogger(__name__)
 # Of one that is followed: what passes between two starts of a run.
 GRACE_S = 60.0
+# Keys of the data that say where it is and how it is made ready; what it comes to is in its fingerprint.
+_WHERE = ("cache_dir", "manual_dir", "workers")
 
 
 class _Made(NamedTuple):
@@ -97,7 +99,7 @@ class Evaluations:
         return self._made[key]
 
     def _work(self, made: _Made, run: Path, step: int, name: str) -> str:
-        """A hash of all that determines an evaluator's results; the mesh does not."""
+        """A hash of all that determines an evaluator's results; of the mesh, only the rows that it makes."""
         config, checkpoints = made.experiment.config, run / "checkpoints"
         steps = latest(run, rundir.checkpoint_steps(run), step, self._average)
         parts = {
@@ -107,6 +109,9 @@ class Evaluations:
             "train": {key: config["train"][key] for key in ("ema", "adapter")},
             "evaluator": config["evals"][name],
             "data": made.fingerprints[name],
+            # A fingerprint need not have how the data is cut into batches, nor what an evaluator reads besides.
+            "read": {key: value for key, value in config["data"].items() if key not in _WHERE},
+            "rows": made.experiment.evaluation_rows(name),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
