@@ -118,16 +118,18 @@ def test_a_pattern_and_one_table(sweep, capsys, tmp_path):
 
 
 def test_what_is_wrong_with_one_run_keeps_no_other(sweep, capsys, caplog, tmp_path):
-    """One without a checkpoint and one whose config is damaged, before a good one; alone, each is an error."""
+    """One without a checkpoint, one whose config is damaged and one that lost it, beside a good one; alone, each is an error."""
     folder, table = tmp_path / "runs", tmp_path / "all.csv"
-    for name in ("a", "b", "c"):
+    for name in ("a", "b", "c", "d"):
         shutil.copytree(sweep / "lr=0.01", folder / name)
     shutil.rmtree(folder / "a" / "checkpoints")
     (folder / "b" / "config.json").write_text('{"model": ')
+    (folder / "d" / "config.json").unlink()
+    (folder / "d" / "status.json").unlink()
     assert evaluate.main([f"--run={folder}/*", f"--table={table}", "--json"]) == 1
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {one["run"] for one in said["evaluations"]} == {f"{folder}/c"}
-    assert said["failed"].keys() == {f"{folder}/a", f"{folder}/b"}
+    assert said["failed"].keys() == {f"{folder}/a", f"{folder}/b", f"{folder}/d"}
     assert f"{folder}/a has no checkpoints" in caplog.text and f"{folder}/b/config.json is damaged" in caplog.text
     with table.open() as lines:
         assert {row["run"] for row in csv.DictReader(lines)} == {f"{folder}/c"}
