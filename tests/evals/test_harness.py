@@ -1,6 +1,7 @@
 """The harness' three questions against the model asked directly, and a small task of one's own."""
 
 import json
+import logging
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from lm_eval.api.instance import Instance
 from experiments import harness as command
 from experiments.generate import Loaded
 from tests.errors import says
-from tfm_jax.decode.sample import Sampling
+from tfm_jax.decode.sample import Sampling, generate
 from tfm_jax.evals.harness import Harness
 from tfm_jax.train.run import train
 
@@ -97,6 +98,23 @@ def test_generate_until(model, loaded):
     assert model.generate_until(ask("generate_until", *questions)) == [whole, whole[: whole.index(stop)]]
     with says("A task asks for generation with num_beams, which is not known here."):
         model.generate_until(ask("generate_until", ("The ", {"num_beams": 4})))
+
+
+def test_answers_beside_contexts_that_leave_no_room(model, loaded, caplog):
+    """Where nothing says how long: 6 of 16 positions behind a context of 9, and no fewer than 4, for which a context of 23 is cut."""
+    contexts = ["The sea ", "The ship number 7 sees "]
+    want = [loaded.drawn(contexts[0], Sampling(0.0), 6, 0)[0]]
+    ids = loaded.inputs(contexts[1], 1)[0][-12:]
+    (made,) = generate(
+        loaded.model, loaded.params, [ids], max_new=4, sampling=Sampling(0.0), end_id=loaded.end_id,
+        allowed=loaded.tokenizer.vocab_size,
+    )  # fmt: skip
+    want.append(loaded.tokenizer.decode(made))
+    with caplog.at_level(logging.WARNING):
+        assert model.generate_until(ask("generate_until", *((text, {"until": []}) for text in contexts))) == want
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 2 contexts are cut at their beginning: with an answer they are longer than the model's 16 positions."
+    ]
 
 
 def test_a_task_of_ones_own(run, model, tmp_path, capsys, monkeypatch):
