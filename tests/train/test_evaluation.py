@@ -201,6 +201,8 @@ def test_mistakes(sweep):
     run = sweep / "lr=0.01"
     with says("--follow waits for the checkpoints of --steps=all: give both."):
         evaluate.main([f"--run={run}", "--follow"])
+    with says(f"{run}/checkpoints/4 is the checkpoint of step 4, and asked for is step 8: give {run}."):
+        evaluate.main([f"--run={run}/checkpoints/4", "--steps=8"])
     with says("--steps=4;6: write `all`, or numbers with commas: 100,200."):
         evaluate.main([f"--run={run}", "--steps=4;6"])
     with says(f"{sweep}/x*: no run is called like this."):
