@@ -144,7 +144,17 @@ def test_a_task_of_ones_own(run, model, tmp_path, capsys, monkeypatch):
     # Another task stands beside it; names that are too long for a file, or are none, too.
     (tmp_path / "more.yaml").write_text((tmp_path / "words.yaml").read_text().replace("task: words", "task: more"))
     assert command.main([f"--run={run}", "--tasks", "words", "more", f"--include_path={tmp_path}"]) == 0
-    assert {path.name for path in run.glob("harness_*")} == {"harness_8_words.json", "harness_8_more+words.json"}
-    assert command.file_name(8, ["my/words.yaml"]) == "harness_8_my_words.yaml.json"
-    several = [command.file_name(8, [f"a_task_of_many_{i}" for i in range(count)]) for count in (40, 41)]
+    # So do fewer questions of the same tasks, and another model by an average.
+    flags = ["--limit=1", "--num_fewshot=0", "--average=2", "--decay=0.5"]
+    assert command.main([f"--run={run}", "--tasks", "words", f"--include_path={tmp_path}", *flags]) == 0
+    assert {path.name for path in run.glob("harness_*")} == {
+        "harness_8_words.json",
+        "harness_8_more+words.json",
+        "harness_8_words_average=2_decay=0.5_num_fewshot=0_limit=1.json",
+    }
+    assert json.loads((run / "harness_8_words.json").read_text()) == found
+    with says("--average=0: must be at least 1."):
+        command.main([f"--run={run}", "--tasks", "words", "--average=0"])
+    assert command.file_name(8, ["my/words.yaml"], {}) == "harness_8_my_words.yaml.json"
+    several = [command.file_name(8, [f"a_task_of_many_{i}" for i in range(count)], {}) for count in (40, 41)]
     assert several[0] != several[1] and max(map(len, several)) < 255
