@@ -155,6 +155,27 @@ def test_following_a_run(sweep, tmp_path):
     assert done == [2, 4, 6, 8] and len(waits) == 4
 
 
+def test_following_what_is_not_there(sweep, tmp_path, caplog, monkeypatch):
+    """It may begin yet; that it is waited for is said once, with what may be meant."""
+    good = tmp_path / "good"
+    shutil.copytree(sweep / "lr=0.01", good)
+    (tmp_path / "next").mkdir()
+    rounds = []
+
+    def wait(seconds):
+        rounds.append(seconds)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate.time, "sleep", wait)
+    with caplog.at_level(logging.INFO):
+        evaluate.main(["--run", str(good), f"{tmp_path}/goood", f"{tmp_path}/next/one", "--steps=all", "--follow"])
+    assert [record.getMessage() for record in caplog.records if "Waiting" in record.getMessage()] == [
+        f"Waiting for {tmp_path}/goood, which has not begun. Did you mean {str(good)!r}?",
+        f"Waiting for {tmp_path}/next/one, which has not begun.",
+    ]
+
+
 def test_following_a_run_that_is_preempted_and_killed(sweep, tmp_path):
     """It goes on half a minute later, and is killed: what it says of itself is wrong at both times."""
     run, now, process = tmp_path / "run", [0.0], contextlib.ExitStack()
@@ -203,6 +224,10 @@ def test_mistakes(sweep):
         evaluate.main([f"--run={run}", "--follow"])
     with says(f"{run}/checkpoints/4 is the checkpoint of step 4, and asked for is step 8: give {run}."):
         evaluate.main([f"--run={run}/checkpoints/4", "--steps=8"])
+    with says(
+        f"--config.data.tokenizer=chars: {run} reads by its own tokenizer, whose ids its parameters are for. Leave it out."
+    ):
+        evaluate.main([f"--run={run}", "--config.data.tokenizer=chars"])
     with says("--steps=4;6: write `all`, or numbers with commas: 100,200."):
         evaluate.main([f"--run={run}", "--steps=4;6"])
     with says(f"{sweep}/x*: no run is called like this."):

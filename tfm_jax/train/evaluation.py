@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tfm_jax import config as configs
+from tfm_jax.errors import UserError
 from tfm_jax.evals.base import Evaluate
 from tfm_jax.files import read_status
 from tfm_jax.parallel import multihost
@@ -59,7 +60,7 @@ class Evaluations:
         """What there is to say of a checkpoint: `step`, `average`, `decay`, `overrides`, and `eval/NAME/KEY` for each evaluator.
 
         Raises:
-          UserError: see `restore_for_evaluation`.
+          UserError: see `restore_for_evaluation`; or an override that a run does not heed.
         """
         made = self._evaluators(run)
         experiment, evaluators = made.experiment, made.evaluators
@@ -87,6 +88,11 @@ class Evaluations:
         return {**asked, **{key: value for name in evaluators for key, value in found[name].items()}}
 
     def _evaluators(self, run: Path) -> _Made:
+        for key, value in self._overrides:
+            if {"data", "tokenizer"} <= set(key.split(".")) and (run / "tokenizer").is_dir():
+                raise UserError(
+                    f"--config.{key}={value}: {run} reads by its own tokenizer, whose ids its parameters are for. Leave it out."
+                )
         # The mesh was the training machine's; here all devices share the batch unless an override says otherwise.
         config = configs.resolve({**rundir.read_config(run), "mesh": {}}, self._overrides)
         shared = {name: config[name] for name in ("model", "task", "data", "evals", "mesh")}
