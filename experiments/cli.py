@@ -68,12 +68,17 @@ def parse(
 
 def targets(texts: Sequence[str]) -> list[Path]:
     """Runs and checkpoints, and what patterns of them stand for, whoever expands these; of several, what lies beside runs, such
-    as a sweep's report, is left out and named.
+    as a sweep's report, is left out and named. A run that is damaged or has not begun does not.
 
     Raises:
       UserError: a pattern that stands for nothing.
     """
+    from tfm_jax.sweep.results import MARKS
     from tfm_jax.train.rundir import run_folder
+
+    def is_run(path: Path) -> bool:
+        # Before it has any mark, training has claimed it.
+        return any((path / name).exists() for name in (*MARKS, "checkpoints", ".lock"))
 
     paths: list[Path] = []
     for text in texts:
@@ -82,7 +87,7 @@ def targets(texts: Sequence[str]) -> list[Path]:
             raise UserError(f"{text}: no run is called like this.")
         paths += [Path(path) for path in found]
     paths = list(dict.fromkeys(paths))
-    beside = [p for p in paths if p.exists() and run_folder(p) == p and not (p / "config.json").is_file()]
+    beside = [p for p in paths if p.exists() and run_folder(p) == p and not is_run(p)]
     if len(beside) == len(paths):
         return paths
     if beside:

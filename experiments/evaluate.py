@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from tfm_jax.errors import UserError
+from tfm_jax.errors import UserError, nearest
 
 EXAMPLES = """\
   python -m experiments.evaluate --run runs/gpt_stdlib
@@ -120,7 +120,13 @@ def _asked(flags: Any, targets: Sequence[Path], wrong: _Wrong) -> Iterator[tuple
     from tfm_jax.train.evaluation import following
 
     if flags.follow:
-        yield from following([rundir.run_folder(path) for path in targets], lambda: time.sleep(LOOK_S))
+        runs = [rundir.run_folder(path) for path in targets]
+        for run in (run for run in runs if not (run / "config.json").is_file()):
+            beside = [path.parent.as_posix() for path in run.parent.glob("*/config.json")]
+            log.info(
+                "Waiting for %s, which has not begun.%s", run, "" if run.exists() else nearest(run.as_posix(), beside)
+            )
+        yield from following(runs, lambda: time.sleep(LOOK_S))
         return
     numbers = _numbers(flags.steps)
     for path in targets:

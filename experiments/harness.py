@@ -1,14 +1,15 @@
 """Evaluate a causal language model on tasks of EleutherAI's `lm-eval`, or on your own ones in its format.
 
-Needs `pip install 'tfm_jax[harness]'`. The figures go to RUN/harness_STEP_TASKS.json too.
+Needs `pip install 'tfm_jax[harness]'`. The figures go to RUN/harness_STEP_TASKS.json too, with what else was asked behind the tasks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import cli
 from tfm_jax.errors import UserError
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     made.add_argument("--run", type=Path, required=True, help="run directory")
     made.add_argument("--step", type=int, help="checkpoint to use; the newest by default")
-    made.add_argument("--average", type=int, default=1, help="average this many checkpoints, the last of them that one")
+    cli.add_average(made)
     made.add_argument("--tasks", nargs="+", required=True, help="names of tasks")
     made.add_argument("--include_path", type=Path, help="folder of tasks in YAML; then lm-eval's own are not looked at")
     made.add_argument("--num_fewshot", type=int, help="examples before each question; as the task says by default")
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tfm_jax.evals.harness import Harness
     from tfm_jax.files import write_atomic
 
-    run = Loaded(flags.run, flags.step, flags.average)
+    run = Loaded(flags.run, flags.step, **cli.averaged(flags))
     if run.answers or not run.generates:
         raise UserError(f"{flags.run} is no causal language model, which is what the harness asks.")
     model = Harness(
@@ -75,26 +76,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, value in figures.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    record = {
-        "step": run.step,
-        "average": flags.average,
-        "limit": flags.limit,
-        "num_fewshot": flags.num_fewshot,
-        **results,
-    }
+    asked = {name: getattr(flags, name) for name in ("average", "decay", "num_fewshot", "limit")}
+    record = {"step": run.step, **asked, **results}
     print(cli.table([(name, f"{value:.4f}") for name, value in sorted(results.items())]))
-    write_atomic(flags.run / file_name(run.step, flags.tasks), to_json(record))
+    changed = {name: value for name, value in asked.items() if value != made.get_default(name)}
+    write_atomic(flags.run / file_name(run.step, flags.tasks, changed), to_json(record))
     if flags.json:
         cli.print_json(record)
     return 0
 
 
-def file_name(step: int, tasks: Sequence[str]) -> str:
-    """Of the figures; many tasks are shortened to a hash of their names."""
+def file_name(step: int, tasks: Sequence[str], asked: Mapping[str, Any]) -> str:
+    """Of the figures of tasks asked in a way of their own; many tasks are shortened to a hash of their names."""
     name = re.sub(r"[^\w.+-]", "_", "+".join(sorted(tasks)))
     if len(name) > LONGEST:
         name = f"{name[:LONGEST]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return f"harness_{step}_{name}.json"
+    return f"harness_{step}_{name}{''.join(f'_{key}={value}' for key, value in asked.items())}.json"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The harness' three questions against the model asked directly, and a small task of one's own."""
 
 import json
+import logging
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from lm_eval.api.instance import Instance
 from experiments import harness as command
 from experiments.generate import Loaded
 from tests.errors import says
-from tfm_jax.decode.sample import Sampling
+from tfm_jax.decode.sample import Sampling, generate
 from tfm_jax.evals.harness import Harness
 from tfm_jax.train.run import train
 
@@ -99,6 +100,23 @@ def test_generate_until(model, loaded):
         model.generate_until(ask("generate_until", ("The ", {"num_beams": 4})))
 
 
+def test_answers_beside_contexts_that_leave_no_room(model, loaded, caplog):
+    """Where nothing says how long: 6 of 16 positions behind a context of 9, and no fewer than 4, for which a context of 23 is cut."""
+    contexts = ["The sea ", "The ship number 7 sees "]
+    want = [loaded.drawn(contexts[0], Sampling(0.0), 6, 0)[0]]
+    ids = loaded.inputs(contexts[1], 1)[0][-12:]
+    (made,) = generate(
+        loaded.model, loaded.params, [ids], max_new=4, sampling=Sampling(0.0), end_id=loaded.end_id,
+        allowed=loaded.tokenizer.vocab_size,
+    )  # fmt: skip
+    want.append(loaded.tokenizer.decode(made))
+    with caplog.at_level(logging.WARNING):
+        assert model.generate_until(ask("generate_until", *((text, {"until": []}) for text in contexts))) == want
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 2 contexts are cut at their beginning: with an answer they are longer than the model's 16 positions."
+    ]
+
+
 def test_a_task_of_ones_own(run, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -126,7 +144,17 @@ def test_a_task_of_ones_own(run, model, tmp_path, capsys, monkeypatch):
     # Another task stands beside it; names that are too long for a file, or are none, too.
     (tmp_path / "more.yaml").write_text((tmp_path / "words.yaml").read_text().replace("task: words", "task: more"))
     assert command.main([f"--run={run}", "--tasks", "words", "more", f"--include_path={tmp_path}"]) == 0
-    assert {path.name for path in run.glob("harness_*")} == {"harness_8_words.json", "harness_8_more+words.json"}
-    assert command.file_name(8, ["my/words.yaml"]) == "harness_8_my_words.yaml.json"
-    several = [command.file_name(8, [f"a_task_of_many_{i}" for i in range(count)]) for count in (40, 41)]
+    # So do fewer questions of the same tasks, and another model by an average.
+    flags = ["--limit=1", "--num_fewshot=0", "--average=2", "--decay=0.5"]
+    assert command.main([f"--run={run}", "--tasks", "words", f"--include_path={tmp_path}", *flags]) == 0
+    assert {path.name for path in run.glob("harness_*")} == {
+        "harness_8_words.json",
+        "harness_8_more+words.json",
+        "harness_8_words_average=2_decay=0.5_num_fewshot=0_limit=1.json",
+    }
+    assert json.loads((run / "harness_8_words.json").read_text()) == found
+    with says("--average=0: must be at least 1."):
+        command.main([f"--run={run}", "--tasks", "words", "--average=0"])
+    assert command.file_name(8, ["my/words.yaml"], {}) == "harness_8_my_words.yaml.json"
+    several = [command.file_name(8, [f"a_task_of_many_{i}" for i in range(count)], {}) for count in (40, 41)]
     assert several[0] != several[1] and max(map(len, several)) < 255

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from experiments import coordinates
+from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.train.coordinates import at_width, slopes
@@ -41,6 +42,24 @@ def test_a_family_without_such_a_parametrisation():
     config = configs.resolve(configs.load("configs/t5_stdlib.py"))
     with pytest.raises(UserError, match=r"model\.name='t5' does not say where its width ends"):
         at_width(config, 128, "standard", 16)
+
+
+def test_a_class_of_ones_own(tmp_path, monkeypatch):
+    """It needs the field that the standard parametrisation scales, and no blocks."""
+    (tmp_path / "my_nets.py").write_text(
+        "import flax.linen as nn\n\nREADOUT = ('out/kernel$',)\n\n\nclass Fixed(nn.Module):\n    vocab_size: int | None = None\n"
+        "    width: int = 16\n\n\nclass Scaled(Fixed):\n    init_std: float = 0.02\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"data": {"source": "stdlib"}, "train": {"steps": 1}, "optim": {"lr": 0.1}}
+    fixed, scaled = (configs.resolve({"model": {"name": f"my_nets:{name}"}, **own}) for name in ("Fixed", "Scaled"))
+    assert at_width(fixed, 64, "mup", 16)["train"]["mup"] == {"width": 16}
+    with says(
+        "The coordinate check's standard parametrisation scales model.init_std, the standard deviation that weights begin with,"
+        " and model.name='my_nets:Fixed' has no such field. Give it one."
+    ):
+        at_width(fixed, 64, "standard", 16)
+    assert at_width(scaled, 64, "standard", 16)["model"]["init_std"] == 0.01
 
 
 def test_one_width_says_nothing(config_file, tmp_path):

@@ -1,6 +1,7 @@
 """The command on run directories that are there."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.sweep.scaling import Law
+from tfm_jax.train import rundir
 
 LAW = Law(E=1.2, A=40.0, B=90.0, alpha=0.3, beta=0.35)
 
@@ -67,7 +69,16 @@ def test_patterns(runs, tmp_path, capsys):
     for texts in ([f"{tmp_path}/*"], [str(path) for path in sorted(tmp_path.iterdir())]):
         assert cli.targets(texts) == sorted(runs)
         assert capsys.readouterr().err == f"Left out, no runs: {tmp_path}/report, {tmp_path}/sweep.json.\n"
+    # A trial that waits, one that prepares its data, and a run without its config are no less there: a law without them is another.
+    for name, file in (("waits", "trial.json"), ("broken", "checkpoints")):
+        (tmp_path / name / file).mkdir(parents=True)
+    with rundir.claim(tmp_path / "begins"):
+        found = cli.targets([f"{tmp_path}/*"])
+        assert {path.name for path in found} - {path.name for path in runs} == {"waits", "broken", "begins"}
+    shutil.rmtree(tmp_path / "begins")
     flags = ["--metric=eval/validation/loss", "--budget=1e12", f"--to={tmp_path}/law"]
+    with pytest.raises(UserError, match="broken is not a run directory"):
+        scaling.main([f"{tmp_path}/*", *flags])
     with pytest.raises(UserError, match="report is not a run directory"):
         scaling.main([str(tmp_path / "report"), *flags])
     with pytest.raises(UserError, match="nine is not a run directory"):

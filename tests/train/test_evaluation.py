@@ -88,6 +88,15 @@ def test_nothing_twice(sweep, capsys, tmp_path, monkeypatch):
     go("--config.evals.validation.max_batches=2")
     assert calls == [8]
     assert [one["step"] for one in go("--steps=all", "--average=3")["evaluations"]] == [6, 8] and calls == [6, 8]
+    # So are rows of another length, and where the split is cut short, more of them; or as many as another mesh makes of them.
+    short = go("--config.data.seq_len=4")
+    assert calls == [8] and short["eval/validation/loss"] != every[-1]["eval/validation/loss"]
+    few = ["--config.evals.validation.max_batches=2", "--config.data.batch_size=4"]
+    tokens = [go(*few, mesh)["eval/validation/tokens"] for mesh in ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")]
+    assert tokens == [128, 64] and calls == [8]
+    # Where the data lies is not.
+    go(f"--config.data.cache_dir={tmp_path}/cache", "--config.data.workers=1")
+    assert calls == []
     go("--again")
     assert calls == [8]
 
@@ -109,16 +118,18 @@ def test_a_pattern_and_one_table(sweep, capsys, tmp_path):
 
 
 def test_what_is_wrong_with_one_run_keeps_no_other(sweep, capsys, caplog, tmp_path):
-    """One without a checkpoint and one whose config is damaged, before a good one; alone, each is an error."""
+    """One without a checkpoint, one whose config is damaged and one that lost it, beside a good one; alone, each is an error."""
     folder, table = tmp_path / "runs", tmp_path / "all.csv"
-    for name in ("a", "b", "c"):
+    for name in ("a", "b", "c", "d"):
         shutil.copytree(sweep / "lr=0.01", folder / name)
     shutil.rmtree(folder / "a" / "checkpoints")
     (folder / "b" / "config.json").write_text('{"model": ')
+    (folder / "d" / "config.json").unlink()
+    (folder / "d" / "status.json").unlink()
     assert evaluate.main([f"--run={folder}/*", f"--table={table}", "--json"]) == 1
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {one["run"] for one in said["evaluations"]} == {f"{folder}/c"}
-    assert said["failed"].keys() == {f"{folder}/a", f"{folder}/b"}
+    assert said["failed"].keys() == {f"{folder}/a", f"{folder}/b", f"{folder}/d"}
     assert f"{folder}/a has no checkpoints" in caplog.text and f"{folder}/b/config.json is damaged" in caplog.text
     with table.open() as lines:
         assert {row["run"] for row in csv.DictReader(lines)} == {f"{folder}/c"}
@@ -142,6 +153,27 @@ def test_following_a_run(sweep, tmp_path):
     for _, step in following([run], wait):
         done.append(step)
     assert done == [2, 4, 6, 8] and len(waits) == 4
+
+
+def test_following_what_is_not_there(sweep, tmp_path, caplog, monkeypatch):
+    """It may begin yet; that it is waited for is said once, with what may be meant."""
+    good = tmp_path / "good"
+    shutil.copytree(sweep / "lr=0.01", good)
+    (tmp_path / "next").mkdir()
+    rounds = []
+
+    def wait(seconds):
+        rounds.append(seconds)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate.time, "sleep", wait)
+    with caplog.at_level(logging.INFO):
+        evaluate.main(["--run", str(good), f"{tmp_path}/goood", f"{tmp_path}/next/one", "--steps=all", "--follow"])
+    assert [record.getMessage() for record in caplog.records if "Waiting" in record.getMessage()] == [
+        f"Waiting for {tmp_path}/goood, which has not begun. Did you mean {str(good)!r}?",
+        f"Waiting for {tmp_path}/next/one, which has not begun.",
+    ]
 
 
 def test_following_a_run_that_is_preempted_and_killed(sweep, tmp_path):
@@ -190,6 +222,12 @@ def test_mistakes(sweep):
     run = sweep / "lr=0.01"
     with says("--follow waits for the checkpoints of --steps=all: give both."):
         evaluate.main([f"--run={run}", "--follow"])
+    with says(f"{run}/checkpoints/4 is the checkpoint of step 4, and asked for is step 8: give {run}."):
+        evaluate.main([f"--run={run}/checkpoints/4", "--steps=8"])
+    with says(
+        f"--config.data.tokenizer=chars: {run} reads by its own tokenizer, whose ids its parameters are for. Leave it out."
+    ):
+        evaluate.main([f"--run={run}", "--config.data.tokenizer=chars"])
     with says("--steps=4;6: write `all`, or numbers with commas: 100,200."):
         evaluate.main([f"--run={run}", "--steps=4;6"])
     with says(f"{sweep}/x*: no run is called like this."):

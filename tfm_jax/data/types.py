@@ -131,7 +131,8 @@ class Data:
     facts: dict[str, dict[str, Any]]
     """Per split: tokens, documents, bytes, and for held-out splits gzip_bytes and xz_bytes where measured."""
     fingerprint: str
-    """Of everything that determines the batches but the seed: hosts compare it and a run records it."""
+    """Of all that the batches are cut from, and of the objective; a seed, or how many and how long the rows are, it may leave to
+    the config. Hosts compare it, and a run records it."""
     sizes: Mapping[str, Any] = field(default_factory=dict)
     """What a model needs besides the vocabulary, by its field (`classes`); one that a config leaves out is filled in."""
     filled_in: Mapping[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@ B batch, T length (padded).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from tfm_jax.data.types import Tokenizer
 from tfm_jax.decode.sample import Sampling, generate
 from tfm_jax.errors import UserError
 
+log = logging.getLogger(__name__)
 # Tokens that a task may have made where it does not say how many; the harness' own number.
 MAX_NEW = 256
 NEW_KEYS = {"until", "max_gen_toks", "temperature", "top_k", "top_p", "do_sample"}
@@ -111,24 +113,37 @@ class Harness(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The likeliest text behind each context up to the first of its stops; drawn where a task says so.
 
+        Where the model has too few positions for both, an answer has those that its context leaves, but at least a quarter of
+        all, or what the task asks for if that is less; then the context loses its beginning, as in lm-eval's own models.
+
         Raises:
           UserError: a setting of generation that is not known here.
         """
         out = [""] * len(requests)
-        alike: dict[str, list[int]] = {}
+        prompts, cut = list[list[int]](), 0
+        alike: dict[tuple[str, int], list[int]] = {}
         for i, request in enumerate(requests):
-            alike.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        for places in alike.values():
-            settings = requests[places[0]].args[1]
-            sampling, most, stops = self._settings(settings)
+            whole, asked = self._begins(request.args[0]), int(request.args[1].get("max_gen_toks", MAX_NEW))
+            new = self._room(len(whole), asked)
+            prompts.append(whole[-(self.max_length - new) :])
+            cut += len(whole) > len(prompts[i])
+            alike.setdefault((repr(sorted(request.args[1].items())), new), []).append(i)
+        if cut:
+            log.warning(
+                "%d of %d contexts are cut at their beginning: with an answer they are longer than the model's %d positions.",
+                cut,
+                len(requests),
+                self.max_length,
+            )
+        for (_, new), places in alike.items():
+            sampling, stops = self._settings(requests[places[0]].args[1])
             for start in range(0, len(places), self._rows):
                 batch = places[start : start + self._rows]
-                prompts = [self._begins(requests[i].args[0])[-(self.max_length - most) :] for i in batch]
                 made = generate(
                     self._model,
                     self._params,
-                    prompts,
-                    max_new=most,
+                    [prompts[i] for i in batch],
+                    max_new=new,
                     sampling=sampling,
                     end_id=self._ends,
                     allowed=self._text.vocab_size,
@@ -138,7 +153,15 @@ class Harness(TemplateLM):  # type: ignore[misc]
                     out[i] = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
         return out
 
-    def _settings(self, asked: Mapping[str, Any]) -> tuple[Sampling, int, list[str]]:
+    def _room(self, size: int, asked: int) -> int:
+        """How many tokens an answer to a context of `size` may have."""
+        if size + asked <= self.max_length:
+            return asked
+        # In eighths: each number is a program of its own.
+        part = max(1, self.max_length // 8)
+        return min(asked, max((self.max_length - size) // part * part, 2 * part))
+
+    def _settings(self, asked: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
         if unknown := sorted(set(asked) - NEW_KEYS):
             raise UserError(f"A task asks for generation with {', '.join(unknown)}, which is not known here.")
         until = asked.get("until") or []
@@ -148,5 +171,4 @@ class Harness(TemplateLM):  # type: ignore[misc]
             int(asked.get("top_k", 0)),
             float(asked.get("top_p", 1.0)),
         )
-        most = min(int(asked.get("max_gen_toks", MAX_NEW)), self.max_length - 1)
-        return sampling, most, [until] if isinstance(until, str) else [stop for stop in until if stop]
+        return sampling, [until] if isinstance(until, str) else [stop for stop in until if stop]

@@ -82,7 +82,7 @@ class Experiment:
 
     def evaluators(self) -> dict[str, Evaluate]:
         """The config's evaluators by name; one with keys of section `data` of its own reads other data."""
-        context = Context(self.task, self.model, self.layout, self.data, self.data.train.batch_size, self.jit)
+        context = self._context()
         made = {}
         for name, section in self.config["evals"].items():
             arguments = dict(section)
@@ -92,6 +92,13 @@ class Experiment:
             arguments.pop("data")
             made[name] = make(dataclasses.replace(context, data=self.evaluation_data(name)), **arguments)
         return made
+
+    def _context(self) -> Context:
+        return Context(self.task, self.model, self.layout, self.data, self.data.train.batch_size, self.jit)
+
+    def evaluation_rows(self, name: str) -> int:
+        """How many rows at a time one of the evaluators reads on this mesh."""
+        return self._context().rows(self.config["evals"][name].get("batch_size"))
 
     def evaluation_data(self, name: str) -> Any:
         """What one of the evaluators reads."""

@@ -31,10 +31,15 @@ NAMES = {"standard": "standard parametrisation", "mup": "muP"}
 def at_width(config: configs.Config, width: int, parametrisation: str, base: int) -> configs.Config:
     """The config at another width, standard or by muP; at the base both are one.
 
-    The standard one (the paper's table 3) has one rate for all, and initial values whose variance falls with the width, as muP's.
+    The standard one has one rate for all, and the variance of all that `init_std` draws falls with the width. For kernels and
+    output weights that is the paper's table 3; tables of tokens and positions keep theirs in it, as by muP. Here one setting
+    draws them all, and tied to the logits the table of tokens is the output weights, whose variance has to fall.
 
     Args:
       base: the width of the base where `train.mup` does not say.
+
+    Raises:
+      UserError: a model that muP does not know, or without an `init_std`.
     """
     sizes = config["train"]["mup"] or {"width": base}
     if all(size == (config["model"] | {"width": width}).get(name) for name, size in sizes.items()):
@@ -43,7 +48,14 @@ def at_width(config: configs.Config, width: int, parametrisation: str, base: int
     mup.check(wide)
     if parametrisation == "mup":
         return wide
-    std = build_model(config["model"]).block.init_std * (sizes.get("width", base) / width) ** 0.5
+    model = build_model(config["model"])
+    std = getattr(getattr(model, "block", model), "init_std", None)
+    if std is None:
+        raise UserError(
+            "The coordinate check's standard parametrisation scales model.init_std, the standard deviation that weights begin with,"
+            f" and model.name={config['model']['name']!r} has no such field. Give it one."
+        )
+    std *= (sizes.get("width", base) / width) ** 0.5
     return configs.changed(config, {"model.width": width, "model.init_std": std, "train.mup": None})
 
 

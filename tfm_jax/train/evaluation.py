@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tfm_jax import config as configs
+from tfm_jax.errors import UserError
 from tfm_jax.evals.base import Evaluate
 from tfm_jax.files import read_status
 from tfm_jax.parallel import multihost
@@ -29,6 +30,8 @@ from tfm_jax.train.restore import latest, restore_for_evaluation
 log = logging.getLogger(__name__)
 # Of one that is followed: what passes between two starts of a run.
 GRACE_S = 60.0
+# Keys of the data that say where it is and how it is made ready; what it comes to is in its fingerprint.
+_WHERE = ("cache_dir", "manual_dir", "workers")
 
 
 class _Made(NamedTuple):
@@ -57,7 +60,7 @@ class Evaluations:
         """What there is to say of a checkpoint: `step`, `average`, `decay`, `overrides`, and `eval/NAME/KEY` for each evaluator.
 
         Raises:
-          UserError: see `restore_for_evaluation`.
+          UserError: see `restore_for_evaluation`; or an override that a run does not heed.
         """
         made = self._evaluators(run)
         experiment, evaluators = made.experiment, made.evaluators
@@ -85,6 +88,11 @@ class Evaluations:
         return {**asked, **{key: value for name in evaluators for key, value in found[name].items()}}
 
     def _evaluators(self, run: Path) -> _Made:
+        for key, value in self._overrides:
+            if {"data", "tokenizer"} <= set(key.split(".")) and (run / "tokenizer").is_dir():
+                raise UserError(
+                    f"--config.{key}={value}: {run} reads by its own tokenizer, whose ids its parameters are for. Leave it out."
+                )
         # The mesh was the training machine's; here all devices share the batch unless an override says otherwise.
         config = configs.resolve({**rundir.read_config(run), "mesh": {}}, self._overrides)
         shared = {name: config[name] for name in ("model", "task", "data", "evals", "mesh")}
@@ -97,7 +105,7 @@ class Evaluations:
         return self._made[key]
 
     def _work(self, made: _Made, run: Path, step: int, name: str) -> str:
-        """A hash of all that determines an evaluator's results; the mesh does not."""
+        """A hash of all that determines an evaluator's results; of the mesh, only the rows that it makes."""
         config, checkpoints = made.experiment.config, run / "checkpoints"
         steps = latest(run, rundir.checkpoint_steps(run), step, self._average)
         parts = {
@@ -107,6 +115,9 @@ class Evaluations:
             "train": {key: config["train"][key] for key in ("ema", "adapter")},
             "evaluator": config["evals"][name],
             "data": made.fingerprints[name],
+            # A fingerprint need not have how the data is cut into batches, nor what an evaluator reads besides.
+            "read": {key: value for key, value in config["data"].items() if key not in _WHERE},
+            "rows": made.experiment.evaluation_rows(name),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

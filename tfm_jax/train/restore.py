@@ -31,9 +31,13 @@ def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, 
     """The checkpoints of a run folder (the newest step, unless one is named), or one `RUN/checkpoints/STEP`.
 
     Raises:
-      UserError: there is none, with the steps that there are.
+      UserError: there is none, with the steps that there are; or the path names one step, and `step` another.
     """
     if run_folder(path) != path:
+        if step not in (None, int(path.name)):
+            raise UserError(
+                f"{path} is the checkpoint of step {path.name}, and asked for is step {step}: give {run_folder(path)}."
+            )
         path, step = run_folder(path), int(path.name)
     folder = path / "checkpoints"
     if not folder.is_dir():
