@@ -17,6 +17,7 @@ from typing import Any
 
 from experiments import cli
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.train.log import asked_with
 
 EXAMPLES = """\
   python -m experiments.evaluate --run runs/gpt_stdlib
@@ -196,9 +197,9 @@ def shown(value: Any) -> str:
 
 
 def _vertical(record: dict[str, Any]) -> str:
-    figures = {name: value for name, value in record.items() if name not in ABOUT}
+    figures = sorted((name, shown(value)) for name, value in record.items() if name not in ABOUT)
     return cli.table(
-        [(f"step {record['step']}", ""), *((name, shown(value)) for name, value in sorted(figures.items()))]
+        [("step", str(record["step"])), *([("with", said)] if (said := asked_with(record)) else []), *figures]
     )
 
 
@@ -213,7 +214,8 @@ def _rows(records: Sequence[dict[str, Any]], text: Any) -> list[tuple[str, ...]]
 
 def _line(record: dict[str, Any]) -> str:
     figures = "  ".join(f"{name} {shown(value)}" for name, value in sorted(record.items()) if name not in ABOUT)
-    return f"{record['run']}  step {record['step']}  {figures}"
+    said = asked_with(record)
+    return f"{record['run']}  step {record['step']}  {said + '  ' if said else ''}{figures}"
 
 
 if __name__ == "__main__":

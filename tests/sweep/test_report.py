@@ -92,6 +92,14 @@ def test_words_of_a_status_are_words():
     assert "<script>alert" not in page(content.Report("<i>", [run], [], METRIC, "lower", {}))
 
 
+def test_losses_of_other_tokens_are_not_compared():
+    lines = [{"step": 1, "eval/validation/loss": 1.0, "eval/validation/bits_per_byte": 2.0}]
+    runs = [replace(run, lines=lines) for run in table(lambda lr: lr, lr=[1.0, 2.0])]
+    assert results.deciding(runs, None) == "eval/validation/loss"
+    runs = [replace(run, config={"data.tokenizer": name}) for run, name in zip(runs, ("bytes", "chars"), strict=True)]
+    assert results.deciding(runs, None) == "eval/validation/bits_per_byte"
+
+
 def test_who_has_not_finished_is_not_the_best():
     runs = table(lambda lr: lr, lr=[3.0, 1.0, 2.0, 4.0, 5.0])
     runs[1] = replace(runs[1], state="running")

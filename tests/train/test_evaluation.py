@@ -115,6 +115,9 @@ def test_a_pattern_and_one_table(sweep, capsys, tmp_path):
     want = [logged(sweep / name)[step] for name, step in (("lr=0.01", 8), ("lr=0.03", 8), ("lr=0.01", 4))]
     assert [float(row["eval/validation/loss"]) for row in rows] == pytest.approx(want, rel=1e-5)
     assert len(capsys.readouterr().out.splitlines()) == 4
+    assert evaluate.main([f"--run={sweep}/lr=0.01", "--average=2"]) == 0
+    step, how, *figures = (line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (step, how) == (["step", "8"], ["with", "average=2, decay=1.0"]) and dict(figures)["eval/validation/loss"]
 
 
 def test_what_is_wrong_with_one_run_keeps_no_other(sweep, capsys, caplog, tmp_path):

@@ -13,6 +13,7 @@ from tfm_jax.errors import UserError
 from tfm_jax.sweep.content import Report, curves, shown
 from tfm_jax.sweep.results import Run, ranked
 from tfm_jax.sweep.space import short_names
+from tfm_jax.train.log import asked_with
 from tfm_jax.units import counted
 
 
@@ -130,10 +131,7 @@ def _evaluations(report: Report) -> str:
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
     for run in ranked(report.runs, report.metric, report.goal):
         for one in run.evaluations:
-            changed = [f"{key}={value}" for key, value in one.get("overrides", {}).items()]
-            if one.get("average", 1) > 1:
-                changed.insert(0, f"average={one['average']}, decay={one['decay']}")
-            found.setdefault((run.name, one["step"], ", ".join(changed)), {}).update(one.get("results", {}))
+            found.setdefault((run.name, one["step"], asked_with(one)), {}).update(one.get("results", {}))
     names = sorted({n for values in found.values() for n in values if not n.endswith(("/tokens", "/examples"))})
     rows = ((*key, *(values.get(name) for name in names)) for key, values in found.items())
     return f'<div class="scroll">{_table("", ["run", "step", "with", *names], rows)}</div>' if found else ""

@@ -45,6 +45,8 @@ def draw(report: Report, folder: Path) -> list[Path]:
                 ax.plot(thinned(x), thinned(y), color=color, linewidth=1, label=run.name)
             ax.set(title=name, xlabel="step")
             ax.grid(alpha=0.3)
+        if len(runs) <= 10:
+            axes[0].legend(fontsize=7)
         save(figure, "curves.png")
     # Those that cannot be read have no numbers either, and so come last.
     if report.keys and (known := [run for run in runs if run.config]):

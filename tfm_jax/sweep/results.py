@@ -191,7 +191,8 @@ def judged(runs: Sequence[Run], metric: str | None, goal: Goal | None) -> Judged
 
 
 def deciding(runs: Sequence[Run], metric: str | None) -> str:
-    """The metric by which runs are compared: the one that is named, else an evaluator's loss, else that of training.
+    """The metric by which runs are compared: the one that is named, else an evaluator's loss, else that of training; of runs with
+    several tokenizers, whose losses are of other tokens, bits per byte before these.
 
     Raises:
       UserError: no run has logged it.
@@ -201,10 +202,13 @@ def deciding(runs: Sequence[Run], metric: str | None) -> str:
         if metric not in known:
             raise UserError(f"No run has logged {metric}; --metric names another.{nearest(metric, known)}")
         return metric
-    wanted = [name for name in known if name.startswith("eval/") and name.endswith("/loss")] + ["train/loss"]
-    for name in wanted:
-        if name in known:
-            return name
+    several = len({repr(run.config.get("data.tokenizer")) for run in runs if run.config}) > 1
+    for end in ("/bits_per_byte", "/loss")[not several :]:
+        for name in known:
+            if name.startswith("eval/") and name.endswith(end):
+                return name
+    if "train/loss" in known:
+        return "train/loss"
     raise UserError(f"No run has logged a loss. Name what to compare with --metric.{nearest('', known)}")
 
 

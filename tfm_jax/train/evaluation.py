@@ -156,7 +156,7 @@ def following(
     A run has ended where it says so, or where no process has trained in it for `grace` seconds: one that was killed cannot say so,
     and one that was preempted may be started again. One that has not begun is waited for.
     """
-    seen, left = set[tuple[Path, int]](), dict[Path, float]()
+    seen, left, said = set[tuple[Path, int]](), dict[Path, float](), set[Path]()
 
     def ended(run: Path) -> bool:
         if rundir.is_claimed(run):
@@ -168,7 +168,11 @@ def following(
             state = "damaged"
         if state in (None, "finished"):
             return state is not None
-        return clock() - left.setdefault(run, clock()) >= grace
+        over = clock() - left.setdefault(run, clock()) >= grace
+        if over and run not in said:
+            said.add(run)
+            log.info("%s is %s, and no process has trained in it for %.0f s.", run, state, grace)
+        return over
 
     while True:
         # Before looking: a checkpoint that comes between the two is found now.

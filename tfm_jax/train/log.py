@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -75,6 +76,14 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """What `evaluate` has found since, in the same way: a record for each evaluator and checkpoint."""
     return _read_lines(run / EVALUATIONS)
+
+
+def asked_with(evaluation: Mapping[str, Any]) -> str:
+    """What an evaluation is of besides its checkpoint: `average=3, decay=1.0, data.seq_len=4`; nothing of the run as it is."""
+    said = [f"{key}={value}" for key, value in dict(evaluation.get("overrides", {})).items()]
+    if evaluation.get("average", 1) > 1:
+        said.insert(0, f"average={evaluation['average']}, decay={evaluation['decay']}")
+    return ", ".join(said)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -114,7 +114,9 @@ def _read(
             newer, weight = checkpoints.restore(one, kept, partial=True), weight * decay + 1
             mean = _mean(mean, newer.state, 1 / weight) if mean else newer.state
     except CorruptCheckpoint as error:
-        raise UserError(f"Checkpoint {one} of {path} is damaged: {error}.{nearest('', steps)}") from None
+        raise UserError(
+            f"Checkpoint {one} of {path} is damaged: {error}.{nearest('', [step for step in steps if step != one])}"
+        ) from None
     finally:
         checkpoints.close()
     return newer._replace(state={**wanted, **mean})
