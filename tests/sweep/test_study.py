@@ -222,6 +222,25 @@ def test_the_failed_are_tried_again_if_asked(tmp_path):
     assert {trials.said(tmp_path / t.name)[0] for t in third.known()} == {"finished"} and not third.candidates()
 
 
+def test_what_is_to_be_tried_again_is_whoever_takes_it_up(tmp_path):
+    """The command says so once for all its processes, and may be killed before any of them begins."""
+    study = wanted(sampler="random", trials=2)
+    source = drawn(tmp_path, study)
+    for trial in (source.draw(), source.draw()):
+        write_status(tmp_path / trial.name, "failed", "by chance")
+        source.ended(trial, trials.state(tmp_path / trial.name))
+    assert not source.candidates()
+    for retry in (True, True, False):
+        source = Drawn(study, tmp_path, retry=retry)
+        assert source.candidates() == source.known() and len(source.known()) == 2
+        assert {trials.state(tmp_path / t.name)[:2] for t in source.known()} == {
+            ("waiting", "it has failed before: by chance")
+        }
+    runner.run(source, tmp_path, Quick, wait=0.0, say=lambda line: None)
+    assert {trials.state(tmp_path / t.name).word for t in source.known()} == {"finished"} and source.best()
+    assert [one.state.name for one in source._all()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+
+
 def test_one_that_finishes_without_its_metric_has_failed_and_is_no_second_try(tmp_path):
     study = wanted(trials=1)
     source = drawn(tmp_path, study)

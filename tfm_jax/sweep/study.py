@@ -17,10 +17,10 @@ from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 from tfm_jax.sweep import terms, trials
 from tfm_jax.sweep.space import Study, Trial, spelled
-from tfm_jax.sweep.trials import FAILED, FINISHED, PRUNED, State
+from tfm_jax.sweep.trials import FINISHED, PRUNED, State
 from tfm_jax.train.log import read_metrics
 
-# User attributes of Optuna's trials: whose it is, of which failed one it is the second try, and that it was drawn in vain.
+# User attributes of Optuna's trials: whose it is, of which failed one it is another try, and that it was drawn in vain.
 FOLDER, AGAIN, SURPLUS = "folder", "second try of", "surplus"
 # And of its study: what is studied.
 STUDY = "study"
@@ -49,7 +49,7 @@ class Drawn:
     """
 
     def __init__(self, wanted: Study, folder: Path, *, storage: str | None = None, retry: bool = False) -> None:
-        self._optuna, self._wanted, self._folder, self._retry = terms.optuna(), wanted, folder, retry
+        self._optuna, self._wanted, self._folder = terms.optuna(), wanted, folder
         # Launchers that share the folder draw one after the other; those elsewhere must not draw the same.
         self._own = trials.owner(folder) if storage else ""
         self._seed = wanted.seed * 1_000_003 + zlib.crc32(self._own.encode())
@@ -60,14 +60,10 @@ class Drawn:
         trials.check_same(f"The study {name!r} of that storage", self._study.user_attrs[STUDY], record(wanted))
         self._limit = wanted.limit
         if retry:
-            for one in self._untried():
-                trials.forget_failure(folder, self._trial(one).name)
+            self._retry()
 
     def candidates(self) -> Sequence[Trial]:
-        found = self._mine(self._states.RUNNING)
-        if self._retry:
-            found += [one for one in self._untried() if not self._failed(one)]
-        return [self._written(one) for one in found]
+        return [self._written(one) for one in self._mine(self._states.RUNNING)]
 
     def draw(self) -> Trial | None:
         with locked(self._folder / ".locks" / "draw"):
@@ -81,7 +77,7 @@ class Drawn:
         return None
 
     def _counted(self) -> list[Any]:
-        """The study's trials in their order: second tries are none of their own, nor what is more than asked for, or twice in a
+        """The study's trials in their order: further tries are none of their own, nor what is more than asked for, or twice in a
         grid, because machines have drawn at once."""
         found, cells = list[Any](), set[Any]()
         for one in self._all():
@@ -184,18 +180,7 @@ class Drawn:
             last = found[max(found)] if found else math.nan
             if math.isfinite(last):
                 outcome = {"state": self._states.COMPLETE, "values": [last]}
-        if one.state == self._states.FAIL:
-            # Optuna's trials do not come back from failing. One that has now finished is through, with a metric or without.
-            if state.word != FAILED and any(other.number == one.number for other in self._untried()):
-                self._study.add_trial(
-                    self._optuna.trial.create_trial(
-                        **outcome,
-                        params=one.params,
-                        distributions=one.distributions,
-                        user_attrs={**one.user_attrs, AGAIN: one.number},
-                    )
-                )
-        elif not one.state.is_finished():
+        if not one.state.is_finished():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._study.tell(one.number, **outcome)
@@ -218,16 +203,33 @@ class Drawn:
         found: list[Any] = self._study.get_trials(deepcopy=False)
         return found
 
+    def _tries(self) -> dict[int, Any]:
+        """The last try of each trial, by the trial's number."""
+        return {_number(one): one for one in self._all()}
+
     def _mine(self, state: Any) -> list[Any]:
-        return [one for one in self._counted() if one.state == state and one.user_attrs.get(FOLDER) == self._own]
+        """The last tries of this folder's trials, those in a state."""
+        tries, counted = self._tries(), self._counted()
+        last = [tries[one.number] for one in counted if one.user_attrs.get(FOLDER) == self._own]
+        return [one for one in last if one.state == state]
 
-    def _untried(self) -> list[Any]:
-        """Those that have failed, and not been tried a second time to an end."""
-        tried = {one.user_attrs[AGAIN] for one in self._all() if AGAIN in one.user_attrs}
-        return [one for one in self._mine(self._states.FAIL) if one.number not in tried]
-
-    def _failed(self, one: Any) -> bool:
-        return trials.said(self._folder / self._trial(one).name)[0] == FAILED
+    def _retry(self) -> None:
+        """Let what has failed here be tried again, by whatever process takes it up: Optuna's trials do not come back from
+        failing, so another one stands for the try. One that finished without its metric would do so again."""
+        with locked(self._folder / ".locks" / "draw"):
+            for one in self._mine(self._states.FAIL):
+                run = self._folder / self._trial(one).name
+                if trials.state(run).word in (FINISHED, PRUNED):
+                    continue
+                self._study.add_trial(
+                    self._optuna.trial.create_trial(
+                        state=self._states.RUNNING,
+                        params=one.params,
+                        distributions=one.distributions,
+                        user_attrs={AGAIN: one.number, **one.user_attrs},
+                    )
+                )
+                trials.forget_failure(self._folder, run.name)
 
     def _create(self, name: str, storage: Any) -> Any:
         return self._optuna.create_study(
@@ -239,23 +241,27 @@ class Drawn:
         )
 
     def _trial(self, one: Any) -> Trial:
-        number = one.user_attrs.get(AGAIN, one.number)
         chosen = {key: terms.chosen(self._wanted.space[key], one.params[key]) for key in self._wanted.space}
-        return Trial(f"{number:04d},{spelled(chosen)}", {**self._wanted.fixed, **chosen})
+        return Trial(f"{_number(one):04d},{spelled(chosen)}", {**self._wanted.fixed, **chosen})
 
     def _written(self, one: Any) -> Trial:
         trial = self._trial(one)
-        trials.write_trial(self._folder, trial, one.number)
+        trials.write_trial(self._folder, trial, _number(one))
         return trial
 
     def _frozen(self, trial: Trial) -> Any:
-        number = int(trial.name.partition(",")[0])
-        return next(one for one in self._all() if one.number == number)
+        return self._tries()[int(trial.name.partition(",")[0])]
+
+
+def _number(one: Any) -> int:
+    """The trial's of which it is a try."""
+    found: int = one.user_attrs.get(AGAIN, one.number)
+    return found
 
 
 def _stopped_at(run: Path, so_far: int) -> int | None:
     """The evaluation at which a trial was found to be behind, None if at none."""
     if not (run / PRUNED).is_file():
         return None
-    number = (run / PRUNED).read_text().rpartition(" ")[2]
-    return int(number) if number.isdigit() else so_far
+    number = (run / PRUNED).read_text(errors="replace").rpartition(" ")[2]
+    return int(number) if number.isdecimal() else so_far
