@@ -22,7 +22,7 @@ from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.launch.job import at_least
 from tfm_jax.launch.slurm import launch
-from tfm_jax.sweep import runner, slurm, trials
+from tfm_jax.sweep import runner, slurm, terms, trials
 from tfm_jax.sweep.space import Choice, Overrides, Study, Trial, named, spelled
 from tfm_jax.sweep.streams import ByThread
 from tfm_jax.units import counted
@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_study(sweep, _check(flags.config, common, listed)[0])
     else:
         if flags.storage is not None:
-            raise UserError(f"--storage={flags.storage} is for studies; the sweep() of {flags.sweep} returns a list.")
+            raise UserError(
+                f"--storage={terms.shown(flags.storage)} is for studies; the sweep() of {flags.sweep} returns a list."
+            )
         listed = named(sweep)
         _check(flags.config, common, listed)
     if flags.dry_run:
@@ -98,12 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not flags.one_of_several:
             print(_stopped(flags.workdir), file=sys.stderr)
         return cli.INTERRUPTED
+    best = source.best() if isinstance(sweep, Study) else None
+    if isinstance(sweep, Study) and source.lost is not None:
+        raise source.lost
     if flags.one_of_several:
         return 0
     rows = table(flags.workdir)
     print(shown(rows, record["metric"], record["direction"]))
-    if isinstance(sweep, Study) and (best := source.best()) is not None:
-        print(f"The best: {best[0].name}, {sweep.metric} {best[1]:.4f}.")
+    if best is not None:
+        print(f"The best: {best[0].name}, {record['metric']} {best[1]:.4f}.")
     if flags.json:
         cli.print_json({"trials": rows})
     return 1 if any(row["state"] == trials.FAILED for row in rows) else 0

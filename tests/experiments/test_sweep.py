@@ -6,6 +6,7 @@ import pytest
 
 from experiments import cli, sweep
 from tests.errors import says
+from tfm_jax.errors import UserError
 from tfm_jax.files import write_status
 from tfm_jax.sweep import trials
 from tfm_jax.sweep.space import grid, named
@@ -80,6 +81,19 @@ def test_what_failed_is_taken_up_once_for_all_processes(arguments, monkeypatch):
     assert [("--retry_failed" in command, "--parallel=1" in command) for command in commands] == [(False, True)] * 2
 
 
+def test_a_database_that_has_gone_away_is_said_in_the_end(arguments, monkeypatch, tmp_path):
+    pytest.importorskip("optuna", reason="studies need the extra sweep")
+
+    def away(source, *args, **options):
+        source.lost = UserError("gone")
+
+    monkeypatch.setattr(sweep.runner, "run", away)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    for more in ((), ("--one_of_several",)):
+        with says("gone"):
+            sweep.main(arguments(STUDY % ("validation", "none"), f"--storage=sqlite:///{tmp_path}/s.db", *more))
+
+
 def test_costs(arguments, capsys, monkeypatch, tmp_path):
     """Twice the width costs more than twice as much; nothing is written."""
     monkeypatch.setattr(cli, "setup", lambda: None)
@@ -137,7 +151,7 @@ STUDY = "return Study(space={'optim.lr': log_uniform(1e-3, 1e-1)}, trials=2, met
         ("return [1]", (), "--sweep={sweep}: sweep() returns overrides (dicts in a list) or a Study, not 1."),
         ("return seeds(2)", ("--sweep={sweep}:x",), "--sweep={sweep}:x: sweep(): too many positional arguments."),
         ("return seeds(2)", ("--sweep={sweep}e.py",), "--sweep={sweep}e.py: there is no file {sweep}e.py. Did you mean '{sweep}'?"),
-        ("return seeds(2)", ("--storage=sqlite:///x.db",), "--storage=sqlite:///x.db is for studies; the sweep() of {sweep} returns a list."),
+        ("return seeds(2)", ("--storage=mysql://me:word@x/db",), "--storage=mysql://me:***@x/db is for studies; the sweep() of {sweep} returns a list."),
         (STUDY % ("validation", "none"), ("--config.optim.lr=0.1",), "--config.optim.lr=0.1 overlaps with the sweep, which sets optim.lr. Leave one of them out."),
         ("return grid({'optim.options': [{}]})", ("--config.optim.options.b2=0.9",), "--config.optim.options.b2=0.9 overlaps with the sweep, which sets optim.options. Leave one of them out."),
         ("return seeds(2)", ("--parallel=0",), "--parallel=0: must be at least 1."),

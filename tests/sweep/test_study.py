@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -340,3 +341,41 @@ def test_a_driver_that_says_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("optuna.storages.RDBStorage", silent)
     with says("--storage=x://y cannot be opened: ValueError: "):
         Drawn(wanted(), tmp_path, storage="x://y")
+
+
+def test_one_that_was_behind_only_in_the_end_may_be_the_best(tmp_path):
+    """The pruner tells what goes on, not what has come of it: the table ranks by the last values too."""
+    source = drawn(tmp_path, wanted(sampler="random", pruner="asha", reduction=2, trials=2))
+    first, second = source.draw(), source.draw()
+    for trial, values in ((first, (1.0, 0.9)), (second, (5.0, 0.1))):
+        lines = [{"step": step, "eval/v/loss": value} for step, value in enumerate(values, 1)]
+        (tmp_path / trial.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_status(tmp_path / trial.name, "finished")
+        source.ended(trial, trials.state(tmp_path / trial.name))
+    assert [one.state.name for one in source._all()] == ["COMPLETE", "PRUNED"]
+    assert source.best() == (second, 0.1)
+
+
+def test_a_database_that_goes_away(tmp_path):
+    """What runs ends by itself, and then it is said; one that has come back knows all that happened meanwhile."""
+    (tmp_path / "db").mkdir()
+    url = f"sqlite:///{tmp_path}/db/study.db"
+    source, gone, said = Drawn(wanted(trials=3), tmp_path / "s", storage=url), tmp_path / "gone", []
+
+    class Interrupting(Quick):
+        def poll(self):
+            if len(read_metrics(self._path.parent)) == 2:
+                source._study._storage._backend.engine.dispose()
+                (tmp_path / "db").rename(gone)
+            return super().poll()
+
+    runner.run(source, tmp_path / "s", Interrupting, wait=0.0, say=said.append)
+    assert len(said) == 1 and "finished at step 5" in said[0] and source.best() is None
+    assert re.fullmatch(
+        rf"--storage={re.escape(url)} has gone away: OperationalError: .*unable to open database file"
+        r"\. What ran has ended; the same command goes on\.",
+        str(source.lost),
+    )
+    gone.rename(tmp_path / "db")
+    runner.run(source, tmp_path / "s", Quick, wait=0.0, say=said.append)
+    assert source.lost is None and [one.state.name for one in source._all()] == ["COMPLETE"] * 3 and len(said) == 3

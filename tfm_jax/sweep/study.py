@@ -3,12 +3,13 @@ machines share, each with a folder of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,16 @@ class Drawn:
       storage: URL of a database; the journal file `FOLDER/study.log` if None.
       retry: let what has failed be tried again.
 
+    Attributes:
+      lost: the database has gone away with trials still to come, and why. What runs goes on to its end.
+
     Raises:
       UserError: Optuna is not installed, the database cannot be reached, or its study of this name is another one.
     """
 
     def __init__(self, wanted: Study, folder: Path, *, storage: str | None = None, retry: bool = False) -> None:
-        self._optuna, self._wanted, self._folder = terms.optuna(), wanted, folder
+        self._optuna, self._wanted, self._folder, self._url = terms.optuna(), wanted, folder, storage
+        self.lost: UserError | None = None
         # Launchers that share the folder draw one after the other; those elsewhere must not draw the same.
         self._own = trials.owner(folder) if storage else ""
         self._seed = wanted.seed * 1_000_003 + zlib.crc32(self._own.encode())
@@ -63,9 +68,31 @@ class Drawn:
             self._retry()
 
     def candidates(self) -> Sequence[Trial]:
-        return [self._written(one) for one in self._mine(self._states.RUNNING)]
+        with self._patience():
+            return [self._written(one) for one in self._mine(self._states.RUNNING)]
+        return []
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Ask a database that may come back another time: what it has not been told it is told then."""
+        try:
+            yield
+        except self._optuna.exceptions.StorageInternalError as error:
+            assert self._url is not None
+            said = terms.first_line(error.__cause__ or error, self._url)
+            self.lost = UserError(
+                f"--storage={terms.shown(self._url)} has gone away: {said}. What ran has ended; the same command goes on."
+            )
 
     def draw(self) -> Trial | None:
+        with self._patience():
+            found = self._draw()
+            # It is asked before a command ends.
+            self.lost = None
+            return found
+        return None
+
+    def _draw(self) -> Trial | None:
         with locked(self._folder / ".locks" / "draw"):
             while len(self._counted()) < self._limit:
                 one = self._added(self._all())
@@ -109,6 +136,11 @@ class Drawn:
         return [one for one in added if one.user_attrs.get(FOLDER) == self._own][-1]
 
     def should_stop(self, trial: Trial) -> bool:
+        with self._patience():
+            return self._is_behind(trial)
+        return False
+
+    def _is_behind(self, trial: Trial) -> bool:
         run = self._folder / trial.name
         try:
             lines = read_metrics(run)
@@ -169,15 +201,18 @@ class Drawn:
         return "eval" in kinds and self._wanted.metric.partition("/")[0] not in kinds
 
     def ended(self, trial: Trial, state: State) -> None:
+        with self._patience():
+            self._tell(trial, state)
+
+    def _tell(self, trial: Trial, state: State) -> None:
         # One that went on to its end before it could be stopped is behind all the same.
-        behind = state.word in (FINISHED, PRUNED) and self.should_stop(trial)
+        behind = state.word in (FINISHED, PRUNED) and self._is_behind(trial)
         one = self._frozen(trial)
         outcome: dict[str, Any] = {"state": self._states.FAIL}
         if behind and one.intermediate_values:
             outcome = {"state": self._states.PRUNED}
         elif state.word == FINISHED:
-            found = trials.values(read_metrics(self._folder / trial.name), self._wanted.metric)
-            last = found[max(found)] if found else math.nan
+            last = self._last(trial)
             if math.isfinite(last):
                 outcome = {"state": self._states.COMPLETE, "values": [last]}
         if not one.state.is_finished():
@@ -190,10 +225,20 @@ class Drawn:
         return [self._trial(one) for one in self._counted()]
 
     def best(self) -> tuple[Trial, float] | None:
-        """The finished trial with the best last value."""
-        if not self._study.get_trials(deepcopy=False, states=(self._states.COMPLETE,)):
-            return None
-        return self._trial(self._study.best_trial), float(self._study.best_value)
+        """The finished trial with the best last value; its pruner may have found only then that it was behind."""
+        with self._patience():
+            found = [(self._trial(one), one.value) for one in self._all() if one.state == self._states.COMPLETE]
+            pruned = [self._trial(one) for one in self._mine(self._states.PRUNED)]
+            late = [one for one in pruned if trials.state(self._folder / one.name).word == FINISHED]
+            found += [(one, value) for one in late if math.isfinite(value := self._last(one))]
+            sign = 1 if self._wanted.direction == "minimize" else -1
+            return min(found, key=lambda pair: sign * pair[1], default=None)
+        return None
+
+    def _last(self, trial: Trial) -> float:
+        """The last value that a trial of this folder has logged, NaN if none."""
+        found = trials.values(read_metrics(self._folder / trial.name), self._wanted.metric)
+        return found[max(found)] if found else math.nan
 
     @property
     def _states(self) -> Any:
