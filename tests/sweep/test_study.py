@@ -275,6 +275,15 @@ def test_every_sampler_draws_what_the_space_has(tmp_path):
     assert here.candidates() == [first] and there.candidates() == [second] and here.known() == [first, second]
 
 
+def test_long_names(tmp_path):
+    """A trial of many keys is found again by its number."""
+    space = {"optim.lr": log_uniform(1e-4, 1.0), **{f"model.{'k' * 30}{i}": uniform(0.0, 1.0) for i in range(8)}}
+    for _ in range(2):
+        source = drawn(tmp_path, wanted(space=space, sampler="random", trials=2))
+        runner.run(source, tmp_path, Quick, wait=0.0, say=lambda line: None)
+    assert [len(trial.name) for trial in source.known()] == [255] * 2 and source.best()[0] in source.known()
+
+
 def test_machines_that_draw_at_the_same_moment(tmp_path):
     """What is more than asked for, or twice in a grid, is given up by the one that was later; nobody counts it."""
     url = f"sqlite:///{tmp_path}/study.db"

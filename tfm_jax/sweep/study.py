@@ -17,7 +17,7 @@ from tfm_jax.data.locks import locked
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 from tfm_jax.sweep import terms, trials
-from tfm_jax.sweep.space import Study, Trial, spelled
+from tfm_jax.sweep.space import Study, Trial, folder_name, spelled
 from tfm_jax.sweep.trials import FINISHED, PRUNED, State
 from tfm_jax.train.log import read_metrics
 
@@ -287,7 +287,7 @@ class Drawn:
 
     def _trial(self, one: Any) -> Trial:
         chosen = {key: terms.chosen(self._wanted.space[key], one.params[key]) for key in self._wanted.space}
-        return Trial(f"{_number(one):04d},{spelled(chosen)}", {**self._wanted.fixed, **chosen})
+        return Trial(folder_name(f"{_number(one):04d},{spelled(chosen)}"), {**self._wanted.fixed, **chosen})
 
     def _written(self, one: Any) -> Trial:
         trial = self._trial(one)
