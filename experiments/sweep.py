@@ -22,9 +22,11 @@ from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.launch.job import at_least
 from tfm_jax.launch.slurm import launch
-from tfm_jax.sweep import runner, slurm, terms, trials
+from tfm_jax.sweep import results, runner, slurm, terms, trials
+from tfm_jax.sweep.results import Run
 from tfm_jax.sweep.space import Choice, Overrides, Study, Trial, named, spelled
 from tfm_jax.sweep.streams import ByThread
+from tfm_jax.train import rundir
 from tfm_jax.units import counted
 
 EXAMPLES = """\
@@ -35,6 +37,8 @@ EXAMPLES = """\
   python -m experiments.sweep --config=configs/gpt_stdlib.py --sweep=configs/sweeps/lr.py --workdir=sweeps/lr \\
     --backend=slurm --parallel=8 --time=24:00:00
   optuna-dashboard sweeps/asha/study.log"""
+# First parts of what runs log.
+LOGGED = ("train", "eval", "optim", "perf", "ckpt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,8 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dry_run(flags, common, sweep, listed)
     if flags.workdir is None:
         raise UserError("--workdir is not set: where should the runs go? For instance --workdir=sweeps/first")
-    source, record = _opened(sweep, listed, {"config": flags.config, "overrides": common}, flags)
+    record = {"config": flags.config, "overrides": configs.fixed_part(common)}
+    source, record = _opened(sweep, listed, record, flags, common)
     signal.signal(signal.SIGTERM, _interrupted)
+    if flags.backend == "local":
+        # Jobs outlive their launcher, on machines that may not say so here.
+        trials.tell_stopped(flags.workdir)
     try:
         if flags.vectorise is not None and flags.parallel > 1:
             _several(flags.parallel, sys.argv[1:] if argv is None else argv)
@@ -97,8 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 start = slurm.starter(flags.config, common, {name: getattr(flags, name) for name in settings})
             runner.run(source, flags.workdir, start, parallel=flags.parallel)
     except KeyboardInterrupt:
+        if flags.backend == "local":
+            trials.tell_stopped(flags.workdir)
         if not flags.one_of_several:
-            print(_stopped(flags.workdir), file=sys.stderr)
+            count = sweep.limit if isinstance(sweep, Study) else len(listed)
+            print(_stopped(flags.workdir, count), file=sys.stderr)
         return cli.INTERRUPTED
     best = source.best() if isinstance(sweep, Study) else None
     if isinstance(sweep, Study) and source.lost is not None:
@@ -128,10 +139,9 @@ def _interrupted(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _stopped(folder: Path) -> str:
-    states = [row["state"] for row in table(folder)]
-    ended = sum(state in trials.ENDED for state in states)
-    return f"stopped: {ended} of {counted(len(states), 'trial')} ended; the same command goes on."
+def _stopped(folder: Path, count: int) -> str:
+    ended = sum(row["state"] in trials.ENDED for row in table(folder))
+    return f"stopped: {ended} of {counted(count, 'trial')} ended; the same command goes on."
 
 
 def _several(parallel: int, argv: Sequence[str]) -> None:
@@ -160,17 +170,31 @@ def _vectorised(source: Any, flags: Any, common: Mapping[str, str], listed: Sequ
         runner.run(source, flags.workdir, start, parallel=flags.vectorise)
 
 
-def _opened(sweep: Any, listed: Sequence[Trial], record: dict[str, Any], flags: Any) -> tuple[Any, dict[str, Any]]:
+def _opened(
+    sweep: Any, listed: Sequence[Trial], record: dict[str, Any], flags: Any, common: Mapping[str, str]
+) -> tuple[Any, dict[str, Any]]:
     """The source of trials, and what the folder says that it sweeps."""
     if not isinstance(sweep, Study):
         record |= {"study": None, "metric": None, "direction": "minimize"}
         trials.open_folder(flags.workdir, record)
+        _check_begun(flags, common)
         return runner.Listed(listed, flags.workdir, flags.retry_failed), record
     from tfm_jax.sweep import study
 
     record |= {"study": study.record(sweep), "metric": sweep.metric, "direction": sweep.direction}
     trials.open_folder(flags.workdir, record)
+    _check_begun(flags, common)
     return study.Drawn(sweep, flags.workdir, storage=flags.storage, retry=flags.retry_failed), record
+
+
+def _check_begun(flags: Any, common: Mapping[str, str]) -> None:
+    """Find what has changed, say in the config's file, since trials have begun: one that has ended would not be asked again."""
+    known = trials.read_folder(flags.workdir)[1]
+    # Of one whose record is damaged no overrides are known.
+    begun = [trial for trial in known if trial.overrides and rundir.has_checkpoint(flags.workdir / trial.name)]
+    # The file gives the same to all that set the same keys, and reading it for each of a thousand would take minutes.
+    for trial in {tuple(trial.overrides): trial for trial in begun}.values():
+        rundir.check_config(flags.workdir / trial.name, _resolved(flags.config, common, trial))
 
 
 def _sweep(spec: str) -> Sequence[Overrides] | Study:
@@ -229,8 +253,8 @@ def _check(config: str, common: Mapping[str, str], listed: Sequence[Trial]) -> l
 def _check_study(study: Study, config: configs.Config) -> None:
     kind, _, rest = study.metric.partition("/")
     name = rest.partition("/")[0]
-    if kind not in ("train", "eval") or (kind == "eval" and name not in config["evals"]):
-        known = ["train/loss", *(f"eval/{name}/loss" for name in config["evals"])]
+    if kind not in LOGGED or (kind == "eval" and name not in config["evals"]):
+        known = ["train/loss", "optim/lr", "perf/steps_per_sec", *(f"eval/{name}/loss" for name in config["evals"])]
         raise UserError(f"sweep: metric={study.metric!r} is none that trials log.{nearest(study.metric, known)}")
     if study.pruner != "none" and kind == "eval" and not config["train"]["eval_every"]:
         raise UserError(f"sweep: pruner={study.pruner!r} judges evaluations on the way: set train.eval_every.")
@@ -272,14 +296,11 @@ def shown(rows: Sequence[Mapping[str, Any]], metric: str | None, direction: str)
         {name for row in rows for name in row["metrics"] if name.startswith("eval/") and name.endswith("/loss")}
     )
     columns = losses if metric is None else [metric]
-    sign = 1 if direction == "minimize" else -1
-
-    def place(row: Mapping[str, Any]) -> tuple[bool, float]:
-        value = row["metrics"].get(columns[0]) if columns else None
-        return value is None, 0.0 if value is None else sign * value
-
+    runs = [Run(row["trial"], Path(), row["overrides"], row["state"], result=row["metrics"]) for row in rows]
+    ranked = results.ranked(runs, "".join(columns[:1]), "lower" if direction == "minimize" else "higher")
+    places = {run.name: place for place, run in enumerate(ranked)}
     lines = [("trial", "state", "step", *columns)]
-    for row in sorted(rows, key=place):
+    for row in sorted(rows, key=lambda row: places[row["trial"]]):
         found = [f"{row['metrics'][name]:.4f}" if name in row["metrics"] else "" for name in columns]
         lines.append((row["trial"], row["state"], str(row["step"]), *found))
     # One that has finished has a reason where its numbers cannot be read.

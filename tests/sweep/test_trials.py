@@ -5,6 +5,7 @@ import pytest
 from tests.sweep.test_runner import LISTED, starter, states
 from tfm_jax.files import write_status
 from tfm_jax.sweep import runner, trials
+from tfm_jax.train import rundir
 
 
 def test_what_is_to_be_tried_again_waits_with_its_reason(tmp_path):
@@ -42,3 +43,14 @@ def test_damaged_metrics_are_put_aside(tmp_path):
 def test_damaged_verdicts(tmp_path, verdict):
     (tmp_path / verdict).write_bytes(b"\xff\xfe no text")
     assert trials.state(tmp_path) == (verdict, "\ufffd\ufffd no text", 0)
+
+
+def test_a_run_without_a_process(tmp_path):
+    """One that is killed leaves `running` behind; one that somebody works on is left alone, with or without a launcher."""
+    trials.open_folder(tmp_path, {})
+    trials.list_trials(tmp_path, LISTED)
+    for trial in LISTED[:4]:
+        write_status(tmp_path / trial.name, "finished" if trial is LISTED[3] else "running")
+    with trials.held(tmp_path, LISTED[1].name), rundir.claim(tmp_path / LISTED[2].name):
+        trials.tell_stopped(tmp_path)
+    assert list(states(tmp_path).values()) == ["preempted", "running", "running", "finished", "waiting"]

@@ -1,6 +1,6 @@
 """A sweep's folder: a run directory for each trial, and what has become of each.
 
-DIR/sweep.json          what is swept: config, overrides of all trials, the study if there is one, metric and direction
+DIR/sweep.json          what is swept: config, overrides of all trials that may not change, the study if there is one, metric and direction
 DIR/NAME/               a run directory as any other, and beside its files
 DIR/NAME/trial.json     the trial: its name, number and overrides; there as soon as the trial is known
 DIR/NAME/train.log      what the run has printed
@@ -25,10 +25,11 @@ from tfm_jax.data.locks import locked
 from tfm_jax.errors import UserError
 from tfm_jax.files import read_status, write_atomic, write_status
 from tfm_jax.sweep.space import Trial
+from tfm_jax.train import rundir
 from tfm_jax.train.log import read_metrics
 
 # What a run's `status.json` may say, `waiting` before there is one, `pruned` where a launcher has stopped it.
-FINISHED, FAILED, PRUNED, WAITING = "finished", "failed", "pruned", "waiting"
+FINISHED, FAILED, PRUNED, WAITING, RUNNING = "finished", "failed", "pruned", "waiting", "running"
 ENDED = (FINISHED, FAILED, PRUNED)
 # What reading a damaged file ends in.
 DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -93,6 +94,15 @@ def forget_failure(folder: Path, name: str) -> None:
         # It may wait for long, and for a process that was not told why.
         write_status(run, WAITING, f"it has failed before: {found.reason}")
         (run / FAILED).unlink(missing_ok=True)
+
+
+def tell_stopped(folder: Path) -> None:
+    """Say of each run that had no time to say so itself that it has been stopped, if nobody works on it."""
+    for run in (folder / trial.name for trial in read_folder(folder)[1]):
+        if said(run)[0] == RUNNING:
+            with held(folder, run.name) as lock:
+                if lock is not None and said(run)[0] == RUNNING and not rundir.is_claimed(run):
+                    write_status(run, "preempted", "it was stopped before it could save")
 
 
 def result(run: Path) -> dict[str, float]:

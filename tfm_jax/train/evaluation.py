@@ -155,8 +155,9 @@ def following(
             state = read_status(run).get("state")
         except ValueError:
             state = "damaged"
-        if state in (None, "finished"):
-            return state is not None
+        # A failed trial that a sweep will try again is `waiting`.
+        if state in (None, "waiting", "finished"):
+            return state == "finished"
         return clock() - left.setdefault(run, clock()) >= grace
 
     while True:
