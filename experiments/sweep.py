@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import inspect
 import itertools
+import json
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -177,24 +178,33 @@ def _opened(
     if not isinstance(sweep, Study):
         record |= {"study": None, "metric": None, "direction": "minimize"}
         trials.open_folder(flags.workdir, record)
-        _check_begun(flags, common)
+        _check_begun(flags, common, ())
         return runner.Listed(listed, flags.workdir, flags.retry_failed), record
     from tfm_jax.sweep import study
 
     record |= {"study": study.record(sweep), "metric": sweep.metric, "direction": sweep.direction}
     trials.open_folder(flags.workdir, record)
-    _check_begun(flags, common)
+    # A run may be evaluated otherwise when it goes on; what trials are judged by is the study's.
+    judged = [f"evals.{sweep.metric.split('/')[1]}"] if sweep.metric.startswith("eval/") else []
+    _check_begun(flags, common, [*judged, "train.eval_every"] if sweep.pruner != "none" else judged)
     return study.Drawn(sweep, flags.workdir, storage=flags.storage, retry=flags.retry_failed), record
 
 
-def _check_begun(flags: Any, common: Mapping[str, str]) -> None:
+def _check_begun(flags: Any, common: Mapping[str, str], judged: Sequence[str]) -> None:
     """Find what has changed, say in the config's file, since trials have begun: one that has ended would not be asked again."""
     known = trials.read_folder(flags.workdir)[1]
     # Of one whose record is damaged no overrides are known.
     begun = [trial for trial in known if trial.overrides and rundir.has_checkpoint(flags.workdir / trial.name)]
     # The file gives the same to all that set the same keys, and reading it for each of a thousand would take minutes.
     for trial in {tuple(trial.overrides): trial for trial in begun}.values():
-        rundir.check_config(flags.workdir / trial.name, _resolved(flags.config, common, trial))
+        run, asked = flags.workdir / trial.name, _resolved(flags.config, common, trial)
+        rundir.check_config(run, asked)
+        own, now = configs.flat(rundir.read_config(run)), configs.flat(json.loads(configs.to_json(asked)))
+        for key in own:
+            if own[key] != now.get(key) and any(f"{key}.".startswith(f"{one}.") for one in judged):
+                raise UserError(
+                    f"{run} is judged by {key}={own[key]!r}, not {now.get(key)!r}, as all trials of its study. Use another --workdir."
+                )
 
 
 def _sweep(spec: str) -> Sequence[Overrides] | Study:

@@ -113,6 +113,15 @@ def test_a_config_that_has_changed_meanwhile(arguments, capsys, config_file, mon
     ):
         sweep.main([*given, "--retry_failed"])
     assert trials.state(run).word == "failed"
+    config.write_text(config_file.read_text())
+    given += ["--config.train.eval_every=2", "--config.evals.validation.batch_size=4"]
+    if body.startswith("return grid"):
+        assert sweep.main(given) == 1
+        return
+    for pruner, key, own, now in (("none", "evals.validation.batch_size", None, 4), ("asha", "train.eval_every", 0, 2)):
+        (run.parent / "sweep.json").unlink()
+        with says(f"{run} is judged by {key}={own}, not {now}, as all trials of its study. Use another --workdir."):
+            sweep.main([*arguments(STUDY % ("validation", pruner)), *given[3:]])
 
 
 def test_what_failed_is_taken_up_once_for_all_processes(arguments, monkeypatch):
