@@ -306,6 +306,15 @@ def test_machines_that_draw_at_the_same_moment(tmp_path):
         assert len(list(tmp_path.glob(f"*/{name}/*/trial.json"))) == len(here.known())
 
 
+def test_one_that_another_command_draws_while_candidates_are_looked_for(tmp_path):
+    study = wanted(sampler="random", trials=3)
+    source, other = drawn(tmp_path, study), drawn(tmp_path, study)
+    found = [source.draw()]
+    counted = source._counted
+    source._counted = lambda: (found.append(other.draw()), counted())[1]
+    assert source.candidates() == found and len(found) == 2
+
+
 def test_a_database_has_one_study_of_a_name(tmp_path):
     """The same study from a folder that was moved finds its trials; another one of that name is refused."""
     url, folder = f"sqlite:///{tmp_path}/study.db", tmp_path / "a" / "s"

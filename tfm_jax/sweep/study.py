@@ -254,7 +254,9 @@ class Drawn:
 
     def _mine(self, state: Any) -> list[Any]:
         """The last tries of this folder's trials, those in a state."""
-        tries, counted = self._tries(), self._counted()
+        counted = self._counted()
+        # Read later, since others draw meanwhile: it has all of them.
+        tries = self._tries()
         last = [tries[one.number] for one in counted if one.user_attrs.get(FOLDER) == self._own]
         return [one for one in last if one.state == state]
 
