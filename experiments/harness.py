@@ -5,7 +5,6 @@ Needs `pip install 'tfm_jax[harness]'`. The figures go to RUN/harness_STEP_TASKS
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,15 @@ from typing import Any
 
 from experiments import cli
 from tfm_jax.errors import UserError
+from tfm_jax.units import cut
 
 EXAMPLES = """\
   python -m experiments.harness --run runs/gpt2 --tasks lambada_openai hellaswag --limit 100
   python -m experiments.harness --run runs/gpt_stdlib --tasks my_task --include_path my_tasks"""
 # Positions of a model that has no limit of its own.
 LENGTH = 2048
-# Letters of a file's name that tasks may take.
-LONGEST = 120
+# Bytes of a file's name that tasks may take.
+LONGEST = 129
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,9 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def file_name(step: int, tasks: Sequence[str], asked: Mapping[str, Any]) -> str:
     """Of the figures of tasks asked in a way of their own; many tasks are shortened to a hash of their names."""
-    name = re.sub(r"[^\w.+-]", "_", "+".join(sorted(tasks)))
-    if len(name) > LONGEST:
-        name = f"{name[:LONGEST]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name = cut(re.sub(r"[^\w.+-]", "_", "+".join(sorted(tasks))), LONGEST)
     return f"harness_{step}_{name}{''.join(f'_{key}={value}' for key, value in asked.items())}.json"
 
 

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import inspect
 import itertools
+import json
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +23,11 @@ from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.launch.job import at_least
 from tfm_jax.launch.slurm import launch
-from tfm_jax.sweep import runner, slurm, trials
+from tfm_jax.sweep import results, runner, slurm, terms, trials
+from tfm_jax.sweep.results import Run
 from tfm_jax.sweep.space import Choice, Overrides, Study, Trial, named, spelled
 from tfm_jax.sweep.streams import ByThread
+from tfm_jax.train import rundir
 from tfm_jax.units import counted
 
 EXAMPLES = """\
@@ -35,6 +38,8 @@ EXAMPLES = """\
   python -m experiments.sweep --config=configs/gpt_stdlib.py --sweep=configs/sweeps/lr.py --workdir=sweeps/lr \\
     --backend=slurm --parallel=8 --time=24:00:00
   optuna-dashboard sweeps/asha/study.log"""
+# First parts of what runs log.
+LOGGED = ("train", "eval", "optim", "perf", "ckpt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,15 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_study(sweep, _check(flags.config, common, listed)[0])
     else:
         if flags.storage is not None:
-            raise UserError(f"--storage={flags.storage} is for studies; the sweep() of {flags.sweep} returns a list.")
+            raise UserError(
+                f"--storage={terms.shown(flags.storage)} is for studies; the sweep() of {flags.sweep} returns a list."
+            )
         listed = named(sweep)
         _check(flags.config, common, listed)
     if flags.dry_run:
         return _dry_run(flags, common, sweep, listed)
     if flags.workdir is None:
         raise UserError("--workdir is not set: where should the runs go? For instance --workdir=sweeps/first")
-    source, record = _opened(sweep, listed, {"config": flags.config, "overrides": common}, flags)
+    record = {"config": flags.config, "overrides": configs.fixed_part(common)}
+    source, record = _opened(sweep, listed, record, flags, common)
     signal.signal(signal.SIGTERM, _interrupted)
+    if flags.backend == "local":
+        # Jobs outlive their launcher, on machines that may not say so here.
+        trials.tell_stopped(flags.workdir)
     try:
         if flags.vectorise is not None and flags.parallel > 1:
             _several(flags.parallel, sys.argv[1:] if argv is None else argv)
@@ -95,15 +106,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 start = slurm.starter(flags.config, common, {name: getattr(flags, name) for name in settings})
             runner.run(source, flags.workdir, start, parallel=flags.parallel)
     except KeyboardInterrupt:
+        if flags.backend == "local":
+            trials.tell_stopped(flags.workdir)
         if not flags.one_of_several:
-            print(_stopped(flags.workdir), file=sys.stderr)
+            count = sweep.limit if isinstance(sweep, Study) else len(listed)
+            print(_stopped(flags.workdir, count), file=sys.stderr)
         return cli.INTERRUPTED
+    best = source.best() if isinstance(sweep, Study) else None
+    if isinstance(sweep, Study) and source.lost is not None:
+        raise source.lost
     if flags.one_of_several:
         return 0
     rows = table(flags.workdir)
     print(shown(rows, record["metric"], record["direction"]))
-    if isinstance(sweep, Study) and (best := source.best()) is not None:
-        print(f"The best: {best[0].name}, {sweep.metric} {best[1]:.4f}.")
+    if best is not None:
+        print(f"The best: {best[0].name}, {record['metric']} {best[1]:.4f}.")
     if flags.json:
         cli.print_json({"trials": rows})
     return 1 if any(row["state"] == trials.FAILED for row in rows) else 0
@@ -123,10 +140,9 @@ def _interrupted(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _stopped(folder: Path) -> str:
-    states = [row["state"] for row in table(folder)]
-    ended = sum(state in trials.ENDED for state in states)
-    return f"stopped: {ended} of {counted(len(states), 'trial')} ended; the same command goes on."
+def _stopped(folder: Path, count: int) -> str:
+    ended = sum(row["state"] in trials.ENDED for row in table(folder))
+    return f"stopped: {ended} of {counted(count, 'trial')} ended; the same command goes on."
 
 
 def _several(parallel: int, argv: Sequence[str]) -> None:
@@ -155,17 +171,40 @@ def _vectorised(source: Any, flags: Any, common: Mapping[str, str], listed: Sequ
         runner.run(source, flags.workdir, start, parallel=flags.vectorise)
 
 
-def _opened(sweep: Any, listed: Sequence[Trial], record: dict[str, Any], flags: Any) -> tuple[Any, dict[str, Any]]:
+def _opened(
+    sweep: Any, listed: Sequence[Trial], record: dict[str, Any], flags: Any, common: Mapping[str, str]
+) -> tuple[Any, dict[str, Any]]:
     """The source of trials, and what the folder says that it sweeps."""
     if not isinstance(sweep, Study):
         record |= {"study": None, "metric": None, "direction": "minimize"}
         trials.open_folder(flags.workdir, record)
+        _check_begun(flags, common, ())
         return runner.Listed(listed, flags.workdir, flags.retry_failed), record
     from tfm_jax.sweep import study
 
     record |= {"study": study.record(sweep), "metric": sweep.metric, "direction": sweep.direction}
     trials.open_folder(flags.workdir, record)
+    # A run may be evaluated otherwise when it goes on; what trials are judged by is the study's.
+    judged = [f"evals.{sweep.metric.split('/')[1]}"] if sweep.metric.startswith("eval/") else []
+    _check_begun(flags, common, [*judged, "train.eval_every"] if sweep.pruner != "none" else judged)
     return study.Drawn(sweep, flags.workdir, storage=flags.storage, retry=flags.retry_failed), record
+
+
+def _check_begun(flags: Any, common: Mapping[str, str], judged: Sequence[str]) -> None:
+    """Find what has changed, say in the config's file, since trials have begun: one that has ended would not be asked again."""
+    known = trials.read_folder(flags.workdir)[1]
+    # Of one whose record is damaged no overrides are known.
+    begun = [trial for trial in known if trial.overrides and rundir.has_checkpoint(flags.workdir / trial.name)]
+    # The file gives the same to all that set the same keys, and reading it for each of a thousand would take minutes.
+    for trial in {tuple(trial.overrides): trial for trial in begun}.values():
+        run, asked = flags.workdir / trial.name, _resolved(flags.config, common, trial)
+        rundir.check_config(run, asked)
+        own, now = configs.flat(rundir.read_config(run)), configs.flat(json.loads(configs.to_json(asked)))
+        for key in own:
+            if own[key] != now.get(key) and any(f"{key}.".startswith(f"{one}.") for one in judged):
+                raise UserError(
+                    f"{run} is judged by {key}={own[key]!r}, not {now.get(key)!r}, as all trials of its study. Use another --workdir."
+                )
 
 
 def _sweep(spec: str) -> Sequence[Overrides] | Study:
@@ -224,8 +263,8 @@ def _check(config: str, common: Mapping[str, str], listed: Sequence[Trial]) -> l
 def _check_study(study: Study, config: configs.Config) -> None:
     kind, _, rest = study.metric.partition("/")
     name = rest.partition("/")[0]
-    if kind not in ("train", "eval") or (kind == "eval" and name not in config["evals"]):
-        known = ["train/loss", *(f"eval/{name}/loss" for name in config["evals"])]
+    if kind not in LOGGED or (kind == "eval" and name not in config["evals"]):
+        known = ["train/loss", "optim/lr", "perf/steps_per_sec", *(f"eval/{name}/loss" for name in config["evals"])]
         raise UserError(f"sweep: metric={study.metric!r} is none that trials log.{nearest(study.metric, known)}")
     if study.pruner != "none" and kind == "eval" and not config["train"]["eval_every"]:
         raise UserError(f"sweep: pruner={study.pruner!r} judges evaluations on the way: set train.eval_every.")
@@ -267,14 +306,11 @@ def shown(rows: Sequence[Mapping[str, Any]], metric: str | None, direction: str)
         {name for row in rows for name in row["metrics"] if name.startswith("eval/") and name.endswith("/loss")}
     )
     columns = losses if metric is None else [metric]
-    sign = 1 if direction == "minimize" else -1
-
-    def place(row: Mapping[str, Any]) -> tuple[bool, float]:
-        value = row["metrics"].get(columns[0]) if columns else None
-        return value is None, 0.0 if value is None else sign * value
-
+    runs = [Run(row["trial"], Path(), row["overrides"], row["state"], result=row["metrics"]) for row in rows]
+    ranked = results.ranked(runs, "".join(columns[:1]), "lower" if direction == "minimize" else "higher")
+    places = {run.name: place for place, run in enumerate(ranked)}
     lines = [("trial", "state", "step", *columns)]
-    for row in sorted(rows, key=place):
+    for row in sorted(rows, key=lambda row: places[row["trial"]]):
         found = [f"{row['metrics'][name]:.4f}" if name in row["metrics"] else "" for name in columns]
         lines.append((row["trial"], row["state"], str(row["step"]), *found))
     # One that has finished has a reason where its numbers cannot be read.

@@ -1,6 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
 from __future__ import annotations
+
+import hashlib
 
 
 def short(value: float) -> str:
@@ -15,3 +17,11 @@ def short(value: float) -> str:
 def counted(number: int, noun: str) -> str:
     """1 run, 2 runs."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def cut(name: str, most: int) -> str:
+    """A name of no more bytes, since a file system takes 255: of a longer one the beginning, and a hash of the whole."""
+    whole = name.encode()
+    if len(whole) <= most:
+        return name
+    return f"{whole[: most - 9].decode(errors='ignore')}_{hashlib.sha256(whole).hexdigest()[:8]}"

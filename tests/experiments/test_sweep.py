@@ -6,6 +6,7 @@ import pytest
 
 from experiments import cli, sweep
 from tests.errors import says
+from tfm_jax.errors import UserError
 from tfm_jax.files import write_status
 from tfm_jax.sweep import trials
 from tfm_jax.sweep.space import grid, named
@@ -66,6 +67,63 @@ def test_one_that_is_interrupted_says_how_it_goes_on(arguments, capsys, monkeypa
     assert capsys.readouterr().err == "stopped: 0 of 2 trials ended; the same command goes on.\n"
 
 
+def test_one_that_is_interrupted_before_its_first_step(arguments, capsys, monkeypatch, tmp_path):
+    """What was stopped before it could say so runs no more; of a study's trials those that are not drawn yet count too."""
+    pytest.importorskip("optuna", reason="studies need the extra sweep")
+
+    def interrupted(source, folder, *args, **options):
+        write_status(folder / source.draw().name, "running")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep.runner, "run", interrupted)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    assert sweep.main(arguments(STUDY % ("validation", "none"))) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "stopped: 0 of 2 trials ended; the same command goes on.\n"
+    assert [row["state"] for row in sweep.table(tmp_path / "out")] == ["preempted"]
+    # Nor does what a launcher that was killed has left; the next one may have other trials to run first.
+    write_status(tmp_path / "out" / sweep.table(tmp_path / "out")[0]["trial"], "running")
+    monkeypatch.setattr(sweep.runner, "run", lambda *args, **options: None)
+    assert sweep.main(arguments(STUDY % ("validation", "none"))) == 0
+    assert [row["state"] for row in sweep.table(tmp_path / "out")] == ["preempted"]
+
+
+@pytest.mark.parametrize("body", ["return grid({'optim.lr': [1e-2, 1e-1]})", "STUDY"])
+def test_a_config_that_has_changed_meanwhile(arguments, capsys, config_file, monkeypatch, tmp_path, body):
+    """What a run would be refused for, the sweep is too, whether the trial has ended or not; before it forgets a failure."""
+    if body == "STUDY":
+        pytest.importorskip("optuna", reason="studies need the extra sweep")
+        body = STUDY % ("validation", "none")
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sweep.runner, "run", lambda source, *args, **options: source.draw())
+    config = tmp_path / "config.py"
+    config.write_text(config_file.read_text())
+    given = [*arguments(body), f"--config={config}"]
+    assert sweep.main(given) == 0
+    (trial,) = trials.read_folder(tmp_path / "out")[1][:1]
+    run = tmp_path / "out" / trial.name
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(sweep._resolved(str(config), {}, trial)))
+    write_status(run, "failed", "by chance")
+    config.write_text(config_file.read_text().replace("'every': 1", "'every': 2"))
+    assert sweep.main([*given, "--config.log.tensorboard=True"]) == 1
+    config.write_text(config_file.read_text().replace("'warmup_steps': 2", "'warmup_steps': 3"))
+    with says(
+        f"{run} belongs to another config. What differs (its own -> asked for):\n  optim.warmup_steps: 2 -> 3"
+        "\nUse another --workdir, or delete this one."
+    ):
+        sweep.main([*given, "--retry_failed"])
+    assert trials.state(run).word == "failed"
+    config.write_text(config_file.read_text())
+    given += ["--config.train.eval_every=2", "--config.evals.validation.batch_size=4"]
+    if body.startswith("return grid"):
+        assert sweep.main(given) == 1
+        return
+    for pruner, key, own, now in (("none", "evals.validation.batch_size", None, 4), ("asha", "train.eval_every", 0, 2)):
+        (run.parent / "sweep.json").unlink()
+        with says(f"{run} is judged by {key}={own}, not {now}, as all trials of its study. Use another --workdir."):
+            sweep.main([*arguments(STUDY % ("validation", pruner)), *given[3:]])
+
+
 def test_what_failed_is_taken_up_once_for_all_processes(arguments, monkeypatch):
     commands = []
 
@@ -78,6 +136,19 @@ def test_what_failed_is_taken_up_once_for_all_processes(arguments, monkeypatch):
     given = arguments("return grid({'optim.lr': [1e-2, 1e-1]})", "--retry_failed", "--vectorise=2", "--parallel=2")
     assert sweep.main(given) == 0
     assert [("--retry_failed" in command, "--parallel=1" in command) for command in commands] == [(False, True)] * 2
+
+
+def test_a_database_that_has_gone_away_is_said_in_the_end(arguments, monkeypatch, tmp_path):
+    pytest.importorskip("optuna", reason="studies need the extra sweep")
+
+    def away(source, *args, **options):
+        source.lost = UserError("gone")
+
+    monkeypatch.setattr(sweep.runner, "run", away)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    for more in ((), ("--one_of_several",)):
+        with says("gone"):
+            sweep.main(arguments(STUDY % ("validation", "none"), f"--storage=sqlite:///{tmp_path}/s.db", *more))
 
 
 def test_costs(arguments, capsys, monkeypatch, tmp_path):
@@ -122,6 +193,26 @@ def test_a_result_that_cannot_be_read(tmp_path):
     assert reason.startswith("lr=0.2: finished: result.json is damaged: ")
 
 
+def test_the_table_ranks_as_reports_do():
+    """A loss that is no number is behind all others, as is one of which there is none."""
+    losses = {"a": 0.5, "b": float("nan"), "c": 0.1}
+    rows = [
+        {"trial": name, "state": "finished", "reason": "", "step": 8, "overrides": {}, "metrics": {"eval/v/loss": loss}}
+        for name, loss in losses.items()
+    ]
+    rows = [{**rows[0], "trial": "d", "metrics": {}}, *rows]
+    for direction, order in (("minimize", "cadb"), ("maximize", "acdb")):
+        lines = sweep.shown(rows, "eval/v/loss", direction).splitlines()[1:]
+        assert "".join(line.split()[0] for line in lines) == order
+
+
+@pytest.mark.parametrize("metric", ["optim/lr", "perf/tokens_per_sec", "train/grad_norm"])
+def test_metrics_of_all_kinds(arguments, capsys, monkeypatch, metric):
+    monkeypatch.setattr(cli, "setup", lambda: None)
+    body = f"return Study(space={{'optim.lr': log_uniform(1e-3, 1e-1)}}, trials=2, metric='{metric}')"
+    assert sweep.main(arguments(body, "--dry_run")) == 0
+
+
 STUDY = "return Study(space={'optim.lr': log_uniform(1e-3, 1e-1)}, trials=2, metric='eval/%s/loss', pruner=%r)"
 
 
@@ -137,7 +228,7 @@ STUDY = "return Study(space={'optim.lr': log_uniform(1e-3, 1e-1)}, trials=2, met
         ("return [1]", (), "--sweep={sweep}: sweep() returns overrides (dicts in a list) or a Study, not 1."),
         ("return seeds(2)", ("--sweep={sweep}:x",), "--sweep={sweep}:x: sweep(): too many positional arguments."),
         ("return seeds(2)", ("--sweep={sweep}e.py",), "--sweep={sweep}e.py: there is no file {sweep}e.py. Did you mean '{sweep}'?"),
-        ("return seeds(2)", ("--storage=sqlite:///x.db",), "--storage=sqlite:///x.db is for studies; the sweep() of {sweep} returns a list."),
+        ("return seeds(2)", ("--storage=mysql://me:word@x/db",), "--storage=mysql://me:***@x/db is for studies; the sweep() of {sweep} returns a list."),
         (STUDY % ("validation", "none"), ("--config.optim.lr=0.1",), "--config.optim.lr=0.1 overlaps with the sweep, which sets optim.lr. Leave one of them out."),
         ("return grid({'optim.options': [{}]})", ("--config.optim.options.b2=0.9",), "--config.optim.options.b2=0.9 overlaps with the sweep, which sets optim.options. Leave one of them out."),
         ("return seeds(2)", ("--parallel=0",), "--parallel=0: must be at least 1."),

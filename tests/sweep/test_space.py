@@ -43,6 +43,26 @@ def test_names():
     assert [t.name for t in named(chain(grid({"a.x": [1]}), grid({"b.y": [2]})))] == ["x=1", "y=2"]
 
 
+def test_names_of_what_is_drawn():
+    """A place that is drawn again is one trial, and values that are close have names with as many digits as tell them apart."""
+    few = sample({"x": uniform(1, 4), "y": choice("p", "q")}, 100)
+    assert len(few) == 8 == len(named(few)) and few[:3] == sample({"x": uniform(1, 4), "y": choice("p", "q")}, 3)
+    assert len(named(sample({"optim.lr": log_uniform(1e-4, 1e-2)}, 3000))) == 3000
+    close = grid({"optim.lr": [0.1, 0.12345678, 0.12345679, 1 / 3]})
+    assert [t.name for t in named(close)] == ["lr=0.1", "lr=0.12345678", "lr=0.12345679", "lr=0.333333"]
+    with says("sweep: the spaces overlap: x=1 is there twice."):
+        named(grid({"x": [1, 1.0]}))
+
+
+def test_long_names(tmp_path):
+    """Shortened to what a file system takes, those of 255 bytes as they are; each stays another."""
+    long = named(grid({"x": ["a" * 253, "a" * 254, "a" * 253 + "b", "a" + "\u00e4" * 200]}))
+    for trial in long:
+        (tmp_path / trial.name).mkdir()
+    assert long[0].name == f"x={'a' * 253}" and [len(t.name.encode()) for t in long] == [255, 255, 255, 254]
+    assert all(one.name.startswith("x=aaa") and one.name[-9] == "_" for one in long[1:3])
+
+
 def test_bad_spaces():
     with says("sweep: the space is empty."):
         named([])

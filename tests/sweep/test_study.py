@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -222,6 +223,25 @@ def test_the_failed_are_tried_again_if_asked(tmp_path):
     assert {trials.said(tmp_path / t.name)[0] for t in third.known()} == {"finished"} and not third.candidates()
 
 
+def test_what_is_to_be_tried_again_is_whoever_takes_it_up(tmp_path):
+    """The command says so once for all its processes, and may be killed before any of them begins."""
+    study = wanted(sampler="random", trials=2)
+    source = drawn(tmp_path, study)
+    for trial in (source.draw(), source.draw()):
+        write_status(tmp_path / trial.name, "failed", "by chance")
+        source.ended(trial, trials.state(tmp_path / trial.name))
+    assert not source.candidates()
+    for retry in (True, True, False):
+        source = Drawn(study, tmp_path, retry=retry)
+        assert source.candidates() == source.known() and len(source.known()) == 2
+        assert {trials.state(tmp_path / t.name)[:2] for t in source.known()} == {
+            ("waiting", "it has failed before: by chance")
+        }
+    runner.run(source, tmp_path, Quick, wait=0.0, say=lambda line: None)
+    assert {trials.state(tmp_path / t.name).word for t in source.known()} == {"finished"} and source.best()
+    assert [one.state.name for one in source._all()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+
+
 def test_one_that_finishes_without_its_metric_has_failed_and_is_no_second_try(tmp_path):
     study = wanted(trials=1)
     source = drawn(tmp_path, study)
@@ -255,6 +275,15 @@ def test_every_sampler_draws_what_the_space_has(tmp_path):
     assert here.candidates() == [first] and there.candidates() == [second] and here.known() == [first, second]
 
 
+def test_long_names(tmp_path):
+    """A trial of many keys is found again by its number."""
+    space = {"optim.lr": log_uniform(1e-4, 1.0), **{f"model.{'k' * 30}{i}": uniform(0.0, 1.0) for i in range(8)}}
+    for _ in range(2):
+        source = drawn(tmp_path, wanted(space=space, sampler="random", trials=2))
+        runner.run(source, tmp_path, Quick, wait=0.0, say=lambda line: None)
+    assert [len(trial.name) for trial in source.known()] == [255] * 2 and source.best()[0] in source.known()
+
+
 def test_machines_that_draw_at_the_same_moment(tmp_path):
     """What is more than asked for, or twice in a grid, is given up by the one that was later; nobody counts it."""
     url = f"sqlite:///{tmp_path}/study.db"
@@ -275,6 +304,15 @@ def test_machines_that_draw_at_the_same_moment(tmp_path):
         assert here.draw() is None and there.draw() is None and there.candidates() == first
         assert [one.state.name for one in here._all()][1] == "FAIL"
         assert len(list(tmp_path.glob(f"*/{name}/*/trial.json"))) == len(here.known())
+
+
+def test_one_that_another_command_draws_while_candidates_are_looked_for(tmp_path):
+    study = wanted(sampler="random", trials=3)
+    source, other = drawn(tmp_path, study), drawn(tmp_path, study)
+    found = [source.draw()]
+    counted = source._counted
+    source._counted = lambda: (found.append(other.draw()), counted())[1]
+    assert source.candidates() == found and len(found) == 2
 
 
 def test_a_database_has_one_study_of_a_name(tmp_path):
@@ -321,3 +359,41 @@ def test_a_driver_that_says_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("optuna.storages.RDBStorage", silent)
     with says("--storage=x://y cannot be opened: ValueError: "):
         Drawn(wanted(), tmp_path, storage="x://y")
+
+
+def test_one_that_was_behind_only_in_the_end_may_be_the_best(tmp_path):
+    """The pruner tells what goes on, not what has come of it: the table ranks by the last values too."""
+    source = drawn(tmp_path, wanted(sampler="random", pruner="asha", reduction=2, trials=2))
+    first, second = source.draw(), source.draw()
+    for trial, values in ((first, (1.0, 0.9)), (second, (5.0, 0.1))):
+        lines = [{"step": step, "eval/v/loss": value} for step, value in enumerate(values, 1)]
+        (tmp_path / trial.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_status(tmp_path / trial.name, "finished")
+        source.ended(trial, trials.state(tmp_path / trial.name))
+    assert [one.state.name for one in source._all()] == ["COMPLETE", "PRUNED"]
+    assert source.best() == (second, 0.1)
+
+
+def test_a_database_that_goes_away(tmp_path):
+    """What runs ends by itself, and then it is said; one that has come back knows all that happened meanwhile."""
+    (tmp_path / "db").mkdir()
+    url = f"sqlite:///{tmp_path}/db/study.db"
+    source, gone, said = Drawn(wanted(trials=3), tmp_path / "s", storage=url), tmp_path / "gone", []
+
+    class Interrupting(Quick):
+        def poll(self):
+            if len(read_metrics(self._path.parent)) == 2:
+                source._study._storage._backend.engine.dispose()
+                (tmp_path / "db").rename(gone)
+            return super().poll()
+
+    runner.run(source, tmp_path / "s", Interrupting, wait=0.0, say=said.append)
+    assert len(said) == 1 and "finished at step 5" in said[0] and source.best() is None
+    assert re.fullmatch(
+        rf"--storage={re.escape(url)} has gone away: OperationalError: .*unable to open database file"
+        r"\. What ran has ended; the same command goes on\.",
+        str(source.lost),
+    )
+    gone.rename(tmp_path / "db")
+    runner.run(source, tmp_path / "s", Quick, wait=0.0, say=said.append)
+    assert source.lost is None and [one.state.name for one in source._all()] == ["COMPLETE"] * 3 and len(said) == 3

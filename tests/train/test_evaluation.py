@@ -198,6 +198,19 @@ def test_following_a_run_that_is_preempted_and_killed(sweep, tmp_path):
     assert found == [(2, 0), (4, 200)] and now[0] == 260
 
 
+def test_following_a_trial_that_is_to_be_tried_again(tmp_path):
+    """It has not begun, however long a sweep leaves it waiting."""
+    now = [0.0]
+    write_status(tmp_path, "waiting", "it has failed before: by chance")
+
+    def wait():
+        now[0] += 1000
+        if now[0] == 5000:
+            write_status(tmp_path, "finished")
+
+    assert list(following([tmp_path], wait, grace=60, clock=lambda: now[0])) == [] and now[0] == 5000
+
+
 def test_checkpoints_that_are_deleted_while_they_are_averaged(sweep, tmp_path, capsys, caplog, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(sweep / "lr=0.01", run)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,8 +18,11 @@ from typing import Any, Literal
 import numpy as np
 
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.units import cut
 
 Overrides = dict[str, Any]
+# Of a float in a folder's name, where they are enough.
+DIGITS = 6
 
 
 def grid(values: Mapping[str, Sequence[Any]]) -> list[Overrides]:
@@ -122,12 +126,14 @@ def choice(*options: Any) -> Choice:
 
 
 def sample(space: Mapping[str, Distribution], count: int, seed: int = 0) -> list[Overrides]:
-    """So many random draws, each key independently."""
+    """So many random draws, each key independently; what was drawn before is left out, so that of whole numbers and choices there
+    may be fewer."""
     if count < 1:
         raise UserError(f"sweep: sample({count}) is none.")
     _checked(space)
     places = np.random.default_rng(seed).random((count, len(space)))
-    return [{key: one.at(float(p)) for p, (key, one) in zip(row, space.items(), strict=True)} for row in places]
+    drawn = [{key: one.at(float(p)) for p, (key, one) in zip(row, space.items(), strict=True)} for row in places]
+    return list({repr(one): one for one in drawn}.values())
 
 
 Direction = Literal["minimize", "maximize"]
@@ -197,7 +203,7 @@ class Trial:
 
 
 def named(sweep: Sequence[Overrides]) -> list[Trial]:
-    """A name for each from what differs between them: `lr=0.001,seed=0`.
+    """A name for each from what differs between them: `lr=0.001,seed=0`, with the digits that tell numbers apart.
 
     Raises:
       UserError: no trials, or one that is there twice.
@@ -207,9 +213,11 @@ def named(sweep: Sequence[Overrides]) -> list[Trial]:
     keys = list(dict.fromkeys(key for one in sweep for key in one))
     varying = [key for key in keys if len({repr(one.get(key, _UNSET)) for one in sweep}) > 1]
     said = short_names(_told_apart(varying, sweep))
+    texts = {key: _texts([one[key] for one in sweep if key in one]) for key in said}
     seen: dict[str, Overrides] = {}
     for one in sweep:
-        name = ",".join(f"{end}={text_of(one[key])}" for key, end in said.items() if key in one) or "only"
+        parts = [f"{end}={texts[key][repr(one[key])]}" for key, end in said.items() if key in one]
+        name = folder_name(",".join(parts) or "only")
         if name in seen:
             raise UserError(f"sweep: the spaces overlap: {name} is there twice.")
         seen[name] = dict(one)
@@ -237,9 +245,25 @@ def _told_apart(keys: Sequence[str], sweep: Sequence[Overrides]) -> list[str]:
     return out
 
 
-def text_of(value: Any) -> str:
+def folder_name(name: str) -> str:
+    """A trial's name, as long as a folder's may be."""
+    return cut(name, 255)
+
+
+def _texts(values: Sequence[Any]) -> dict[str, str]:
+    """Values as parts of folders' names by their `repr`: floats with six digits, or as many as no other value shares."""
+    out, left = dict[str, str](), {repr(value): value for value in values}
+    for digits in range(DIGITS, 18):
+        texts = {key: text_of(value, digits) for key, value in left.items()}
+        shared = Counter([*out.values(), *texts.values()])
+        out |= {key: text for key, text in texts.items() if shared[text] == 1}
+        left = {key: value for key, value in left.items() if key not in out}
+    return out | {key: text_of(value) for key, value in left.items()}
+
+
+def text_of(value: Any, digits: int = DIGITS) -> str:
     """A value as a part of a folder's name."""
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = f"{value:.{digits}g}" if isinstance(value, float) else str(value)
     return "".join(c if c.isalnum() or c in "+-._" else "_" for c in text)
 
 

@@ -3,12 +3,13 @@ machines share, each with a folder of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from tfm_jax.data.locks import locked
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 from tfm_jax.sweep import terms, trials
-from tfm_jax.sweep.space import Study, Trial, spelled
-from tfm_jax.sweep.trials import FAILED, FINISHED, PRUNED, State
+from tfm_jax.sweep.space import Study, Trial, folder_name, spelled
+from tfm_jax.sweep.trials import FINISHED, PRUNED, State
 from tfm_jax.train.log import read_metrics
 
-# User attributes of Optuna's trials: whose it is, of which failed one it is the second try, and that it was drawn in vain.
+# User attributes of Optuna's trials: whose it is, of which failed one it is another try, and that it was drawn in vain.
 FOLDER, AGAIN, SURPLUS = "folder", "second try of", "surplus"
 # And of its study: what is studied.
 STUDY = "study"
@@ -44,12 +45,16 @@ class Drawn:
       storage: URL of a database; the journal file `FOLDER/study.log` if None.
       retry: let what has failed be tried again.
 
+    Attributes:
+      lost: the database has gone away with trials still to come, and why. What runs goes on to its end.
+
     Raises:
       UserError: Optuna is not installed, the database cannot be reached, or its study of this name is another one.
     """
 
     def __init__(self, wanted: Study, folder: Path, *, storage: str | None = None, retry: bool = False) -> None:
-        self._optuna, self._wanted, self._folder, self._retry = terms.optuna(), wanted, folder, retry
+        self._optuna, self._wanted, self._folder, self._url = terms.optuna(), wanted, folder, storage
+        self.lost: UserError | None = None
         # Launchers that share the folder draw one after the other; those elsewhere must not draw the same.
         self._own = trials.owner(folder) if storage else ""
         self._seed = wanted.seed * 1_000_003 + zlib.crc32(self._own.encode())
@@ -60,16 +65,34 @@ class Drawn:
         trials.check_same(f"The study {name!r} of that storage", self._study.user_attrs[STUDY], record(wanted))
         self._limit = wanted.limit
         if retry:
-            for one in self._untried():
-                trials.forget_failure(folder, self._trial(one).name)
+            self._retry()
 
     def candidates(self) -> Sequence[Trial]:
-        found = self._mine(self._states.RUNNING)
-        if self._retry:
-            found += [one for one in self._untried() if not self._failed(one)]
-        return [self._written(one) for one in found]
+        with self._patience():
+            return [self._written(one) for one in self._mine(self._states.RUNNING)]
+        return []
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Ask a database that may come back another time: what it has not been told it is told then."""
+        try:
+            yield
+        except self._optuna.exceptions.StorageInternalError as error:
+            assert self._url is not None
+            said = terms.first_line(error.__cause__ or error, self._url)
+            self.lost = UserError(
+                f"--storage={terms.shown(self._url)} has gone away: {said}. What ran has ended; the same command goes on."
+            )
 
     def draw(self) -> Trial | None:
+        with self._patience():
+            found = self._draw()
+            # It is asked before a command ends.
+            self.lost = None
+            return found
+        return None
+
+    def _draw(self) -> Trial | None:
         with locked(self._folder / ".locks" / "draw"):
             while len(self._counted()) < self._limit:
                 one = self._added(self._all())
@@ -81,7 +104,7 @@ class Drawn:
         return None
 
     def _counted(self) -> list[Any]:
-        """The study's trials in their order: second tries are none of their own, nor what is more than asked for, or twice in a
+        """The study's trials in their order: further tries are none of their own, nor what is more than asked for, or twice in a
         grid, because machines have drawn at once."""
         found, cells = list[Any](), set[Any]()
         for one in self._all():
@@ -113,6 +136,11 @@ class Drawn:
         return [one for one in added if one.user_attrs.get(FOLDER) == self._own][-1]
 
     def should_stop(self, trial: Trial) -> bool:
+        with self._patience():
+            return self._is_behind(trial)
+        return False
+
+    def _is_behind(self, trial: Trial) -> bool:
         run = self._folder / trial.name
         try:
             lines = read_metrics(run)
@@ -173,29 +201,21 @@ class Drawn:
         return "eval" in kinds and self._wanted.metric.partition("/")[0] not in kinds
 
     def ended(self, trial: Trial, state: State) -> None:
+        with self._patience():
+            self._tell(trial, state)
+
+    def _tell(self, trial: Trial, state: State) -> None:
         # One that went on to its end before it could be stopped is behind all the same.
-        behind = state.word in (FINISHED, PRUNED) and self.should_stop(trial)
+        behind = state.word in (FINISHED, PRUNED) and self._is_behind(trial)
         one = self._frozen(trial)
         outcome: dict[str, Any] = {"state": self._states.FAIL}
         if behind and one.intermediate_values:
             outcome = {"state": self._states.PRUNED}
         elif state.word == FINISHED:
-            found = trials.values(read_metrics(self._folder / trial.name), self._wanted.metric)
-            last = found[max(found)] if found else math.nan
+            last = self._last(trial)
             if math.isfinite(last):
                 outcome = {"state": self._states.COMPLETE, "values": [last]}
-        if one.state == self._states.FAIL:
-            # Optuna's trials do not come back from failing. One that has now finished is through, with a metric or without.
-            if state.word != FAILED and any(other.number == one.number for other in self._untried()):
-                self._study.add_trial(
-                    self._optuna.trial.create_trial(
-                        **outcome,
-                        params=one.params,
-                        distributions=one.distributions,
-                        user_attrs={**one.user_attrs, AGAIN: one.number},
-                    )
-                )
-        elif not one.state.is_finished():
+        if not one.state.is_finished():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._study.tell(one.number, **outcome)
@@ -205,10 +225,20 @@ class Drawn:
         return [self._trial(one) for one in self._counted()]
 
     def best(self) -> tuple[Trial, float] | None:
-        """The finished trial with the best last value."""
-        if not self._study.get_trials(deepcopy=False, states=(self._states.COMPLETE,)):
-            return None
-        return self._trial(self._study.best_trial), float(self._study.best_value)
+        """The finished trial with the best last value; its pruner may have found only then that it was behind."""
+        with self._patience():
+            found = [(self._trial(one), one.value) for one in self._all() if one.state == self._states.COMPLETE]
+            pruned = [self._trial(one) for one in self._mine(self._states.PRUNED)]
+            late = [one for one in pruned if trials.state(self._folder / one.name).word == FINISHED]
+            found += [(one, value) for one in late if math.isfinite(value := self._last(one))]
+            sign = 1 if self._wanted.direction == "minimize" else -1
+            return min(found, key=lambda pair: sign * pair[1], default=None)
+        return None
+
+    def _last(self, trial: Trial) -> float:
+        """The last value that a trial of this folder has logged, NaN if none."""
+        found = trials.values(read_metrics(self._folder / trial.name), self._wanted.metric)
+        return found[max(found)] if found else math.nan
 
     @property
     def _states(self) -> Any:
@@ -218,16 +248,35 @@ class Drawn:
         found: list[Any] = self._study.get_trials(deepcopy=False)
         return found
 
+    def _tries(self) -> dict[int, Any]:
+        """The last try of each trial, by the trial's number."""
+        return {_number(one): one for one in self._all()}
+
     def _mine(self, state: Any) -> list[Any]:
-        return [one for one in self._counted() if one.state == state and one.user_attrs.get(FOLDER) == self._own]
+        """The last tries of this folder's trials, those in a state."""
+        counted = self._counted()
+        # Read later, since others draw meanwhile: it has all of them.
+        tries = self._tries()
+        last = [tries[one.number] for one in counted if one.user_attrs.get(FOLDER) == self._own]
+        return [one for one in last if one.state == state]
 
-    def _untried(self) -> list[Any]:
-        """Those that have failed, and not been tried a second time to an end."""
-        tried = {one.user_attrs[AGAIN] for one in self._all() if AGAIN in one.user_attrs}
-        return [one for one in self._mine(self._states.FAIL) if one.number not in tried]
-
-    def _failed(self, one: Any) -> bool:
-        return trials.said(self._folder / self._trial(one).name)[0] == FAILED
+    def _retry(self) -> None:
+        """Let what has failed here be tried again, by whatever process takes it up: Optuna's trials do not come back from
+        failing, so another one stands for the try. One that finished without its metric would do so again."""
+        with locked(self._folder / ".locks" / "draw"):
+            for one in self._mine(self._states.FAIL):
+                run = self._folder / self._trial(one).name
+                if trials.state(run).word in (FINISHED, PRUNED):
+                    continue
+                self._study.add_trial(
+                    self._optuna.trial.create_trial(
+                        state=self._states.RUNNING,
+                        params=one.params,
+                        distributions=one.distributions,
+                        user_attrs={AGAIN: one.number, **one.user_attrs},
+                    )
+                )
+                trials.forget_failure(self._folder, run.name)
 
     def _create(self, name: str, storage: Any) -> Any:
         return self._optuna.create_study(
@@ -239,23 +288,27 @@ class Drawn:
         )
 
     def _trial(self, one: Any) -> Trial:
-        number = one.user_attrs.get(AGAIN, one.number)
         chosen = {key: terms.chosen(self._wanted.space[key], one.params[key]) for key in self._wanted.space}
-        return Trial(f"{number:04d},{spelled(chosen)}", {**self._wanted.fixed, **chosen})
+        return Trial(folder_name(f"{_number(one):04d},{spelled(chosen)}"), {**self._wanted.fixed, **chosen})
 
     def _written(self, one: Any) -> Trial:
         trial = self._trial(one)
-        trials.write_trial(self._folder, trial, one.number)
+        trials.write_trial(self._folder, trial, _number(one))
         return trial
 
     def _frozen(self, trial: Trial) -> Any:
-        number = int(trial.name.partition(",")[0])
-        return next(one for one in self._all() if one.number == number)
+        return self._tries()[int(trial.name.partition(",")[0])]
+
+
+def _number(one: Any) -> int:
+    """The trial's of which it is a try."""
+    found: int = one.user_attrs.get(AGAIN, one.number)
+    return found
 
 
 def _stopped_at(run: Path, so_far: int) -> int | None:
     """The evaluation at which a trial was found to be behind, None if at none."""
     if not (run / PRUNED).is_file():
         return None
-    number = (run / PRUNED).read_text().rpartition(" ")[2]
-    return int(number) if number.isdigit() else so_far
+    number = (run / PRUNED).read_text(errors="replace").rpartition(" ")[2]
+    return int(number) if number.isdecimal() else so_far

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,15 +45,56 @@ def chosen(one: Distribution, value: Any) -> Any:
 
 
 def storage(optuna: Any, folder: Path, url: str | None) -> Any:
+    """A study's journal in its folder, or its database.
+
+    Raises:
+      UserError: the journal is damaged, or the database cannot be opened.
+    """
     if url is None:
-        backend = optuna.storages.journal.JournalFileBackend(str(folder / "study.log"))
+        path = folder / "study.log"
+        lock = optuna.storages.journal.JournalFileSymlinkLock(str(path))
+        backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock)
+        lock.acquire()
+        try:
+            _mend(path)
+        finally:
+            lock.release()
         return optuna.storages.JournalStorage(backend)
     try:
         return optuna.storages.RDBStorage(url)
     except Exception as error:
         # Each database's driver has errors of its own.
-        said = "".join(str(error).splitlines()[:1])
-        raise UserError(f"--storage={url} cannot be opened: {type(error).__name__}: {said}") from None
+        raise UserError(f"--storage={shown(url)} cannot be opened: {first_line(error, url)}") from None
+
+
+def _mend(journal: Path) -> None:
+    """Cut off a last line that has no end, since a crash or a full disk has cut it: the next one would be lost with it.
+
+    Raises:
+      UserError: another line is damaged.
+    """
+    lines = journal.read_bytes().split(b"\n")
+    if lines[-1]:
+        with journal.open("r+b") as file:
+            file.truncate(journal.stat().st_size - len(lines[-1]))
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{journal}, line {number}, is damaged: {error}. Put a copy of the file back, or use another --workdir."
+            ) from None
+
+
+def shown(url: str) -> str:
+    """A database's address without its password."""
+    return re.sub(r"(://[^:/]*:)[^@]*@", r"\1***@", url)
+
+
+def first_line(error: BaseException, url: str) -> str:
+    """What a database's driver says, on one line; some say the address."""
+    said = "".join(str(error).splitlines()[:1]).replace(url, shown(url))
+    return f"{type(error).__name__}: {said}"
 
 
 def sampler(optuna: Any, wanted: Study, seed: int) -> Any:

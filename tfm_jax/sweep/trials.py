@@ -1,6 +1,6 @@
 """A sweep's folder: a run directory for each trial, and what has become of each.
 
-DIR/sweep.json          what is swept: config, overrides of all trials, the study if there is one, metric and direction
+DIR/sweep.json          what is swept: config, overrides of all trials that may not change, the study if there is one, metric and direction
 DIR/NAME/               a run directory as any other, and beside its files
 DIR/NAME/trial.json     the trial: its name, number and overrides; there as soon as the trial is known
 DIR/NAME/train.log      what the run has printed
@@ -23,13 +23,16 @@ from typing import IO, Any, NamedTuple
 
 from tfm_jax.data.locks import locked
 from tfm_jax.errors import UserError
-from tfm_jax.files import read_status, write_atomic
+from tfm_jax.files import read_status, write_atomic, write_status
 from tfm_jax.sweep.space import Trial
+from tfm_jax.train import rundir
 from tfm_jax.train.log import read_metrics
 
 # What a run's `status.json` may say, `waiting` before there is one, `pruned` where a launcher has stopped it.
-FINISHED, FAILED, PRUNED, WAITING = "finished", "failed", "pruned", "waiting"
+FINISHED, FAILED, PRUNED, WAITING, RUNNING = "finished", "failed", "pruned", "waiting", "running"
 ENDED = (FINISHED, FAILED, PRUNED)
+# What reading a damaged file ends in.
+DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 class State(NamedTuple):
@@ -44,8 +47,8 @@ def state(run: Path) -> State:
     """From a run's files, which may be damaged: then it has failed, and says so; or has finished, and says that too."""
     word, reason = said(run)
     try:
-        step = max((int(line["step"]) for line in read_metrics(run)), default=0)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        step = _last_step(run)
+    except DAMAGE as error:
         return State(FAILED, _damaged(run / "metrics.jsonl", error))
     if word == FINISHED:
         try:
@@ -65,8 +68,12 @@ def said(run: Path) -> tuple[str, str]:
     for verdict in (PRUNED, FAILED):
         # What a launcher says of a run that it has stopped, or that could not say so itself.
         if word != FINISHED and (run / verdict).is_file():
-            return verdict, (run / verdict).read_text()
+            return verdict, (run / verdict).read_text(errors="replace")
     return word, reason
+
+
+def _last_step(run: Path) -> int:
+    return max((int(line["step"]) for line in read_metrics(run)), default=0)
 
 
 def _damaged(path: Path, error: Exception) -> str:
@@ -74,16 +81,28 @@ def _damaged(path: Path, error: Exception) -> str:
 
 
 def forget_failure(folder: Path, name: str) -> None:
-    """Let a failed trial be as one that was interrupted, if nobody works on it; damaged metrics are put aside."""
+    """Let a failed trial wait for whoever takes it up, if nobody works on it; damaged metrics are put aside."""
     run = folder / name
     with held(folder, name) as lock:
         found = state(run)
         if lock is None or found.word != FAILED:
             return
-        if found.reason.startswith("metrics.jsonl is damaged"):
+        try:
+            _last_step(run)
+        except DAMAGE:
             (run / "metrics.jsonl").rename(run / "damaged_metrics.jsonl")
-        for file in (FAILED, "status.json"):
-            (run / file).unlink(missing_ok=True)
+        # It may wait for long, and for a process that was not told why.
+        write_status(run, WAITING, f"it has failed before: {found.reason}")
+        (run / FAILED).unlink(missing_ok=True)
+
+
+def tell_stopped(folder: Path) -> None:
+    """Say of each run that had no time to say so itself that it has been stopped, if nobody works on it."""
+    for run in (folder / trial.name for trial in read_folder(folder)[1]):
+        if said(run)[0] == RUNNING:
+            with held(folder, run.name) as lock:
+                if lock is not None and said(run)[0] == RUNNING and not rundir.is_claimed(run):
+                    write_status(run, "preempted", "it was stopped before it could save")
 
 
 def result(run: Path) -> dict[str, float]:

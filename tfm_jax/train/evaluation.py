@@ -166,8 +166,9 @@ def following(
             state = read_status(run).get("state")
         except ValueError:
             state = "damaged"
-        if state in (None, "finished"):
-            return state is not None
+        # A failed trial that a sweep will try again is `waiting`.
+        if state in (None, "waiting", "finished"):
+            return state == "finished"
         over = clock() - left.setdefault(run, clock()) >= grace
         if over and run not in said:
             said.add(run)

@@ -1,0 +1,42 @@
+"""A study's storage: a damaged journal, and what an error shows of a database's address."""
+
+import json
+
+import pytest
+
+from tests.errors import says
+from tests.sweep.test_study import Quick, drawn, runner, wanted
+from tfm_jax.sweep import terms
+
+
+def test_a_journal_that_a_full_disk_has_cut(tmp_path):
+    """The study goes on without the line that has no end, as it would undisturbed; another damaged line is named."""
+    study = wanted(sampler="random", trials=2)
+    runner.run(drawn(tmp_path / "quiet", study), tmp_path / "quiet", Quick, wait=0.0, say=lambda line: None)
+    whole = (tmp_path / "quiet" / "study.log").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    folder, journal = tmp_path / "cut", tmp_path / "cut" / "study.log"
+    for kept in (0, 1, 3, len(lines) - 1):
+        folder.mkdir(exist_ok=True)
+        journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
+        source = drawn(folder, study)
+        runner.run(source, folder, Quick, wait=0.0, say=lambda line: None)
+        assert source.best() == drawn(tmp_path / "quiet", study).best()
+        assert all(json.loads(line) for line in journal.read_text().splitlines())
+    journal.write_bytes(lines[0] + lines[1][:20] + whole[len(lines[0]) :])
+    with pytest.raises(terms.UserError, match=rf"^{journal}, line 2, is damaged: .*, or use another --workdir\.$"):
+        drawn(folder, study)
+
+
+def test_no_password_is_shown(tmp_path, monkeypatch):
+    url = "postgresql://me:pass:/word@host:5432/db"
+
+    def broken(url):
+        raise ValueError(f"cannot connect to {url}\nand more")
+
+    monkeypatch.setattr("optuna.storages.RDBStorage", broken)
+    address = "postgresql://me:***@host:5432/db"
+    with says(f"--storage={address} cannot be opened: ValueError: cannot connect to {address}"):
+        terms.storage(terms.optuna(), tmp_path, url)
+    for plain in ("sqlite:///a/b.db", "postgresql://me@host/db", "postgresql:///db?user=me"):
+        assert terms.shown(plain) == plain
