@@ -62,20 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     least, most = (short(x) for x in intervals["parameters"])
     print(
         f"Best for {flags.budget:.3g} FLOPs: {short(best.parameters)} parameters ({least} to {most}) on"
-        f" {short(best.tokens)} tokens, loss {best.loss:.4g}."
+        f" {short(best.tokens)} tokens, loss {best.loss:.4g} ({intervals['loss'][0]:.4g} to {intervals['loss'][1]:.4g})."
     )
     if without:
         print(
             f"{without} of {flags.resamples} resampled fits have no best size: the loss does not fall in them. The others' is meant."
         )
-    for line in _doubts(runs, flags.budget, of_runs):
+    for line in _doubts(runs, flags.budget, best, of_runs):
         print(line)
     if flags.json:
         cli.print_json(figures)
     return 0
 
 
-def _doubts(runs: Sequence[Any], budget: float, of_runs: Sequence[float]) -> list[str]:
+def _doubts(runs: Sequence[Any], budget: float, best: Any, of_runs: Sequence[float]) -> list[str]:
     from tfm_jax.sweep import scaling
 
     spent = [scaling.FLOPS * run.parameters * run.tokens for run in runs]
@@ -84,6 +84,10 @@ def _doubts(runs: Sequence[Any], budget: float, of_runs: Sequence[float]) -> lis
         lines.append(f"That is {budget / max(spent):.0f} times the largest run: far outside of what was measured.")
     if budget < min(spent) / 10:
         lines.append(f"That is {budget / min(spent):.2g} times the smallest run: far outside of what was measured.")
+    for name in ("parameters", "tokens"):
+        value, most = getattr(best, name), max(getattr(run, name) for run in runs)
+        if value > 3 * most:
+            lines.append(f"{short(value)} {name} are {value / most:.0f} times the most of these runs.")
     if of_runs and of_runs[-1] > 1.5 * scaling.FLOPS:
         lines.append(
             f"Counted are 6 FLOPs a parameter and token; these runs have {of_runs[0]:.1f} to {of_runs[-1]:.1f} by the model's own"

@@ -55,7 +55,11 @@ def test_a_law_from_run_directories(runs, tmp_path, capsys):
 def test_budgets_far_from_the_runs(runs, tmp_path, capsys):
     """Said where they may mislead, refused where nothing follows."""
     flags = [*map(str, runs), "--metric=eval/validation/loss", f"--to={tmp_path}/law", "--resamples=10"]
-    for budget, said in (("3e7", "That is 0.054 times the smallest run"), ("1e16", "times the largest run")):
+    for budget, said in (
+        ("3e7", "That is 0.054 times the smallest run"),
+        ("1e16", "times the largest run"),
+        ("1e16", "times the most of these runs"),
+    ):
         assert scaling.main([*flags, f"--budget={budget}"]) == 0
         assert said in capsys.readouterr().out
     with says("--budget=10: the smallest of these runs took 5.51e+08 FLOPs, and they say nothing of so few."):

@@ -38,7 +38,7 @@ def test_table(tmp_path):
     assert head == ["run", "state", "step", "loss", "lr", "loss", "tokens_per_sec"]
     # The best first.
     assert [row[0] for row in rows] == [f"lr={rate},seed=0" for rate in (0.004, 0.002, 0.001)]
-    # One is still at it, has lost a line to a crash, and is silent; another one has failed.
+    # One is still at it, has lost a line to a crash, and is silent; another one has failed: behind what has finished.
     slow = folder / "lr=0.001,seed=0"
     write_status(slow, "running")
     with (slow / "metrics.jsonl").open("a") as out:
@@ -47,8 +47,14 @@ def test_table(tmp_path):
     write_status(folder / "lr=0.002,seed=0", "failed", "out of memory")
     lines = drawn(folder, now=1000.0 + 300)
     assert lines[0] == "1 failed, 1 finished, 1 running"
-    first, *_, last = cells(lines)[1]
-    assert first[:5] == ["lr=0.001,seed=0", "running", "50/40", "1.0000", "5 min ago"]
+    finished, first, last = cells(lines)[1]
+    assert finished[0] == "lr=0.004,seed=0" and first[:5] == [
+        "lr=0.001,seed=0",
+        "running",
+        "50/40",
+        "1.0000",
+        "5 min ago",
+    ]
     assert last[:5] == ["lr=0.002,seed=0", "failed", "40/40", "2.1235", ""]
 
 
