@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from tfm_jax.errors import UserError
+from tfm_jax.errors import UserError, nearest
 from tfm_jax.units import cut
 
 EXAMPLES = """\
@@ -39,13 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError("The harness needs lm-eval: pip install 'tfm_jax[harness]'.") from None
+    averaged = cli.averaged(flags)
+    if flags.include_path is not None and not flags.include_path.is_dir():
+        raise UserError(f"--include_path={flags.include_path}: there is no such folder.")
+    manager = TaskManager(include_path=flags.include_path, include_defaults=flags.include_path is None)
+    for task in flags.tasks:
+        if not ("*" in task or Path(task).is_file() or task in manager.all_tasks):
+            raise UserError(f"--tasks={task}: there is no such task.{nearest(task, manager.all_tasks)}")
     cli.setup()
     from experiments.generate import Loaded
     from tfm_jax.config import to_json
     from tfm_jax.evals.harness import Harness
     from tfm_jax.files import write_atomic
 
-    run = Loaded(flags.run, flags.step, **cli.averaged(flags))
+    run = Loaded(flags.run, flags.step, **averaged)
     if run.answers or not run.generates:
         raise UserError(f"{flags.run} is no causal language model, which is what the harness asks.")
     model = Harness(
@@ -57,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_len=getattr(run.model, "max_len", None) or LENGTH,
         batch_size=flags.batch_size,
     )
-    manager = TaskManager(include_path=flags.include_path, include_defaults=flags.include_path is None)
     try:
         found = simple_evaluate(
             model,
@@ -67,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             task_manager=manager,
             log_samples=False,
         )
+    except ConnectionError as error:
+        raise UserError(
+            f"--tasks={' '.join(flags.tasks)}: lm-eval downloads its tasks' data, and cannot: {error}"
+        ) from None
     except (KeyError, ValueError) as error:
         raise UserError(f"--tasks={' '.join(flags.tasks)}: {error}") from None
     assert found is not None

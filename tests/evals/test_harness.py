@@ -143,6 +143,10 @@ def test_a_task_of_ones_own(run, model, tmp_path, capsys, monkeypatch):
     )
     # Another task stands beside it; names that are too long for a file, or are none, too.
     (tmp_path / "more.yaml").write_text((tmp_path / "words.yaml").read_text().replace("task: words", "task: more"))
+    with says("--tasks=wrds: there is no such task. Did you mean 'words'?"):
+        command.main([f"--run={run}", "--tasks", "wrds", f"--include_path={tmp_path}"])
+    with says(f"--include_path={tmp_path}/nowhere: there is no such folder."):
+        command.main([f"--run={run}", "--tasks", "words", f"--include_path={tmp_path}/nowhere"])
     assert command.main([f"--run={run}", "--tasks", "words", "more", f"--include_path={tmp_path}"]) == 0
     # So do fewer questions of the same tasks, and another model by an average.
     flags = ["--limit=1", "--num_fewshot=0", "--average=2", "--decay=0.5"]

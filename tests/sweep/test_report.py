@@ -183,7 +183,10 @@ def test_damaged_and_missing(sweep, tmp_path, capsys, monkeypatch):
     (few / "lr=0.016,seed=0" / "pruned").write_text("too slow")
     assert report.main([str(few), "--json", f"--to={tmp_path}/page"]) == 0
     out = capsys.readouterr().out
-    assert "lr=0.001,seed=1 is damaged: JSONDecodeError" in out and json.loads(out.splitlines()[-1])["best"] == BEST
+    assert (
+        "lr=0.001,seed=1 is damaged: ValueError: config.json: " in out
+        and json.loads(out.splitlines()[-1])["best"] == BEST
+    )
     text = (tmp_path / "page" / "index.html").read_text()
     assert "1 damaged, 1 failed, 1 finished, 1 pruned" in text
     # What a study has pruned is folded away.

@@ -115,6 +115,10 @@ def test_a_folder_of_another_sweep(tmp_path):
     trials.open_folder(tmp_path, record)
     trials.list_trials(tmp_path, LISTED[:2])
     trials.open_folder(tmp_path, record)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with says(f"{tmp_path}/run is a run. A sweep needs a folder of its own: --workdir=sweeps/NAME."):
+        trials.open_folder(tmp_path / "run", {})
     with says(f"{tmp_path} belongs to another sweep:\n  config: 'a.py' -> 'b.py'\nUse another --workdir."):
         trials.open_folder(tmp_path, {**record, "config": "b.py"})
     trials.list_trials(tmp_path, LISTED)

@@ -64,6 +64,8 @@ def test_long_names(tmp_path):
 
 
 def test_bad_spaces():
+    with says("sweep: grid({}) has no keys: the space is empty."):
+        grid({})
     with says("sweep: the space is empty."):
         named([])
     with says("sweep: product() of spaces that overlap: x is in both."):

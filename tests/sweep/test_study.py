@@ -15,7 +15,7 @@ from tests.errors import says
 from tests.sweep.test_runner import RUN
 from tfm_jax.errors import UserError
 from tfm_jax.files import write_atomic, write_status
-from tfm_jax.sweep import runner, trials
+from tfm_jax.sweep import runner, terms, trials
 from tfm_jax.sweep.space import Study, choice, log_uniform, uniform
 from tfm_jax.sweep.study import Drawn
 from tfm_jax.train.log import read_metrics
@@ -356,6 +356,7 @@ def test_a_driver_that_says_nothing(tmp_path, monkeypatch):
     def silent(url):
         raise ValueError
 
+    monkeypatch.setattr(terms, "AGAIN_S", 0.0)
     monkeypatch.setattr("optuna.storages.RDBStorage", silent)
     with says("--storage=x://y cannot be opened: ValueError: "):
         Drawn(wanted(), tmp_path, storage="x://y")

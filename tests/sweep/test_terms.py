@@ -31,6 +31,8 @@ def test_a_journal_that_a_full_disk_has_cut(tmp_path):
 def test_no_password_is_shown(tmp_path, monkeypatch):
     url = "postgresql://me:pass:/word@host:5432/db"
 
+    monkeypatch.setattr(terms, "AGAIN_S", 0.0)
+
     def broken(url):
         raise ValueError(f"cannot connect to {url}\nand more")
 
@@ -38,5 +40,30 @@ def test_no_password_is_shown(tmp_path, monkeypatch):
     address = "postgresql://me:***@host:5432/db"
     with says(f"--storage={address} cannot be opened: ValueError: cannot connect to {address}"):
         terms.storage(terms.optuna(), tmp_path, url)
+
+    def without_driver(url):
+        raise ImportError("no module")
+
+    monkeypatch.setattr("optuna.storages.RDBStorage", without_driver)
+    with says(
+        f"--storage={address} needs the driver of its database: pip install psycopg2-binary for PostgreSQL, pymysql for MySQL."
+    ):
+        terms.storage(terms.optuna(), tmp_path, url)
     for plain in ("sqlite:///a/b.db", "postgresql://me@host/db", "postgresql:///db?user=me"):
         assert terms.shown(plain) == plain
+
+
+def test_two_that_make_a_databases_tables_at_once(tmp_path, monkeypatch):
+    """The one that fails finds them made."""
+    made, tries = terms.optuna().storages.RDBStorage, []
+
+    def first_too_late(url):
+        tries.append(url)
+        if len(tries) == 1:
+            raise ValueError("table trials already exists")
+        return made(url)
+
+    monkeypatch.setattr(terms, "AGAIN_S", 0.0)
+    monkeypatch.setattr("optuna.storages.RDBStorage", first_too_late)
+    assert terms.storage(terms.optuna(), tmp_path, f"sqlite:///{tmp_path}/a.db").get_all_studies() == []
+    assert len(tries) == 2

@@ -69,5 +69,7 @@ def test_bad_input(make_config, tmp_path):
         Train(steps=9, stop_metric=METRIC)
     with says("train.stop_metric='eval/valid/loss' is of no evaluator. Did you mean 'eval/validation/loss'?"):
         loop.train(make_config({**CHANGES, "train.stop_metric": "'eval/valid/loss'"}), tmp_path / "run")
+    with says("train.stop_metric='eval/validation/accuracy' is better the higher it is: set train.stop_goal='higher'."):
+        loop.train(make_config({**CHANGES, "train.stop_metric": "'eval/validation/accuracy'"}), tmp_path / "run")
     with pytest.raises(UserError, match="los' is none that is evaluated"):
         loop.train(make_config({**CHANGES, "train.stop_metric": "'eval/validation/los'"}), tmp_path / "run")

@@ -57,8 +57,8 @@ def make(
       text: the field that is the text.
       pair: the field of a second text.
       pair_as: whether the two are `joined` in one row, or stay `apart`, for a task that compares them.
-      label: the field to predict; None for texts that only belong together, whose targets are 0, and for texts whose labels
-        are not known: without targets, for `python -m experiments.predict`.
+      label: the field to predict; None for texts that only belong together, or whose labels are not known, for
+        `python -m experiments.predict`: their batches have no targets.
       names: the classes in their order; those of the train split, sorted, if None, and kept with the run. Labels may be their
         numbers instead.
       predictions: a `.npy` of what a teacher predicts for each example of the train split, in its order, (N, C) float, as
@@ -111,8 +111,6 @@ def make(
 
     def made(name: str) -> _Examples | _Apart:
         targets = None if label is None else _targets(labels[name], kind, classes, corpora[0], name, label)
-        if apart and targets is None:
-            targets = np.zeros(len(labels[name]), np.int32)
         teacher = told if name == "train" else None
 
         def of(*corpora: Corpus) -> _Examples:

@@ -136,7 +136,10 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is no file."""
     if not path.is_file():
         return {}
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} is no JSON object")
     return found

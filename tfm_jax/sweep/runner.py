@@ -170,7 +170,8 @@ def _empty(
         write_atomic(run / FAILED, state.reason)
     if ended:
         source.ended(trial, state)
-        say(f"{trial.name}: {state.word} at step {state.step}{f': {state.reason}' if state.reason else ''}.")
+        why = f": {state.reason.rstrip('.')}" if state.reason else ""
+        say(f"{trial.name}: {state.word} at step {state.step}{why}.")
     slot.stack.close()
     slot.trial = slot.running = None
 

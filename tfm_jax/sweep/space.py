@@ -26,7 +26,13 @@ DIGITS = 6
 
 
 def grid(values: Mapping[str, Sequence[Any]]) -> list[Overrides]:
-    """Every combination, the last key running fastest."""
+    """Every combination, the last key running fastest.
+
+    Raises:
+      UserError: no keys, or a key without values.
+    """
+    if not values:
+        raise UserError("sweep: grid({}) has no keys: the space is empty.")
     for key, options in values.items():
         _some(key, options)
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 from tfm_jax.errors import UserError
 from tfm_jax.sweep.space import Choice, Distribution, Study
+
+# Until a database that could not be opened is tried once more.
+AGAIN_S = 1.0
 
 
 def optuna() -> Any:
@@ -60,11 +64,21 @@ def storage(optuna: Any, folder: Path, url: str | None) -> Any:
         finally:
             lock.release()
         return optuna.storages.JournalStorage(backend)
-    try:
-        return optuna.storages.RDBStorage(url)
-    except Exception as error:
-        # Each database's driver has errors of its own.
-        raise UserError(f"--storage={shown(url)} cannot be opened: {first_line(error, url)}") from None
+    for last in (False, True):
+        try:
+            return optuna.storages.RDBStorage(url)
+        except ImportError:
+            raise UserError(
+                f"--storage={shown(url)} needs the driver of its database: pip install psycopg2-binary for PostgreSQL, pymysql for"
+                " MySQL."
+            ) from None
+        except Exception as error:
+            # Each database's driver has errors of its own. Of two that make a database's tables at once, one fails, and finds
+            # them made.
+            if last:
+                raise UserError(f"--storage={shown(url)} cannot be opened: {first_line(error, url)}") from None
+            time.sleep(AGAIN_S)
+    raise AssertionError
 
 
 def _mend(journal: Path) -> None:

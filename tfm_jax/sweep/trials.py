@@ -141,9 +141,11 @@ def open_folder(folder: Path, record: Mapping[str, Any]) -> None:
     """Write what is swept, or check that the folder's sweep is the same one.
 
     Raises:
-      UserError: the folder belongs to another sweep, with what differs.
+      UserError: the folder belongs to another sweep, with what differs, or is a run.
     """
     path = folder / "sweep.json"
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder} is a run. A sweep needs a folder of its own: --workdir=sweeps/NAME.")
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         check_same(str(folder), _record(path), record)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
 from tfm_jax.losses.contrastive import in_batch
-from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
+from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, targets_of
 
 
 def make(
@@ -43,7 +43,7 @@ def make(
             total, more = jnp.sum(each * weights), {"accuracy": (jnp.sum(found * weights), weight)}
         else:
             # A padded row may hold anything, infinities included; weight 0 must silence it.
-            error = jnp.where(weights > 0, jnp.sum(first * second, axis=-1) - batch["targets"] / scale, 0.0)
+            error = jnp.where(weights > 0, jnp.sum(first * second, axis=-1) - targets_of(batch) / scale, 0.0)
             total = jnp.sum(error**2 * weights)
             more = {"absolute_error": (scale * jnp.sum(jnp.abs(error) * weights), weight)}
         return LossOut(total, weight, {"loss": (total, weight), **more}, {})

@@ -24,6 +24,22 @@ from tfm_jax.train import mup, optim, schedules, settings
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.stages import pipeline_of
 
+# Scores whose names leave no doubt.
+_RISING = (
+    "accuracy",
+    "top5",
+    "f1",
+    "exact_match",
+    "matthews",
+    "pearson",
+    "spearman",
+    "bleu",
+    "chrf",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+)
+
 
 def check(config: configs.Config, layout: Layout) -> None:
     """Combinations of settings that cannot work, found before any data is read."""
@@ -46,8 +62,10 @@ def check(config: configs.Config, layout: Layout) -> None:
     if watched is not None:
         kind, _, rest = watched.partition("/")
         if kind != "eval" or rest.partition("/")[0] not in config["evals"]:
-            known = [f"eval/{name}/loss" for name in config["evals"]]
+            known = [f"eval/{name}/{rest.partition('/')[2] or 'loss'}" for name in config["evals"]]
             raise UserError(f"train.stop_metric={watched!r} is of no evaluator.{nearest(watched, known)}")
+        if config["train"]["stop_goal"] == "lower" and watched.endswith(_RISING):
+            raise UserError(f"train.stop_metric={watched!r} is better the higher it is: set train.stop_goal='higher'.")
     objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
     if objective is not None and fitting is not None and objective not in fitting:
         raise UserError(
