@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--prompt", action="append", default=[], help="sample what it says to this; may be repeated")
     made.add_argument("--attend", action="append", default=[], help="draw its attention on this text; may be repeated")
     made.add_argument("--heads", nargs="+", default=[], metavar="LAYER.HEAD", help="whose attention; the first 12")
-    made.add_argument("--watch", action="store_true", help="a live table in the terminal, until Ctrl-C")
+    made.add_argument(
+        "--watch",
+        action="store_true",
+        help="a live table in the terminal, or through a pipe one at each change, until Ctrl-C",
+    )
     made.add_argument("--every", type=float, help=f"seconds between looks of --watch ({EVERY_S:g})")
     flags, _ = cli.parse(made, argv)
     if flags.watch:

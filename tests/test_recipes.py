@@ -213,7 +213,7 @@ def test_recipes_say_what_they_want(tmp_path):
     with says(f"--config={small} says no figure in RECIPES. Its recipes are {names}. Or give --metric."):
         recipe.main([f"--config={small}"])
     with says(
-        "--config.train.steps=3: results/ has the figures of the recipe as it is. Name a folder for others: --results=FOLDER."
+        "--config.train.steps=3: runs/ and results/ are the recipe's as it is. Name folders for others: --workdir=FOLDER --results=FOLDER."
     ):
         recipe.main([f"--config={FOLDER}/bert_books.py", "--config.train.steps=3"])
     (tmp_path / "data").mkdir()

@@ -1,8 +1,8 @@
 """Train a config once for each seed and write the figure that it is for: `results/NAME.json`.
 
 What a config's figure is, and what it should be, stands beside it in its file, `RECIPES` by arguments. A run that is finished is
-not trained again, and one that was cut goes on. Further `--config.SECTION.KEY=VALUE` are for every run; such figures are not the
-recipe's and go to another folder, `--results`.
+not trained again, and one that was cut goes on. Further `--config.SECTION.KEY=VALUE` are for every run; where they may change a
+recipe's figure, its runs and figures go to other folders, `--workdir` and `--results`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Recipe(TypedDict, total=False):
 
 # Where files lie is this machine's matter.
 LOCAL = ("data.manual_dir", "data.cache_dir")
+# What changes no figure.
+FREE = (*LOCAL, *(key for key in configs.FREE_KEYS if key != "evals"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,19 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--metric", nargs="+", help="other metrics than the recipe's")
     made.add_argument("--at-least", type=float, help="of the first metric: another goal than the recipe's")
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
-    made.add_argument("--workdir", type=Path, default=Path("runs"), help="folder of the runs")
+    made.add_argument("--workdir", type=Path, help="folder of the runs (runs)")
     made.add_argument("--results", type=Path, help=f"folder of NAME.json ({RESULTS})")
     flags, overrides = cli.parse(made, argv)
     module, arguments = configs.load_module(flags.config)
     known = getattr(module, "RECIPES", {})
     recipe = dict(known.get(arguments, {}))
-    changed = [f"--config.{key}={value}" for key, value in overrides if key not in LOCAL]
+    changed = [f"--config.{key}={value}" for key, value in overrides if not _is_below(key, FREE)]
     changed += [flag for flag in ("--metric", "--at-least") if getattr(flags, flag[2:].replace("-", "_")) is not None]
-    if recipe and changed and flags.results is None:
+    if recipe and changed and None in (flags.results, flags.workdir):
         raise UserError(
-            f"{changed[0]}: {RESULTS}/ has the figures of the recipe as it is. Name a folder for others: --results=FOLDER."
+            f"{changed[0]}: runs/ and {RESULTS}/ are the recipe's as it is. Name folders for others: --workdir=FOLDER --results=FOLDER."
         )
-    results = flags.results or RESULTS
+    results, workdir = flags.results or RESULTS, flags.workdir or Path("runs")
     recipe |= {"metrics": flags.metric} if flags.metric else {}
     recipe |= {} if flags.at_least is None else {"goals": [{"least": flags.at_least}]}
     if "metrics" not in recipe:
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "-".join(part for part in (Path(flags.config.partition(":")[0]).stem, arguments) if part)
     found: dict[int, dict[str, Any]] = {}
     for seed in flags.seeds:
-        found[seed] = _trained(flags.config, seed, flags.workdir / f"{name}-{seed}", overrides)
+        found[seed] = _trained(flags.config, seed, workdir / f"{name}-{seed}", overrides)
         for metric in recipe["metrics"]:
             if metric not in found[seed]:
                 raise UserError(f"--metric={metric}: the run has none.{nearest(metric, sorted(found[seed]))}")
@@ -121,6 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.json:
         cli.print_json(figures)
     return int(any(met is False for _, met in checked))
+
+
+def _is_below(key: str, keys: Sequence[str]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
 
 
 def _imported(run: Path, model: Path | None) -> None:

@@ -96,8 +96,10 @@ def test_names_of_jobs(tmp_path):
 
 def test_a_silent_queue(queue, tmp_path, monkeypatch):
     """What may be in the queue already is not submitted."""
-    folder, start = tmp_path / "sweep", slurm.starter("a.py", {}, {"partition": "gpu"})
+    folder, start = tmp_path / "sweep", slurm.starter("a.py", {}, {"partition": "gpu"}, every=0.0)
     runner.Listed(LISTED, folder)
+    with says("--sbatch=--job-name=x: a sweep names its jobs itself, to find them again."):
+        slurm.starter("a.py", {}, {"sbatch": ["--job-name=x"]})
     run = folder / LISTED[0].name
     monkeypatch.setenv("SILENT", "1")
     with says(

@@ -1,6 +1,8 @@
 """A study's storage: a damaged journal, and what an error shows of a database's address."""
 
+import functools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +69,15 @@ def test_two_that_make_a_databases_tables_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("optuna.storages.RDBStorage", first_too_late)
     assert terms.storage(terms.optuna(), tmp_path, f"sqlite:///{tmp_path}/a.db").get_all_studies() == []
     assert len(tries) == 2
+
+
+def test_the_lock_of_one_that_was_killed(tmp_path, monkeypatch):
+    """Of a folder that is named from where one stands, too: after a while without news of the journal it is nobody's."""
+    journal = terms.optuna().storages.journal
+    patient = functools.partial(journal.JournalFileSymlinkLock, grace_period=1)
+    monkeypatch.setattr(journal, "JournalFileSymlinkLock", patient)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep").mkdir()
+    terms.storage(terms.optuna(), Path("sweep"), None)._backend._lock.acquire()
+    assert (tmp_path / "sweep" / "study.log.lock").exists(), "A link that leads nowhere is waited for without end."
+    assert terms.storage(terms.optuna(), Path("sweep"), None).get_all_studies() == []

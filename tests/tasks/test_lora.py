@@ -183,7 +183,8 @@ def test_a_base_with_another_head(make_config, tmp_path):
     )  # fmt: skip
     idle = {**run, "train": {**run["train"], "adapter": {**run["train"]["adapter"], "train": ["class_head/"]}}}
     with pytest.raises(
-        UserError, match=r"has no pooler/dense/bias, which is frozen here and would stay as it was drawn\."
+        UserError,
+        match=r"has no pooler/dense/bias, pooler/dense/kernel, which are frozen here and would stay as they were drawn\.",
     ):
         train(idle, tmp_path / "idle")
     train(run, tmp_path / "run")

@@ -37,18 +37,19 @@ def starter(
     """
 
     def start(trial: Trial, run: Path, lock: int, slot: int) -> runner.Running:
+        kept, name = run / slurm.NUMBER, job_name(run)
+        if kept.is_file() and queued(kept.read_text()):
+            return Submitted(run, kept.read_text(), every, clock)
         # By its name: a launcher that was killed right after `sbatch` has not kept the number.
-        name = job_name(run)
-        found = _squeue(f"--name={name}")
-        if found.returncode:
-            raise UserError(f"squeue does not say whether {name} is submitted already: {found.stderr.strip()}")
-        if numbers := found.stdout.split():
-            write_atomic(run / slurm.NUMBER, numbers[0])
+        if numbers := _named(name, every):
+            write_atomic(kept, numbers[0])
         else:
             own = {**settings, "sbatch": [*settings.get("sbatch", ()), f"--job-name={name}"]}
             slurm.launch(job(runner.arguments(trial, run, config, common)), **own)
-        return Submitted(run, (run / slurm.NUMBER).read_text(), every, clock)
+        return Submitted(run, kept.read_text(), every, clock)
 
+    if named := [one for one in settings.get("sbatch", ()) if one.startswith(("--job-name", "-J"))]:
+        raise UserError(f"--sbatch={named[0]}: a sweep names its jobs itself, to find them again.")
     return start
 
 
@@ -56,6 +57,20 @@ def job_name(run: Path) -> str:
     """The run's name, made unique by its path; without commas, which part the names that squeue is asked for."""
     unique = hashlib.sha256(bytes(run.resolve())).hexdigest()[:12]
     return f"{re.sub('[^A-Za-z0-9.=_-]', '_', run.name)}-{unique}"
+
+
+def _named(name: str, every: float) -> list[str]:
+    """The numbers of jobs of a name; a controller that does not answer is asked again, a dozen times.
+
+    Raises:
+      UserError: it never does.
+    """
+    for _ in range(12):
+        found = _squeue(f"--name={name}")
+        if not found.returncode:
+            return found.stdout.split()
+        time.sleep(every)
+    raise UserError(f"squeue does not say whether {name} is submitted already: {found.stderr.strip()}")
 
 
 def queued(number: str) -> bool:

@@ -55,7 +55,9 @@ def storage(optuna: Any, folder: Path, url: str | None) -> Any:
       UserError: the journal is damaged, or the database cannot be opened.
     """
     if url is None:
-        path = folder / "study.log"
+        # Absolute: the lock is a link to this text, which from the lock's folder must lead to the file, or Optuna never finds that the
+        # lock's owner has died.
+        path = (folder / "study.log").absolute()
         lock = optuna.storages.journal.JournalFileSymlinkLock(str(path))
         backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock)
         lock.acquire()

@@ -178,9 +178,8 @@ def make(
 def _read(model: nn.Module) -> set[str]:
     """The inputs that a model cannot do without."""
     taken = inspect.signature(type(model).__call__).parameters.values()
-    return {p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {
-        "self"
-    }
+    needed = {p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return needed - {"self", "train"}
 
 
 class Captured(dict[str, list[jax.Array]]):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tfm_jax.errors import UserError
 from tfm_jax.losses.cross_entropy import cross_entropy
 from tfm_jax.tasks import token_prediction
-from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
+from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, targets_of
 
 
 def make(*, pair_weight: float = 1.0, vocab_chunk: int = 0) -> Task:
@@ -29,7 +29,7 @@ def make(*, pair_weight: float = 1.0, vocab_chunk: int = 0) -> Task:
     tokens = token_prediction.make(vocab_chunk=vocab_chunk)
 
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
-        targets, said = batch["targets"], dict[str, Any]()
+        targets, said = targets_of(batch), dict[str, Any]()
         if not isinstance(targets, dict):
             raise UserError("task.name=masked_pairs needs pairs of segments: data.objective=order or follow.")
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from tfm_jax.errors import UserError
 from tfm_jax.losses.cross_entropy import linear_cross_entropy
 from tfm_jax.parallel.sharding import merged
-from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
+from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, targets_of
 
 # Evaluation draws the same replacements every time.
 EVAL_KEY = 0
@@ -40,7 +40,7 @@ def make(*, discriminator_weight: float = 50.0, vocab_chunk: int = 0) -> Task:
 
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         inputs = dict(batch["inputs"])
-        targets, weights = batch["targets"], batch["weights"]
+        targets, weights = targets_of(batch), batch["weights"]
         rngs: list[Any] = [None, None]
         draw = jax.random.key(EVAL_KEY)
         if rng is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
 from tfm_jax.losses.cross_entropy import cross_entropy
-from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
+from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, targets_of
 
 
 def make() -> Task:
@@ -22,7 +22,7 @@ def make() -> Task:
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         rngs = None if rng is None else {"dropout": rng}
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
-        targets, weights = batch["targets"], batch["weights"]
+        targets, weights = targets_of(batch), batch["weights"]
         if "span_logits" not in out:
             raise UserError(
                 f"This model marks no spans: it returns {', '.join(sorted(out))}. Try model.outputs=('span',)."

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from tfm_jax.errors import UserError
 from tfm_jax.losses.cross_entropy import cross_entropy, linear_cross_entropy
 from tfm_jax.parallel.sharding import merged
-from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task
+from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, targets_of
 
 
 def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Task:
@@ -33,10 +33,10 @@ def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         rngs = None if rng is None else {"dropout": rng}
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
-        if batch["targets"].ndim != 2:
-            shape = batch["targets"].shape
+        if targets_of(batch).ndim != 2:
+            shape = targets_of(batch).shape
             raise UserError(f"task.name=token_prediction wants a token a position; this data's targets are {shape}.")
-        targets, weights = merged(batch["targets"], keep=0), merged(batch["weights"], keep=0)
+        targets, weights = merged(targets_of(batch), keep=0), merged(batch["weights"], keep=0)
         smoothing, z = (label_smoothing, z_loss) if train else (0.0, 0.0)
         if "logits" not in out:
             raise UserError(

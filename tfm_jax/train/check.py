@@ -53,7 +53,8 @@ def check(config: configs.Config, layout: Layout) -> None:
     if length is not None and limit is not None and length > limit:
         raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")
     task = config["task"]
-    tasks, parts = task.get("task", task).get("tasks"), config["data"].get("parts")
+    inside = task.get("task")
+    tasks, parts = (inside if isinstance(inside, Mapping) else task).get("tasks"), config["data"].get("parts")
     if tasks is not None and parts is not None and (idle := sorted({*tasks} - {*parts})):
         raise UserError(
             f"task.tasks.{idle[0]}: no part of the data is for it.{nearest(idle[0], parts)} See data.parts."

@@ -281,9 +281,10 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
         )
         frozen = [*experiment.config["optim"]["freeze"], *experiment.task.frozen]
         if idle := [path for path in report.missing if any(re.search(pattern, path) for pattern in frozen)]:
+            more = f" and {len(idle) - 4} more" if len(idle) > 4 else ""
             raise UserError(
-                f"checkpoint.init_from={str(settings.init_from)!r} has no {idle[0]}, which is frozen here and would stay as it was"
-                f" drawn. Train it: train.adapter={{..., 'train': ({idle[0].split('/')[0] + '/'!r},)}}, or leave it out of optim.freeze."
+                f"checkpoint.init_from={str(settings.init_from)!r} has no {', '.join(idle[:4])}{more}, which are frozen here and would"
+                " stay as they were drawn. Let train.adapter.train name them too, or optim.freeze leave them out."
             )
         if main:
             log.warning("init_from %s: %s", settings.init_from, report)

@@ -139,6 +139,8 @@ def read_config(run: Path) -> configs.Config:
     """
     path = run / "config.json"
     if not path.is_file():
+        if (run / "trial.json").is_file():
+            raise UserError(f"{run} is a trial of a sweep that has not begun: it has no config.json.")
         beside = sorted(p.parent.as_posix() for p in run.parent.glob("*/config.json")) if run.parent.is_dir() else []
         raise UserError(f"{run} is not a run directory: it has no config.json.{nearest(run.as_posix(), beside)}")
     loaded = _recorded(path)
