@@ -70,6 +70,11 @@ def test_calls_at_a_time_are_one():
     assert program.compiled[1].sizes[-1] == 4
 
 
+def test_calls_without_arguments():
+    together = Together(lambda numbers: jnp.arange(3.0), {}, patience=0.0)
+    np.testing.assert_array_equal(together([]), np.arange(3.0))
+
+
 def test_an_error_is_each_callers():
     def wrong(numbers, x):
         raise ValueError("wrong")

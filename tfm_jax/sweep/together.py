@@ -90,7 +90,8 @@ class Together:
 
             def population(*members: Sequence[Any]) -> list[Any]:
                 stacked = [jax.tree.map(lambda *x: jnp.stack(x), *one) for one in members]
-                out = jax.vmap(self._function)(*stacked)
+                # The size is said, for calls without numbers or arguments.
+                out = jax.vmap(self._function, axis_size=size)(*stacked)
                 return [jax.tree.map(lambda x, i=i: x[i], out) for i in range(size)]
 
             options = dict(self._options)
