@@ -9,7 +9,7 @@ from tests.errors import says
 from tfm_jax.errors import UserError
 from tfm_jax.files import write_status
 from tfm_jax.sweep import trials
-from tfm_jax.sweep.space import grid, named
+from tfm_jax.sweep.space import Trial, grid, named
 
 
 @pytest.fixture
@@ -118,10 +118,37 @@ def test_a_config_that_has_changed_meanwhile(arguments, capsys, config_file, mon
     if body.startswith("return grid"):
         assert sweep.main(given) == 1
         return
-    for pruner, key, own, now in (("none", "evals.validation.batch_size", None, 4), ("asha", "train.eval_every", 0, 2)):
-        (run.parent / "sweep.json").unlink()
-        with says(f"{run} is judged by {key}={own}, not {now}, as all trials of its study. Use another --workdir."):
-            sweep.main([*arguments(STUDY % ("validation", pruner)), *given[3:]])
+    with says(
+        f"{run} is judged by evals.validation.batch_size=None, not 4, as all trials of its study. Use another --workdir."
+    ):
+        sweep.main(given)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("source", ["list", "study"])
+def test_numbers_of_numpys(arguments, config_file, monkeypatch, tmp_path, source, old):
+    """A sweep of them goes on, also one whose folder is older and has them as `repr` spells them."""
+    body = "return grid(values)"
+    if source == "study":
+        pytest.importorskip("optuna", reason="studies need the extra sweep")
+        space = "{key: choice(*options) for key, options in values.items()}"
+        body = f"return Study({space}, metric='eval/validation/loss', trials=1, sampler='grid')"
+    values = "{'model.layers': np.arange(1, 2), 'optim.lr': np.float32([0.1]), 'data.cache_dir': [Path('here')]}"
+    body = f"values = {{key: list(options) for key, options in {values}.items()}}; {body}"
+    given = arguments(f"import numpy as np; from pathlib import Path; {body}")
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sweep.runner, "run", lambda source, *args, **options: source.draw() or source.candidates())
+    with monkeypatch.context() as before:
+        if old:
+            before.setattr(trials, "_plain", repr)
+        assert sweep.main(given) == 0
+    (record,) = (tmp_path / "out").glob("*/trial.json")
+    assert ("np.int64(1)" in record.read_text()) == old
+    plain = {"model.layers": 1, "optim.lr": 0.1, "data.cache_dir": "here"}
+    (record.parent / "config.json").write_text(json.dumps(sweep._resolved(str(config_file), {}, Trial("", plain))))
+    (record.parent / "checkpoints" / "4").mkdir(parents=True)
+    assert sweep.main(given) == 0
+    assert json.loads(record.read_text())["overrides"] == plain
 
 
 def test_what_failed_is_taken_up_once_for_all_processes(arguments, monkeypatch):

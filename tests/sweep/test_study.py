@@ -214,12 +214,14 @@ def test_the_failed_are_tried_again_if_asked(tmp_path):
     assert len(said) == 2 and all(": failed at step 0: by chance" in line for line in said)
     runner.run(drawn(tmp_path, study), tmp_path, start, wait=0.01)
     assert drawn(tmp_path, study).best() is None
-    again = Drawn(study, tmp_path, retry=True)
+    again = drawn(tmp_path, study)
+    again.retry()
     runner.run(again, tmp_path, start, wait=0.01, say=lambda line: None)
     assert len(again.known()) == 2 and {trials.state(tmp_path / t.name).word for t in again.known()} == {"finished"}
     assert again.best()[0] in again.known()
     # Asked once more, nothing is left to try.
-    third = Drawn(study, tmp_path, retry=True)
+    third = drawn(tmp_path, study)
+    third.retry()
     assert {trials.said(tmp_path / t.name)[0] for t in third.known()} == {"finished"} and not third.candidates()
 
 
@@ -232,7 +234,9 @@ def test_what_is_to_be_tried_again_is_whoever_takes_it_up(tmp_path):
         source.ended(trial, trials.state(tmp_path / trial.name))
     assert not source.candidates()
     for retry in (True, True, False):
-        source = Drawn(study, tmp_path, retry=retry)
+        source = drawn(tmp_path, study)
+        if retry:
+            source.retry()
         assert source.candidates() == source.known() and len(source.known()) == 2
         assert {trials.state(tmp_path / t.name)[:2] for t in source.known()} == {
             ("waiting", "it has failed before: by chance")
@@ -249,7 +253,9 @@ def test_one_that_finishes_without_its_metric_has_failed_and_is_no_second_try(tm
     (run / "metrics.jsonl").write_text('{"step": 1, "eval/v/loss": NaN}\n')
     (run / "status.json").write_text('{"state": "finished"}')
     for retry in (False, True, True):
-        source = Drawn(study, tmp_path, retry=retry)
+        source = drawn(tmp_path, study)
+        if retry:
+            source.retry()
         runner.run(source, tmp_path, start, wait=0.0, say=lambda line: None)
         assert source.best() is None and len(source.known()) == 1 and not (run / "starts").exists()
 

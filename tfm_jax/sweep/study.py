@@ -43,7 +43,6 @@ class Drawn:
       wanted: what to draw.
       folder: of the sweep; its name is the study's in its storage.
       storage: URL of a database; the journal file `FOLDER/study.log` if None.
-      retry: let what has failed be tried again.
 
     Attributes:
       lost: the database has gone away with trials still to come, and why. What runs goes on to its end.
@@ -52,7 +51,7 @@ class Drawn:
       UserError: Optuna is not installed, the database cannot be reached, or its study of this name is another one.
     """
 
-    def __init__(self, wanted: Study, folder: Path, *, storage: str | None = None, retry: bool = False) -> None:
+    def __init__(self, wanted: Study, folder: Path, *, storage: str | None = None) -> None:
         self._optuna, self._wanted, self._folder, self._url = terms.optuna(), wanted, folder, storage
         self.lost: UserError | None = None
         # Launchers that share the folder draw one after the other; those elsewhere must not draw the same.
@@ -64,8 +63,6 @@ class Drawn:
             self._study.set_user_attr(STUDY, json.loads(json.dumps(record(wanted), default=repr)))
         trials.check_same(f"The study {name!r} of that storage", self._study.user_attrs[STUDY], record(wanted))
         self._limit = wanted.limit
-        if retry:
-            self._retry()
 
     def candidates(self) -> Sequence[Trial]:
         with self._patience():
@@ -260,7 +257,7 @@ class Drawn:
         last = [tries[one.number] for one in counted if one.user_attrs.get(FOLDER) == self._own]
         return [one for one in last if one.state == state]
 
-    def _retry(self) -> None:
+    def retry(self) -> None:
         """Let what has failed here be tried again, by whatever process takes it up: Optuna's trials do not come back from
         failing, so another one stands for the try. One that finished without its metric would do so again."""
         with locked(self._folder / ".locks" / "draw"):

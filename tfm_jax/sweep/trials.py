@@ -182,18 +182,27 @@ def write_trial(folder: Path, trial: Trial, number: int) -> None:
     """
     path = folder / trial.name / "trial.json"
     record = {"trial": trial.name, "number": number, "overrides": trial.overrides}
-    text = json.dumps(record, default=repr) + "\n"
+    new, once = (json.loads(json.dumps(record, default=default)) for default in (_plain, repr))
     # A damaged one is written anew.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         own = json.loads(path.read_text())
-        if own["overrides"] != json.loads(text)["overrides"]:
+        # Folders that are older have numbers of NumPy's as `repr` spells them.
+        if own["overrides"] not in (new["overrides"], once["overrides"]):
             raise UserError(
                 f"{folder / trial.name} is of another sweep: it has {own['overrides']}. Use another --workdir."
             )
-        if own == json.loads(text):
+        if own == new:
             return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text)
+    write_atomic(path, json.dumps(new) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for a value of NumPy's or JAX's, or a path: what a run is given, with a float's own digits."""
+    if getattr(value, "shape", None) != ():
+        return str(value) if isinstance(value, Path) else repr(value)
+    item = value.item()
+    return float(str(value)) if isinstance(item, float) else item
 
 
 def list_trials(folder: Path, listed: Sequence[Trial]) -> None:
