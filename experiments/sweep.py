@@ -184,10 +184,12 @@ def _opened(
 
     record |= {"study": study.record(sweep), "metric": sweep.metric, "direction": sweep.direction}
     trials.open_folder(flags.workdir, record)
-    # A run may be evaluated otherwise when it goes on; what trials are judged by is the study's.
-    judged = [f"evals.{sweep.metric.split('/')[1]}"] if sweep.metric.startswith("eval/") else []
+    # A run may be evaluated otherwise when it goes on; what trials are judged by is the study's, and when.
+    evaluated = sweep.metric.startswith("eval/")
+    judged = [f"evals.{sweep.metric.split('/')[1]}"] if evaluated else []
+    if sweep.pruner != "none":
+        judged.append("train.eval_every" if evaluated else "log.every")
     source = study.Drawn(sweep, flags.workdir, storage=flags.storage)
-    judged += ["train.eval_every"] if sweep.pruner != "none" else []
     _check_begun(flags, common, source.known(), judged)
     if flags.retry_failed:
         source.retry()

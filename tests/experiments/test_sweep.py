@@ -124,6 +124,25 @@ def test_a_config_that_has_changed_meanwhile(arguments, capsys, config_file, mon
         sweep.main(given)
 
 
+@pytest.mark.parametrize(
+    ("metric", "key", "free"),
+    [("eval/validation/loss", "train.eval_every", "log.every"), ("train/loss", "log.every", "train.eval_every")],
+)
+def test_what_decides_a_pruners_rungs_stays(arguments, config_file, monkeypatch, tmp_path, metric, key, free):
+    pytest.importorskip("optuna", reason="studies need the extra sweep")
+    given = arguments((STUDY % ("validation", "asha")).replace("eval/validation/loss", metric))
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sweep.runner, "run", lambda source, *args, **options: source.draw())
+    assert sweep.main([*given, f"--config.{key}=2", f"--config.{free}=2"]) == 0
+    (trial,) = trials.read_folder(tmp_path / "out")[1]
+    run = tmp_path / "out" / trial.name
+    (run / "config.json").write_text(json.dumps(sweep._resolved(str(config_file), {key: "2", free: "2"}, trial)))
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    assert sweep.main([*given, f"--config.{key}=2", f"--config.{free}=4"]) == 0
+    with says(f"{run} is judged by {key}=2, not 4, as all trials of its study. Use another --workdir."):
+        sweep.main([*given, f"--config.{key}=4", f"--config.{free}=2"])
+
+
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("source", ["list", "study"])
 def test_numbers_of_numpys(arguments, config_file, monkeypatch, tmp_path, source, old):
