@@ -170,6 +170,22 @@ def test_numbers_of_numpys(arguments, config_file, monkeypatch, tmp_path, source
     assert json.loads(record.read_text())["overrides"] == plain
 
 
+def test_an_older_folder_has_overrides_that_may_change(arguments, monkeypatch, tmp_path):
+    """The command that it began with goes on, with or without them."""
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sweep.runner, "run", lambda *args, **options: None)
+    given = arguments("return seeds(2)", "--config.optim.lr=0.1")
+    assert sweep.main(given) == 0
+    record = tmp_path / "out" / "sweep.json"
+    record.write_text(record.read_text().replace('"overrides": {', '"overrides": {"log.tensorboard": "True", '))
+    assert len(trials.read_folder(record.parent)[0]["overrides"]) == 2
+    assert sweep.main(given) == sweep.main([*given, "--config.log.tensorboard=True"]) == 0
+    with says(
+        f"{record.parent} belongs to another sweep:\n  overrides: {{'optim.lr': '0.1'}} -> {{}}\nUse another --workdir."
+    ):
+        sweep.main(given[:-1])
+
+
 def test_what_failed_is_taken_up_once_for_all_processes(arguments, monkeypatch):
     commands = []
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from tfm_jax import config as configs
 from tfm_jax.data.locks import locked
 from tfm_jax.errors import UserError
 from tfm_jax.files import read_status, write_atomic, write_status
@@ -148,7 +149,11 @@ def open_folder(folder: Path, record: Mapping[str, Any]) -> None:
         raise UserError(f"{folder} is a run. A sweep needs a folder of its own: --workdir=sweeps/NAME.")
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        check_same(str(folder), _record(path), record)
+        own = _record(path)
+        if "overrides" in own:
+            # Folders that are older have those that may change too.
+            own["overrides"] = configs.fixed_part(own["overrides"])
+        check_same(str(folder), own, record)
         return
     write_atomic(path, json.dumps(record, default=repr, indent=2) + "\n")
 
