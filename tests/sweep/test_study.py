@@ -246,6 +246,23 @@ def test_what_is_to_be_tried_again_is_whoever_takes_it_up(tmp_path):
     assert [one.state.name for one in source._all()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
 
 
+def test_a_second_try_does_not_compete_with_the_first(tmp_path):
+    """ASHA by two: of four trials two go on, though the best of them has been at the rung twice."""
+    source = drawn(tmp_path, wanted(sampler="random", pruner="asha", reduction=2, trials=4))
+
+    def evaluates(trial, value):
+        line = {"step": 1, "eval/v/loss": value}
+        (tmp_path / trial.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return source.should_stop(trial)
+
+    worse, best, worst, good = (source.draw() for _ in range(4))
+    assert not evaluates(worse, 2.0) and not evaluates(best, 1.0)
+    write_status(tmp_path / best.name, "failed", "by chance")
+    source.ended(best, trials.state(tmp_path / best.name))
+    source.retry()
+    assert not evaluates(best, 1.0) and evaluates(worst, 3.0) and not evaluates(good, 1.5)
+
+
 def test_one_that_finishes_without_its_metric_has_failed_and_is_no_second_try(tmp_path):
     study = wanted(trials=1)
     source = drawn(tmp_path, study)

@@ -173,15 +173,22 @@ class Drawn:
         if self._wanted.pruner == "none":
             return behind, {}
         copy = self._create(self._study.study_name, self._optuna.storages.InMemoryStorage())
-        bare = self._optuna.trial.create_trial(
-            state=self._states.RUNNING, params=one.params, distributions=one.distributions
-        )
-        copy.add_trials([bare if other.number == one.number else other for other in self._all()])
+        everyone = self._all()
+        # This one reports anew, and a try that has failed would compete with its own trial's next.
+        last = {_number(other): other.number for other in everyone}
+        kept = set(last.values()) - {one.number}
+        copy.add_trials([other if other.number in kept else self._bare(other) for other in everyone])
         asked = self._optuna.trial.Trial(copy, copy.get_trials(deepcopy=False)[one.number]._trial_id)
         for count, value in enumerate(values, 1):
             asked.report(value, count)
             behind = asked.should_prune()
         return behind, copy.get_trials(deepcopy=False)[one.number].system_attrs
+
+    def _bare(self, one: Any) -> Any:
+        """The same without anything reported."""
+        return self._optuna.trial.create_trial(
+            state=self._states.RUNNING, params=one.params, distributions=one.distributions
+        )
 
     def _check_metric(self, run: Path, lines: Sequence[dict[str, Any]], found: dict[int, float]) -> None:
         """Before a misspelled metric costs more than one evaluation, or one trial where it has nothing near."""
