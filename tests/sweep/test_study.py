@@ -375,6 +375,25 @@ def test_a_metric_that_no_trial_logs(tmp_path, metric, nearest):
     assert len(read_metrics(tmp_path / source.known()[0].name)) == (5 if metric.startswith("eval/w") else 2)
 
 
+@pytest.mark.parametrize("moment", ["open", "known", "retry"])
+def test_a_database_that_has_gone_away_before_anything_runs(tmp_path, monkeypatch, moment):
+    (tmp_path / "db").mkdir()
+    url, opened = f"sqlite:///{tmp_path}/db/study.db", terms.storage
+
+    def goes_away(storage):
+        storage.engine.dispose()
+        (tmp_path / "db").rename(tmp_path / "gone")
+        return storage
+
+    with pytest.raises(UserError, match=rf"^--storage={re.escape(url)} has gone away: OperationalError: "):
+        if moment == "open":
+            monkeypatch.setattr(terms, "storage", lambda *arguments: goes_away(opened(*arguments)))
+            Drawn(wanted(), tmp_path / "s", storage=url)
+        source = Drawn(wanted(), tmp_path / "s", storage=url)
+        goes_away(source._study._storage._backend)
+        getattr(source, moment)()
+
+
 def test_a_driver_that_says_nothing(tmp_path, monkeypatch):
     def silent(url):
         raise ValueError

@@ -33,6 +33,10 @@ def record(wanted: Study) -> dict[str, Any]:
     return {**found, "space": {key: repr(one) for key, one in wanted.space.items()}, "trials": None}
 
 
+class _Away(UserError):
+    """The database has gone away."""
+
+
 class Drawn:
     """A study as a source of trials.
 
@@ -48,7 +52,8 @@ class Drawn:
       lost: the database has gone away with trials still to come, and why. What runs goes on to its end.
 
     Raises:
-      UserError: Optuna is not installed, the database cannot be reached, or its study of this name is another one.
+      UserError: Optuna is not installed, the database cannot be reached, or its study of this name is another one; from
+        `known` and `retry` too, that the database has gone away.
     """
 
     def __init__(self, wanted: Study, folder: Path, *, storage: str | None = None) -> None:
@@ -57,12 +62,12 @@ class Drawn:
         # Launchers that share the folder draw one after the other; those elsewhere must not draw the same.
         self._own = trials.owner(folder) if storage else ""
         self._seed = wanted.seed * 1_000_003 + zlib.crc32(self._own.encode())
-        name = folder.absolute().name
-        self._study = self._create(name, terms.storage(self._optuna, folder, storage))
-        if STUDY not in self._study.user_attrs:
-            self._study.set_user_attr(STUDY, json.loads(json.dumps(record(wanted), default=repr)))
-        trials.check_same(f"The study {name!r} of that storage", self._study.user_attrs[STUDY], record(wanted))
-        self._limit = wanted.limit
+        self._limit, name = wanted.limit, folder.absolute().name
+        with self._telling():
+            self._study = self._create(name, terms.storage(self._optuna, folder, storage))
+            if STUDY not in self._study.user_attrs:
+                self._study.set_user_attr(STUDY, json.loads(json.dumps(record(wanted), default=repr)))
+            trials.check_same(f"The study {name!r} of that storage", self._study.user_attrs[STUDY], record(wanted))
 
     def candidates(self) -> Sequence[Trial]:
         with self._patience():
@@ -70,16 +75,25 @@ class Drawn:
         return []
 
     @contextlib.contextmanager
-    def _patience(self) -> Iterator[None]:
-        """Ask a database that may come back another time: what it has not been told it is told then."""
+    def _telling(self) -> Iterator[None]:
+        """Say which database has gone away."""
         try:
             yield
         except self._optuna.exceptions.StorageInternalError as error:
             assert self._url is not None
             said = terms.first_line(error.__cause__ or error, self._url)
-            self.lost = UserError(
+            raise _Away(
                 f"--storage={terms.shown(self._url)} has gone away: {said}. What ran has ended; the same command goes on."
-            )
+            ) from None
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Ask a database that may come back another time: what it has not been told it is told then."""
+        try:
+            with self._telling():
+                yield
+        except _Away as lost:
+            self.lost = lost
 
     def draw(self) -> Trial | None:
         with self._patience():
@@ -226,7 +240,8 @@ class Drawn:
 
     def known(self) -> list[Trial]:
         """All trials that have been drawn, here or elsewhere."""
-        return [self._trial(one) for one in self._counted()]
+        with self._telling():
+            return [self._trial(one) for one in self._counted()]
 
     def best(self) -> tuple[Trial, float] | None:
         """The finished trial with the best last value; its pruner may have found only then that it was behind."""
@@ -267,7 +282,7 @@ class Drawn:
     def retry(self) -> None:
         """Let what has failed here be tried again, by whatever process takes it up: Optuna's trials do not come back from
         failing, so another one stands for the try. One that finished without its metric would do so again."""
-        with locked(self._folder / ".locks" / "draw"):
+        with self._telling(), locked(self._folder / ".locks" / "draw"):
             for one in self._mine(self._states.FAIL):
                 run = self._folder / self._trial(one).name
                 if trials.state(run).word in (FINISHED, PRUNED):
