@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--vectorise",
         type=int,
         metavar="N",
-        help="so many trials at a time in a process, by the same compiled programs: those that differ in numbers only",
+        help="so many trials at a time in a process, by the same compiled programs; what is swept leaves the shapes as they are",
     )
     made.add_argument("--retry_failed", action="store_true", help="start what has failed again")
     made.add_argument("--storage", help="URL of a study's database; by default a journal file in the folder")

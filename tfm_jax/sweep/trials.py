@@ -29,7 +29,8 @@ from tfm_jax.sweep.space import Trial
 from tfm_jax.train import rundir
 from tfm_jax.train.log import read_metrics
 
-# What a run's `status.json` may say, `waiting` before there is one, `pruned` where a launcher has stopped it.
+# What a run's `status.json` may say, `waiting` before there is one and of what is to be tried again, `pruned` where a
+# launcher has stopped it.
 FINISHED, FAILED, PRUNED, WAITING, RUNNING = "finished", "failed", "pruned", "waiting", "running"
 ENDED = (FINISHED, FAILED, PRUNED)
 # What reading a damaged file ends in.
