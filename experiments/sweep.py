@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--vectorise",
         type=int,
         metavar="N",
-        help="so many trials at a time in a process, by the same compiled programs: those that differ in numbers only",
+        help="so many trials at a time in a process, by the same compiled programs; what is swept leaves the shapes as they are",
     )
     made.add_argument("--retry_failed", action="store_true", help="start what has failed again")
     made.add_argument("--storage", help="URL of a study's database; by default a journal file in the folder")
@@ -178,23 +178,27 @@ def _opened(
     if not isinstance(sweep, Study):
         record |= {"study": None, "metric": None, "direction": "minimize"}
         trials.open_folder(flags.workdir, record)
-        _check_begun(flags, common, ())
+        _check_begun(flags, common, listed, ())
         return runner.Listed(listed, flags.workdir, flags.retry_failed), record
     from tfm_jax.sweep import study
 
     record |= {"study": study.record(sweep), "metric": sweep.metric, "direction": sweep.direction}
     trials.open_folder(flags.workdir, record)
-    # A run may be evaluated otherwise when it goes on; what trials are judged by is the study's.
-    judged = [f"evals.{sweep.metric.split('/')[1]}"] if sweep.metric.startswith("eval/") else []
-    _check_begun(flags, common, [*judged, "train.eval_every"] if sweep.pruner != "none" else judged)
-    return study.Drawn(sweep, flags.workdir, storage=flags.storage, retry=flags.retry_failed), record
+    # A run may be evaluated otherwise when it goes on; what trials are judged by is the study's, and when.
+    evaluated = sweep.metric.startswith("eval/")
+    judged = [f"evals.{sweep.metric.split('/')[1]}"] if evaluated else []
+    if sweep.pruner != "none":
+        judged.append("train.eval_every" if evaluated else "log.every")
+    source = study.Drawn(sweep, flags.workdir, storage=flags.storage)
+    _check_begun(flags, common, source.known(), judged)
+    if flags.retry_failed:
+        source.retry()
+    return source, record
 
 
-def _check_begun(flags: Any, common: Mapping[str, str], judged: Sequence[str]) -> None:
+def _check_begun(flags: Any, common: Mapping[str, str], listed: Sequence[Trial], judged: Sequence[str]) -> None:
     """Find what has changed, say in the config's file, since trials have begun: one that has ended would not be asked again."""
-    known = trials.read_folder(flags.workdir)[1]
-    # Of one whose record is damaged no overrides are known.
-    begun = [trial for trial in known if trial.overrides and rundir.has_checkpoint(flags.workdir / trial.name)]
+    begun = [trial for trial in listed if rundir.has_checkpoint(flags.workdir / trial.name)]
     # The file gives the same to all that set the same keys, and reading it for each of a thousand would take minutes.
     for trial in {tuple(trial.overrides): trial for trial in begun}.values():
         run, asked = flags.workdir / trial.name, _resolved(flags.config, common, trial)

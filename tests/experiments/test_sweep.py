@@ -9,7 +9,7 @@ from tests.errors import says
 from tfm_jax.errors import UserError
 from tfm_jax.files import write_status
 from tfm_jax.sweep import trials
-from tfm_jax.sweep.space import grid, named
+from tfm_jax.sweep.space import Trial, grid, named
 
 
 @pytest.fixture
@@ -118,10 +118,72 @@ def test_a_config_that_has_changed_meanwhile(arguments, capsys, config_file, mon
     if body.startswith("return grid"):
         assert sweep.main(given) == 1
         return
-    for pruner, key, own, now in (("none", "evals.validation.batch_size", None, 4), ("asha", "train.eval_every", 0, 2)):
-        (run.parent / "sweep.json").unlink()
-        with says(f"{run} is judged by {key}={own}, not {now}, as all trials of its study. Use another --workdir."):
-            sweep.main([*arguments(STUDY % ("validation", pruner)), *given[3:]])
+    with says(
+        f"{run} is judged by evals.validation.batch_size=None, not 4, as all trials of its study. Use another --workdir."
+    ):
+        sweep.main(given)
+
+
+@pytest.mark.parametrize(
+    ("metric", "key", "free"),
+    [("eval/validation/loss", "train.eval_every", "log.every"), ("train/loss", "log.every", "train.eval_every")],
+)
+def test_what_decides_a_pruners_rungs_stays(arguments, config_file, monkeypatch, tmp_path, metric, key, free):
+    pytest.importorskip("optuna", reason="studies need the extra sweep")
+    given = arguments((STUDY % ("validation", "asha")).replace("eval/validation/loss", metric))
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sweep.runner, "run", lambda source, *args, **options: source.draw())
+    assert sweep.main([*given, f"--config.{key}=2", f"--config.{free}=2"]) == 0
+    (trial,) = trials.read_folder(tmp_path / "out")[1]
+    run = tmp_path / "out" / trial.name
+    (run / "config.json").write_text(json.dumps(sweep._resolved(str(config_file), {key: "2", free: "2"}, trial)))
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    assert sweep.main([*given, f"--config.{key}=2", f"--config.{free}=4"]) == 0
+    with says(f"{run} is judged by {key}=2, not 4, as all trials of its study. Use another --workdir."):
+        sweep.main([*given, f"--config.{key}=4", f"--config.{free}=2"])
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("source", ["list", "study"])
+def test_numbers_of_numpys(arguments, config_file, monkeypatch, tmp_path, source, old):
+    """A sweep of them goes on, also one whose folder is older and has them as `repr` spells them."""
+    body = "return grid(values)"
+    if source == "study":
+        pytest.importorskip("optuna", reason="studies need the extra sweep")
+        space = "{key: choice(*options) for key, options in values.items()}"
+        body = f"return Study({space}, metric='eval/validation/loss', trials=1, sampler='grid')"
+    values = "{'model.layers': np.arange(1, 2), 'optim.lr': np.float32([0.1]), 'data.cache_dir': [Path('here')]}"
+    body = f"values = {{key: list(options) for key, options in {values}.items()}}; {body}"
+    given = arguments(f"import numpy as np; from pathlib import Path; {body}")
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sweep.runner, "run", lambda source, *args, **options: source.draw() or source.candidates())
+    with monkeypatch.context() as before:
+        if old:
+            before.setattr(trials, "_plain", repr)
+        assert sweep.main(given) == 0
+    (record,) = (tmp_path / "out").glob("*/trial.json")
+    assert ("np.int64(1)" in record.read_text()) == old
+    plain = {"model.layers": 1, "optim.lr": 0.1, "data.cache_dir": "here"}
+    (record.parent / "config.json").write_text(json.dumps(sweep._resolved(str(config_file), {}, Trial("", plain))))
+    (record.parent / "checkpoints" / "4").mkdir(parents=True)
+    assert sweep.main(given) == 0
+    assert json.loads(record.read_text())["overrides"] == plain
+
+
+def test_an_older_folder_has_overrides_that_may_change(arguments, monkeypatch, tmp_path):
+    """The command that it began with goes on, with or without them."""
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sweep.runner, "run", lambda *args, **options: None)
+    given = arguments("return seeds(2)", "--config.optim.lr=0.1")
+    assert sweep.main(given) == 0
+    record = tmp_path / "out" / "sweep.json"
+    record.write_text(record.read_text().replace('"overrides": {', '"overrides": {"log.tensorboard": "True", '))
+    assert len(trials.read_folder(record.parent)[0]["overrides"]) == 2
+    assert sweep.main(given) == sweep.main([*given, "--config.log.tensorboard=True"]) == 0
+    with says(
+        f"{record.parent} belongs to another sweep:\n  overrides: {{'optim.lr': '0.1'}} -> {{}}\nUse another --workdir."
+    ):
+        sweep.main(given[:-1])
 
 
 def test_what_failed_is_taken_up_once_for_all_processes(arguments, monkeypatch):

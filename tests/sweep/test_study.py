@@ -214,12 +214,14 @@ def test_the_failed_are_tried_again_if_asked(tmp_path):
     assert len(said) == 2 and all(": failed at step 0: by chance" in line for line in said)
     runner.run(drawn(tmp_path, study), tmp_path, start, wait=0.01)
     assert drawn(tmp_path, study).best() is None
-    again = Drawn(study, tmp_path, retry=True)
+    again = drawn(tmp_path, study)
+    again.retry()
     runner.run(again, tmp_path, start, wait=0.01, say=lambda line: None)
     assert len(again.known()) == 2 and {trials.state(tmp_path / t.name).word for t in again.known()} == {"finished"}
     assert again.best()[0] in again.known()
     # Asked once more, nothing is left to try.
-    third = Drawn(study, tmp_path, retry=True)
+    third = drawn(tmp_path, study)
+    third.retry()
     assert {trials.said(tmp_path / t.name)[0] for t in third.known()} == {"finished"} and not third.candidates()
 
 
@@ -232,7 +234,9 @@ def test_what_is_to_be_tried_again_is_whoever_takes_it_up(tmp_path):
         source.ended(trial, trials.state(tmp_path / trial.name))
     assert not source.candidates()
     for retry in (True, True, False):
-        source = Drawn(study, tmp_path, retry=retry)
+        source = drawn(tmp_path, study)
+        if retry:
+            source.retry()
         assert source.candidates() == source.known() and len(source.known()) == 2
         assert {trials.state(tmp_path / t.name)[:2] for t in source.known()} == {
             ("waiting", "it has failed before: by chance")
@@ -242,6 +246,23 @@ def test_what_is_to_be_tried_again_is_whoever_takes_it_up(tmp_path):
     assert [one.state.name for one in source._all()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
 
 
+def test_a_second_try_does_not_compete_with_the_first(tmp_path):
+    """ASHA by two: of four trials two go on, though the best of them has been at the rung twice."""
+    source = drawn(tmp_path, wanted(sampler="random", pruner="asha", reduction=2, trials=4))
+
+    def evaluates(trial, value):
+        line = {"step": 1, "eval/v/loss": value}
+        (tmp_path / trial.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return source.should_stop(trial)
+
+    worse, best, worst, good = (source.draw() for _ in range(4))
+    assert not evaluates(worse, 2.0) and not evaluates(best, 1.0)
+    write_status(tmp_path / best.name, "failed", "by chance")
+    source.ended(best, trials.state(tmp_path / best.name))
+    source.retry()
+    assert not evaluates(best, 1.0) and evaluates(worst, 3.0) and not evaluates(good, 1.5)
+
+
 def test_one_that_finishes_without_its_metric_has_failed_and_is_no_second_try(tmp_path):
     study = wanted(trials=1)
     source = drawn(tmp_path, study)
@@ -249,7 +270,9 @@ def test_one_that_finishes_without_its_metric_has_failed_and_is_no_second_try(tm
     (run / "metrics.jsonl").write_text('{"step": 1, "eval/v/loss": NaN}\n')
     (run / "status.json").write_text('{"state": "finished"}')
     for retry in (False, True, True):
-        source = Drawn(study, tmp_path, retry=retry)
+        source = drawn(tmp_path, study)
+        if retry:
+            source.retry()
         runner.run(source, tmp_path, start, wait=0.0, say=lambda line: None)
         assert source.best() is None and len(source.known()) == 1 and not (run / "starts").exists()
 
@@ -350,6 +373,25 @@ def test_a_metric_that_no_trial_logs(tmp_path, metric, nearest):
         runner.run(source, tmp_path, Quick, wait=0.0, say=lambda line: None)
     assert len(source.known()) == 1
     assert len(read_metrics(tmp_path / source.known()[0].name)) == (5 if metric.startswith("eval/w") else 2)
+
+
+@pytest.mark.parametrize("moment", ["open", "known", "retry"])
+def test_a_database_that_has_gone_away_before_anything_runs(tmp_path, monkeypatch, moment):
+    (tmp_path / "db").mkdir()
+    url, opened = f"sqlite:///{tmp_path}/db/study.db", terms.storage
+
+    def goes_away(storage):
+        storage.engine.dispose()
+        (tmp_path / "db").rename(tmp_path / "gone")
+        return storage
+
+    with pytest.raises(UserError, match=rf"^--storage={re.escape(url)} has gone away: OperationalError: "):
+        if moment == "open":
+            monkeypatch.setattr(terms, "storage", lambda *arguments: goes_away(opened(*arguments)))
+            Drawn(wanted(), tmp_path / "s", storage=url)
+        source = Drawn(wanted(), tmp_path / "s", storage=url)
+        goes_away(source._study._storage._backend)
+        getattr(source, moment)()
 
 
 def test_a_driver_that_says_nothing(tmp_path, monkeypatch):

@@ -33,6 +33,10 @@ def record(wanted: Study) -> dict[str, Any]:
     return {**found, "space": {key: repr(one) for key, one in wanted.space.items()}, "trials": None}
 
 
+class _Away(UserError):
+    """The database has gone away."""
+
+
 class Drawn:
     """A study as a source of trials.
 
@@ -43,29 +47,27 @@ class Drawn:
       wanted: what to draw.
       folder: of the sweep; its name is the study's in its storage.
       storage: URL of a database; the journal file `FOLDER/study.log` if None.
-      retry: let what has failed be tried again.
 
     Attributes:
       lost: the database has gone away with trials still to come, and why. What runs goes on to its end.
 
     Raises:
-      UserError: Optuna is not installed, the database cannot be reached, or its study of this name is another one.
+      UserError: Optuna is not installed, the database cannot be reached, or its study of this name is another one; from
+        `known` and `retry` too, that the database has gone away.
     """
 
-    def __init__(self, wanted: Study, folder: Path, *, storage: str | None = None, retry: bool = False) -> None:
+    def __init__(self, wanted: Study, folder: Path, *, storage: str | None = None) -> None:
         self._optuna, self._wanted, self._folder, self._url = terms.optuna(), wanted, folder, storage
         self.lost: UserError | None = None
         # Launchers that share the folder draw one after the other; those elsewhere must not draw the same.
         self._own = trials.owner(folder) if storage else ""
         self._seed = wanted.seed * 1_000_003 + zlib.crc32(self._own.encode())
-        name = folder.absolute().name
-        self._study = self._create(name, terms.storage(self._optuna, folder, storage))
-        if STUDY not in self._study.user_attrs:
-            self._study.set_user_attr(STUDY, json.loads(json.dumps(record(wanted), default=repr)))
-        trials.check_same(f"The study {name!r} of that storage", self._study.user_attrs[STUDY], record(wanted))
-        self._limit = wanted.limit
-        if retry:
-            self._retry()
+        self._limit, name = wanted.limit, folder.absolute().name
+        with self._telling():
+            self._study = self._create(name, terms.storage(self._optuna, folder, storage))
+            if STUDY not in self._study.user_attrs:
+                self._study.set_user_attr(STUDY, json.loads(json.dumps(record(wanted), default=repr)))
+            trials.check_same(f"The study {name!r} of that storage", self._study.user_attrs[STUDY], record(wanted))
 
     def candidates(self) -> Sequence[Trial]:
         with self._patience():
@@ -73,16 +75,25 @@ class Drawn:
         return []
 
     @contextlib.contextmanager
-    def _patience(self) -> Iterator[None]:
-        """Ask a database that may come back another time: what it has not been told it is told then."""
+    def _telling(self) -> Iterator[None]:
+        """Say which database has gone away."""
         try:
             yield
         except self._optuna.exceptions.StorageInternalError as error:
             assert self._url is not None
             said = terms.first_line(error.__cause__ or error, self._url)
-            self.lost = UserError(
+            raise _Away(
                 f"--storage={terms.shown(self._url)} has gone away: {said}. What ran has ended; the same command goes on."
-            )
+            ) from None
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Ask a database that may come back another time: what it has not been told it is told then."""
+        try:
+            with self._telling():
+                yield
+        except _Away as lost:
+            self.lost = lost
 
     def draw(self) -> Trial | None:
         with self._patience():
@@ -176,15 +187,22 @@ class Drawn:
         if self._wanted.pruner == "none":
             return behind, {}
         copy = self._create(self._study.study_name, self._optuna.storages.InMemoryStorage())
-        bare = self._optuna.trial.create_trial(
-            state=self._states.RUNNING, params=one.params, distributions=one.distributions
-        )
-        copy.add_trials([bare if other.number == one.number else other for other in self._all()])
+        everyone = self._all()
+        # This one reports anew, and a try that has failed would compete with its own trial's next.
+        last = {_number(other): other.number for other in everyone}
+        kept = set(last.values()) - {one.number}
+        copy.add_trials([other if other.number in kept else self._bare(other) for other in everyone])
         asked = self._optuna.trial.Trial(copy, copy.get_trials(deepcopy=False)[one.number]._trial_id)
         for count, value in enumerate(values, 1):
             asked.report(value, count)
             behind = asked.should_prune()
         return behind, copy.get_trials(deepcopy=False)[one.number].system_attrs
+
+    def _bare(self, one: Any) -> Any:
+        """The same without anything reported."""
+        return self._optuna.trial.create_trial(
+            state=self._states.RUNNING, params=one.params, distributions=one.distributions
+        )
 
     def _check_metric(self, run: Path, lines: Sequence[dict[str, Any]], found: dict[int, float]) -> None:
         """Before a misspelled metric costs more than one evaluation, or one trial where it has nothing near."""
@@ -222,7 +240,8 @@ class Drawn:
 
     def known(self) -> list[Trial]:
         """All trials that have been drawn, here or elsewhere."""
-        return [self._trial(one) for one in self._counted()]
+        with self._telling():
+            return [self._trial(one) for one in self._counted()]
 
     def best(self) -> tuple[Trial, float] | None:
         """The finished trial with the best last value; its pruner may have found only then that it was behind."""
@@ -260,10 +279,10 @@ class Drawn:
         last = [tries[one.number] for one in counted if one.user_attrs.get(FOLDER) == self._own]
         return [one for one in last if one.state == state]
 
-    def _retry(self) -> None:
+    def retry(self) -> None:
         """Let what has failed here be tried again, by whatever process takes it up: Optuna's trials do not come back from
         failing, so another one stands for the try. One that finished without its metric would do so again."""
-        with locked(self._folder / ".locks" / "draw"):
+        with self._telling(), locked(self._folder / ".locks" / "draw"):
             for one in self._mine(self._states.FAIL):
                 run = self._folder / self._trial(one).name
                 if trials.state(run).word in (FINISHED, PRUNED):

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from tfm_jax import config as configs
 from tfm_jax.data.locks import locked
 from tfm_jax.errors import UserError
 from tfm_jax.files import read_status, write_atomic, write_status
@@ -28,7 +29,8 @@ from tfm_jax.sweep.space import Trial
 from tfm_jax.train import rundir
 from tfm_jax.train.log import read_metrics
 
-# What a run's `status.json` may say, `waiting` before there is one, `pruned` where a launcher has stopped it.
+# What a run's `status.json` may say, `waiting` before there is one and of what is to be tried again, `pruned` where a
+# launcher has stopped it.
 FINISHED, FAILED, PRUNED, WAITING, RUNNING = "finished", "failed", "pruned", "waiting", "running"
 ENDED = (FINISHED, FAILED, PRUNED)
 # What reading a damaged file ends in.
@@ -148,7 +150,11 @@ def open_folder(folder: Path, record: Mapping[str, Any]) -> None:
         raise UserError(f"{folder} is a run. A sweep needs a folder of its own: --workdir=sweeps/NAME.")
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        check_same(str(folder), _record(path), record)
+        own = _record(path)
+        if "overrides" in own:
+            # Folders that are older have those that may change too.
+            own["overrides"] = configs.fixed_part(own["overrides"])
+        check_same(str(folder), own, record)
         return
     write_atomic(path, json.dumps(record, default=repr, indent=2) + "\n")
 
@@ -182,18 +188,27 @@ def write_trial(folder: Path, trial: Trial, number: int) -> None:
     """
     path = folder / trial.name / "trial.json"
     record = {"trial": trial.name, "number": number, "overrides": trial.overrides}
-    text = json.dumps(record, default=repr) + "\n"
+    new, once = (json.loads(json.dumps(record, default=default)) for default in (_plain, repr))
     # A damaged one is written anew.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         own = json.loads(path.read_text())
-        if own["overrides"] != json.loads(text)["overrides"]:
+        # Folders that are older have numbers of NumPy's as `repr` spells them.
+        if own["overrides"] not in (new["overrides"], once["overrides"]):
             raise UserError(
                 f"{folder / trial.name} is of another sweep: it has {own['overrides']}. Use another --workdir."
             )
-        if own == json.loads(text):
+        if own == new:
             return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text)
+    write_atomic(path, json.dumps(new) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for a value of NumPy's or JAX's, or a path: what a run is given, with a float's own digits."""
+    if getattr(value, "shape", None) != ():
+        return str(value) if isinstance(value, Path) else repr(value)
+    item = value.item()
+    return float(str(value)) if isinstance(item, float) else item
 
 
 def list_trials(folder: Path, listed: Sequence[Trial]) -> None:
