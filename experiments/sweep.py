@@ -249,7 +249,8 @@ def _corners(study: Study) -> list[Trial]:
 
 
 def _resolved(config: str, common: Mapping[str, str], trial: Trial) -> configs.Config:
-    pairs = [*common.items(), *((key, str(value)) for key, value in trial.overrides.items())]
+    # As a run's command has it: NumPy's short floats have fewer digits by `str`.
+    pairs = [*common.items(), *((key, f"{value}") for key, value in trial.overrides.items())]
     return configs.resolve(configs.load(config), pairs)
 
 

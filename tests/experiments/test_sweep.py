@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments import cli, sweep
@@ -163,7 +164,7 @@ def test_numbers_of_numpys(arguments, config_file, monkeypatch, tmp_path, source
         assert sweep.main(given) == 0
     (record,) = (tmp_path / "out").glob("*/trial.json")
     assert ("np.int64(1)" in record.read_text()) == old
-    plain = {"model.layers": 1, "optim.lr": 0.1, "data.cache_dir": "here"}
+    plain = {"model.layers": 1, "optim.lr": np.float32(0.1).item(), "data.cache_dir": "here"}
     (record.parent / "config.json").write_text(json.dumps(sweep._resolved(str(config_file), {}, Trial("", plain))))
     (record.parent / "checkpoints" / "4").mkdir(parents=True)
     assert sweep.main(given) == 0

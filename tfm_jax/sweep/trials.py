@@ -204,11 +204,10 @@ def write_trial(folder: Path, trial: Trial, number: int) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has for a value of NumPy's or JAX's, or a path: what a run is given, with a float's own digits."""
-    if getattr(value, "shape", None) != ():
-        return str(value) if isinstance(value, Path) else repr(value)
-    item = value.item()
-    return float(str(value)) if isinstance(item, float) else item
+    """What JSON has for a number of NumPy's or JAX's, or a path."""
+    if getattr(value, "shape", None) == ():
+        return value.item()
+    return str(value) if isinstance(value, Path) else repr(value)
 
 
 def list_trials(folder: Path, listed: Sequence[Trial]) -> None:
