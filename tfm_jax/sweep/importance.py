@@ -58,6 +58,5 @@ def importances(runs: Sequence[Run], keys: Sequence[str], metric: str) -> dict[s
     for i, (_, value) in enumerate(found):
         params = {key: columns[key][i] for key in varying}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    shares = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
+    shares = optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(study)
     return {key: float(share) for key, share in shares.items()}
