@@ -40,6 +40,9 @@ def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, 
             )
         path, step = run_folder(path), int(path.name)
     folder = path / "checkpoints"
+    if not path.exists():
+        beside = [one.parent.as_posix() for one in path.parent.glob("*/checkpoints")]
+        raise UserError(f"There is no run {path}.{nearest(path.as_posix(), beside)}")
     if not folder.is_dir():
         raise UserError(f"{path} has no checkpoints: give a run folder, or RUN/checkpoints/STEP.")
     checkpoints = Checkpointer(folder, read_only=True)
