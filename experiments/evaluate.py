@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from tfm_jax.errors import UserError, nearest
+from tfm_jax.errors import UserError
 from tfm_jax.train.log import asked_with
 
 EXAMPLES = """\
@@ -125,10 +125,8 @@ def _asked(flags: Any, targets: Sequence[Path], wrong: _Wrong) -> Iterator[tuple
     if flags.follow:
         runs = [rundir.run_folder(path) for path in targets]
         for run in (run for run in runs if not (run / "config.json").is_file()):
-            beside = [path.parent.as_posix() for path in run.parent.glob("*/config.json")]
-            log.info(
-                "Waiting for %s, which has not begun.%s", run, "" if run.exists() else nearest(run.as_posix(), beside)
-            )
+            hint = "" if run.exists() else rundir.nearest_run(run)
+            log.info("Waiting for %s, which has not begun.%s", run, hint)
         yield from following(runs, lambda: time.sleep(LOOK_S))
         return
     numbers = _numbers(flags.steps)

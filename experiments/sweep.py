@@ -205,7 +205,7 @@ def _check_begun(flags: Any, common: Mapping[str, str], listed: Sequence[Trial],
         rundir.check_config(run, asked)
         own, now = configs.flat(rundir.read_config(run)), configs.flat(json.loads(configs.to_json(asked)))
         for key in own:
-            if own[key] != now.get(key) and any(f"{key}.".startswith(f"{one}.") for one in judged):
+            if own[key] != now.get(key) and configs.is_below(key, judged):
                 raise UserError(
                     f"{run} is judged by {key}={own[key]!r}, not {now.get(key)!r}, as all trials of its study. Use another --workdir."
                 )

@@ -13,7 +13,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -196,9 +196,14 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def is_below(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of some, or inside of one."""
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
+
+
 def fixed_part(config: Config) -> dict[str, Any]:
     """The flat keys that make a run what it is."""
-    return {k: v for k, v in flat(config).items() if not any(k == f or k.startswith(f"{f}.") for f in FREE_KEYS)}
+    return {key: value for key, value in flat(config).items() if not is_below(key, FREE_KEYS)}
 
 
 def digest(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -24,6 +25,17 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         # No later call takes its name.
         temporary.unlink(missing_ok=True)
         raise
+
+
+def path_id(path: Path) -> str:
+    """16 letters that stand for a path, and for no other."""
+    return hashlib.sha256(bytes(path.resolve())).hexdigest()[:16]
+
+
+def folders_beside(path: Path) -> list[str]:
+    """The names of the folders where `path` would be, for the error that it is not there."""
+    above = path.expanduser().absolute().parent
+    return sorted(one.name for one in above.iterdir() if one.is_dir()) if above.is_dir() else []
 
 
 def read_status(run: Path) -> dict[str, Any]:

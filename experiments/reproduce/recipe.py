@@ -20,6 +20,7 @@ from experiments.reproduce.goals import Goal, check
 from experiments.reproduce.record import RESULTS, write_result
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.files import folders_beside
 
 EXAMPLES = """\
   python -m experiments.reproduce.recipe --config=configs/minilm_sst2.py --model=path/to/all-MiniLM-L6-v2 --data=path/to/data
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, arguments = configs.load_module(flags.config)
     known = getattr(module, "RECIPES", {})
     recipe = dict(known.get(arguments, {}))
-    changed = [f"--config.{key}={value}" for key, value in overrides if not _is_below(key, FREE)]
+    changed = [f"--config.{key}={value}" for key, value in overrides if not configs.is_below(key, FREE)]
     changed += [flag for flag in ("--metric", "--at-least") if getattr(flags, flag[2:].replace("-", "_")) is not None]
     if recipe and changed and None in (flags.results, flags.workdir):
         raise UserError(
@@ -84,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--config={flags.config} says no figure in RECIPES.{others} Or give --metric.")
     if flags.data is not None:
         if not flags.data.is_dir():
-            beside = flags.data.absolute().parent
-            folders = [path.name for path in beside.iterdir() if path.is_dir()] if beside.is_dir() else []
-            raise UserError(f"--data={flags.data}: there is no such folder.{nearest(flags.data.name, folders)}")
+            hint = nearest(flags.data.name, folders_beside(flags.data))
+            raise UserError(f"--data={flags.data}: there is no such folder.{hint}")
         overrides = [*overrides, ("data.manual_dir", str(flags.data.absolute()))]
     for run in map(Path, recipe.get("needs", ())):
         if not (run / "result.json").is_file():
@@ -123,10 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.json:
         cli.print_json(figures)
     return int(any(met is False for _, met in checked))
-
-
-def _is_below(key: str, keys: Sequence[str]) -> bool:
-    return any(key == one or key.startswith(f"{one}.") for one in keys)
 
 
 def _imported(run: Path, model: Path | None) -> None:

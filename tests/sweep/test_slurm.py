@@ -91,7 +91,7 @@ def test_jobs(queue, tmp_path):
 def test_names_of_jobs(tmp_path):
     """Of equal trials of two sweeps they differ; squeue takes a comma for the end of a name."""
     one, other = (slurm.job_name(tmp_path / sweep / "lr=0.1,seed=1") for sweep in ("a", "b"))
-    assert one != other and re.fullmatch("lr=0.1_seed=1-[0-9a-f]{12}", one)
+    assert one != other and re.fullmatch("lr=0.1_seed=1-[0-9a-f]{16}", one)
 
 
 def test_a_silent_queue(queue, tmp_path, monkeypatch):

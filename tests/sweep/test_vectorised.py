@@ -94,5 +94,5 @@ def test_a_thread_has_an_end_however_it_ends(tmp_path, monkeypatch, error):
 
 def test_other_shapes_are_refused(population):
     wider = named([BASE, {**BASE, "model.width": 32}])
-    with pytest.raises(UserError, match=r"^--vectorise: model\.width=32 changes shapes; beside width=16 there is "):
+    with pytest.raises(UserError, match=r"^--vectorise: model\.width=32 gives the state of width=16 other shapes\."):
         population[1](wider)

@@ -296,7 +296,8 @@ def test_a_start_that_failed_can_be_corrected(make_config, tmp_path):
     # A donor that was stopped before its first checkpoint is only found out when its parameters are read.
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing" / "config.json").write_text('{"model": {}}')
-    (tmp_path / "donor" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "donor").mkdir()
+    (tmp_path / "donor" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"^There is no run .*/doner\. Did you mean '.*/donor'\?$"):
         train(make_config({"checkpoint.resume": str(tmp_path / "doner")}), run)
     with pytest.raises(UserError, match="has no checkpoints"):

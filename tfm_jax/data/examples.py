@@ -48,8 +48,9 @@ def make(
     """The config section `data` for `name="examples"`.
 
     A batch has the inputs `tokens` (B, T) int32 and `valid` (B, T) bool, for pairs whose tokenizer tells them apart also
-    `token_types` (B, T) int32, and where there are labels the targets (B,), int32 classes or float32 numbers. T is `seq_len`, or 3/4, 1/2, 3/8
-    of it and so on, as the batch's longest row allows, but not below 16: one compiled program for each of the few lengths.
+    `token_types` (B, T) int32, and where there are labels the targets (B,), int32 classes or float32 numbers. T is `seq_len`,
+    or 3/4, 1/2, 3/8 of it and so on, as the batch's longest row allows, but not below 16: one compiled program for each of the
+    few lengths.
     Texts that stay apart are `inputs` and `other`, of one length, each as above.
 
     Args:
@@ -217,8 +218,9 @@ def _targets(
     for i, value in enumerate(labels):
         if value not in number:
             hint = nearest(str(value), [str(name) for name in classes])
+            where = _place(corpus, split, field, i)
             raise UserError(
-                f"{_place(corpus, split, field, i)}: {value!r} in the field {field!r} is none of the classes, which are the train split's or"
+                f"{where}: {value!r} in the field {field!r} is none of the classes, which are the train split's or"
                 f" data.names.{hint}"
             )
     return np.asarray([number[value] for value in labels], np.int32)

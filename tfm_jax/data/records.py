@@ -17,6 +17,7 @@ from tfm_jax.data.locks import locked
 from tfm_jax.data.splits import Keep, split_in_name
 from tfm_jax.data.types import Document
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.files import folders_beside
 
 
 class RecordSplit(NamedTuple):
@@ -124,8 +125,9 @@ def tfds_folder(name: str, manual_dir: str | None = None) -> Path:
                 f"tfds:my_package.my_module:MyBuilder."
             ) from None
     if not builder.is_prepared():
-        if manual_dir is not None and not Path(manual_dir).expanduser().is_dir():
-            raise UserError(f"data.manual_dir={manual_dir!r}: there is no such folder.{_beside(manual_dir)}")
+        if manual_dir is not None and not (asked := Path(manual_dir)).expanduser().is_dir():
+            hint = nearest(asked.name, folders_beside(asked))
+            raise UserError(f"data.manual_dir={manual_dir!r}: there is no such folder.{hint}")
         if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and manual_dir is None:
             raise UserError(
                 f"tfds:{name} is made of files that you must have: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS} Name the folder"
@@ -137,11 +139,6 @@ def tfds_folder(name: str, manual_dir: str | None = None) -> Path:
                 download = tfds.download.DownloadConfig(manual_dir=_expanded(manual_dir))
                 builder.download_and_prepare(download_config=download)
     return Path(builder.data_dir)
-
-
-def _beside(folder: str) -> str:
-    path = Path(folder).expanduser().absolute()
-    return nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir())) if path.parent.is_dir() else ""
 
 
 def _expanded(folder: str | None) -> str | None:

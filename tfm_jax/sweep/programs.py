@@ -167,21 +167,6 @@ class Lowered:
         return self._shared.caller(with_numbers, options, (self._at(places), *self._arguments))
 
 
-def difference(a: Program, b: Program) -> str:
-    """Where two programs part, in words."""
-    for one, other in zip(a.shape, b.shape, strict=False):
-        if one != other:
-            return f"{_short(one)} instead of {_short(other)}"
-    return f"{len(a.shape)} equations instead of {len(b.shape)}"
-
-
-def _short(equation: Any) -> str:
-    if isinstance(equation, tuple):
-        name, _, outs, _ = equation
-        return f"{name} of {', '.join(outs)}"
-    return str(equation)[:80]
-
-
 def _read(jaxpr: Jaxpr, shape: list[Any], numbers: list[Any], literals: list[Literal] | None = None) -> None:
     """Append the equations of a program, and of those inside it, and their numbers."""
     names: dict[Any, int] = {}

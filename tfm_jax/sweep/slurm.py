@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tfm_jax.errors import UserError
-from tfm_jax.files import write_atomic
+from tfm_jax.files import path_id, write_atomic
 from tfm_jax.launch import slurm
 from tfm_jax.launch.job import FAILED, FINISHED, MISTAKE, PREEMPTED, job
 from tfm_jax.sweep import runner, trials, words
@@ -55,8 +54,7 @@ def starter(
 
 def job_name(run: Path) -> str:
     """The run's name, made unique by its path; without commas, which part the names that squeue is asked for."""
-    unique = hashlib.sha256(bytes(run.resolve())).hexdigest()[:12]
-    return f"{re.sub('[^A-Za-z0-9.=_-]', '_', run.name)}-{unique}"
+    return f"{re.sub('[^A-Za-z0-9.=_-]', '_', run.name)}-{path_id(run)}"
 
 
 def _named(name: str, every: float) -> list[str]:

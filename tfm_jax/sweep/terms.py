@@ -66,21 +66,24 @@ def storage(optuna: Any, folder: Path, url: str | None) -> Any:
         finally:
             lock.release()
         return optuna.storages.JournalStorage(backend)
-    for last in (False, True):
-        try:
-            return optuna.storages.RDBStorage(url)
-        except ImportError:
-            raise UserError(
-                f"--storage={shown(url)} needs the driver of its database: pip install psycopg2-binary for PostgreSQL, pymysql for"
-                " MySQL."
-            ) from None
-        except Exception as error:
-            # Each database's driver has errors of its own. Of two that make a database's tables at once, one fails, and finds
-            # them made.
-            if last:
-                raise UserError(f"--storage={shown(url)} cannot be opened: {first_line(error, url)}") from None
-            time.sleep(AGAIN_S)
-    raise AssertionError
+    try:
+        return _database(optuna, url)
+    except UserError:
+        # Of two that make a database's tables at once, one fails, and finds them made.
+        time.sleep(AGAIN_S)
+    return _database(optuna, url)
+
+
+def _database(optuna: Any, url: str) -> Any:
+    try:
+        return optuna.storages.RDBStorage(url)
+    except ImportError:
+        raise UserError(
+            f"--storage={shown(url)} needs the driver of its database: pip install psycopg2-binary for PostgreSQL, pymysql for MySQL."
+        ) from None
+    except Exception as error:
+        # Each database's driver has errors of its own.
+        raise UserError(f"--storage={shown(url)} cannot be opened: {first_line(error, url)}") from None
 
 
 def _mend(journal: Path) -> None:

@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -21,7 +22,7 @@ from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.launch.job import FAILED, FINISHED, MISTAKE, PREEMPTED
 from tfm_jax.parallel.devices import peak_flops
-from tfm_jax.sweep.programs import Shared, difference, in_turn
+from tfm_jax.sweep.programs import Shared, in_turn
 from tfm_jax.sweep.runner import Running, Start
 from tfm_jax.sweep.space import Trial
 from tfm_jax.sweep.streams import ByThread
@@ -65,11 +66,10 @@ def _learn(
     """Trace a trial for each key that is swept: two values are enough to see where it stands in the programs, and a zero besides,
     which may leave out a part of them: a program more."""
     first, covered = examples[0], set[tuple[str, bool]]()
-    own = shapes = None
+    shapes: list[tuple[Any, Any]] | None = None
     for trial in examples:
-        new = {
-            (key, bool(value)) for key, value in trial.overrides.items() if first.overrides.get(key) != value
-        } - covered
+        new = {(key, bool(value)) for key, value in trial.overrides.items() if first.overrides.get(key) != value}
+        new -= covered
         if trial is not first and not new:
             continue
         covered |= new
@@ -77,14 +77,13 @@ def _learn(
         with jax.set_mesh(experiment.layout.mesh):
             experiment.jitted_init().lower()
             state = experiment.abstract_state()
-            program = experiment.jitted_step().lower(state, experiment.batch(0)).program
+            experiment.jitted_step().lower(state, experiment.batch(0))
         found = [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
-        own, shapes = own or program, shapes or found
+        shapes = shapes or found
         if found != shapes:
             said = ", ".join(sorted(f"{key}={trial.overrides[key]!r}" for key, _ in new))
             raise UserError(
-                f"--vectorise: {said} changes shapes; beside {first.name} there is {difference(program, own)}. Sweep what does so"
-                " with --parallel."
+                f"--vectorise: {said} gives the state of {first.name} other shapes. Sweep what does so with --parallel."
             )
 
 

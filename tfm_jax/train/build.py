@@ -182,12 +182,13 @@ def build(
         traced, variables = jax.make_jaxpr(lambda key: model.init(key, **inputs, train=False), return_shape=True)(key)
         shapes = jax.eval_shape(task.init_params, variables["params"], key)
     remat.check(config["model"].get("remat", "none"), traced)
-    frozen = [*config["optim"]["freeze"], *task.frozen]
     trains = quantize.quantized(model, train.quantize, variables, inputs) if for_training and train.quantize else model
     scales = mup.scales(
         config, lambda m: jax.eval_shape(lambda k: task.init_params(m.init(k, **inputs, train=False)["params"], k), key)
     )
-    optimizer = optim.make(shapes, steps=train.steps, scales=scales, **{**config["optim"], "freeze": frozen})
+    optimizer = optim.make(
+        shapes, steps=train.steps, scales=scales, **{**config["optim"], "freeze": frozen(config, task)}
+    )
     step = make_train_step(task, trains, optimizer.tx, accum=train.accum, seed=train.seed)
     return Experiment(
         config=config,
@@ -203,6 +204,11 @@ def build(
         step=_from_host(step) if layout.optimizer_memory == "host" else step,
         jit=jit,
     )
+
+
+def frozen(config: configs.Config, task: Task) -> list[str]:
+    """Patterns of the parameters that are not trained."""
+    return [*config["optim"]["freeze"], *task.frozen]
 
 
 def _from_host(step: StepFn) -> StepFn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
@@ -13,7 +12,7 @@ from typing import Any, TextIO
 
 import tqdm
 
-from tfm_jax.files import write_atomic
+from tfm_jax.files import path_id, write_atomic
 
 Metrics = dict[str, float]
 EVALUATIONS = "evaluations.jsonl"
@@ -45,7 +44,7 @@ class Writers:
                 dir=run,
                 name=run.name,
                 # Trials of two sweeps may have the same name.
-                id=hashlib.sha256(bytes(run.resolve())).hexdigest()[:16],
+                id=path_id(run),
                 resume="allow",
                 # Other threads may have runs of their own: by default it would be one of these.
                 reinit="create_new",

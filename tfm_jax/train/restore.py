@@ -17,9 +17,9 @@ from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path
 from tfm_jax.sections import computes, family
 from tfm_jax.tasks.base import Task
-from tfm_jax.train.build import Experiment, build_task
+from tfm_jax.train.build import Experiment, build_task, frozen
 from tfm_jax.train.checkpoint import Checkpointer, CorruptCheckpoint, Restored, first_state
-from tfm_jax.train.rundir import read_config, run_folder
+from tfm_jax.train.rundir import nearest_run, read_config, run_folder
 from tfm_jax.train.state import TrainState
 from tfm_jax.train.surgery import LINE, Report, Resize, transfer
 from tfm_jax.units import counted
@@ -41,8 +41,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpointer, 
         path, step = run_folder(path), int(path.name)
     folder = path / "checkpoints"
     if not path.exists():
-        beside = [one.parent.as_posix() for one in path.parent.glob("*/checkpoints")]
-        raise UserError(f"There is no run {path}.{nearest(path.as_posix(), beside)}")
+        raise UserError(f"There is no run {path}.{nearest_run(path)}")
     if not folder.is_dir():
         raise UserError(f"{path} has no checkpoints: give a run folder, or RUN/checkpoints/STEP.")
     checkpoints = Checkpointer(folder, read_only=True)
@@ -282,8 +281,8 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
             resize_positions=settings.resize_positions,
             resize=family(experiment.config["model"]["name"], "RESIZE", LINE),
         )
-        frozen = [*experiment.config["optim"]["freeze"], *experiment.task.frozen]
-        if idle := [path for path in report.missing if any(re.search(pattern, path) for pattern in frozen)]:
+        held = frozen(experiment.config, experiment.task)
+        if idle := [path for path in report.missing if any(re.search(pattern, path) for pattern in held)]:
             more = f" and {len(idle) - 4} more" if len(idle) > 4 else ""
             raise UserError(
                 f"checkpoint.init_from={str(settings.init_from)!r} has no {', '.join(idle[:4])}{more}, which are frozen here and would"

@@ -131,6 +131,11 @@ def begin(run: Path, config: configs.Config, tokenizer: Any) -> None:
     write_status(run, "running", pid=os.getpid())
 
 
+def nearest_run(run: Path) -> str:
+    """A sentence that points from a folder to the runs that stand beside it."""
+    return nearest(run.as_posix(), (path.parent.as_posix() for path in run.parent.glob("*/config.json")))
+
+
 def read_config(run: Path) -> configs.Config:
     """The resolved config of a run.
 
@@ -141,8 +146,7 @@ def read_config(run: Path) -> configs.Config:
     if not path.is_file():
         if (run / "trial.json").is_file():
             raise UserError(f"{run} is a trial of a sweep that has not begun: it has no config.json.")
-        beside = sorted(p.parent.as_posix() for p in run.parent.glob("*/config.json")) if run.parent.is_dir() else []
-        raise UserError(f"{run} is not a run directory: it has no config.json.{nearest(run.as_posix(), beside)}")
+        raise UserError(f"{run} is not a run directory: it has no config.json.{nearest_run(run)}")
     loaded = _recorded(path)
     if "model" not in loaded:
         raise UserError(
