@@ -132,9 +132,9 @@ def setup() -> None:
         logging.getLogger("tfm_jax").setLevel(logging.ERROR)
 
 
-# What the C library's allocator may be told. On CPU, XLA takes its working memory from it anew at each step; in pages of
-# 4 KiB the faults alone are a quarter of the main job's time, so it asks for huge ones.
-FAST = "glibc.malloc.hugetlb=1"
+# What the C library's allocator may be told. On CPU, XLA takes its working memory from it anew at each step, and pages that
+# went back to the system must be cleared again: so it keeps what it once had, in one arena and in huge pages.
+FAST = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1"
 # Large blocks go back to the system as soon as they are free.
 SPARING = "glibc.malloc.mmap_threshold=262144"
 

@@ -37,7 +37,7 @@ def make(
     """The config section `data` for `name="pairs"`.
 
     A batch has the inputs `tokens` (B, S) int32, `valid` (B, S) bool and `decoder_tokens` (B, T) int32, targets (B, T) and
-    weights (B, T). S and T are `seq_len`, or 3/4, 1/2, 3/8 of it and so on, as the batch's longest rows allow, but not below 16:
+    weights (B, T). S and T are `seq_len`, or 3/4, 1/2, 3/8 of it and so on, as the batch's longest rows allow, but not below 8:
     one compiled program for each pair of lengths.
 
     Args:
@@ -141,7 +141,8 @@ class _Pairs:
 
     def lengths(self, index: np.ndarray) -> np.ndarray:
         first, second = self.both(index)
-        found: np.ndarray = first + second
+        # By the longer of the two: each has its own width, and a sum would put a long source beside a long target.
+        found: np.ndarray = np.maximum(first, second) * 2 * self.seq_len + first + second
         return found
 
     def widths(self, index: np.ndarray) -> tuple[int, int]:

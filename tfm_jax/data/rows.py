@@ -15,8 +15,8 @@ from tfm_jax.data.build import TokenStream
 from tfm_jax.data.index import epoch_records, hash_ints, permute
 from tfm_jax.data.types import Batch, Rows
 
-SHORTEST = 16
-POOL = 16
+SHORTEST = 8
+POOL = 64
 """Batches whose rows are sorted by length together, so that a batch's rows are about equally long."""
 
 
@@ -71,7 +71,7 @@ def joined(parts: Sequence[Part], rows: int, width: int, pad: int) -> tuple[np.n
 
 def width_for(longest: int, limit: int) -> int:
     """T of a batch: the smallest of the limit, 3/4, 1/2, 3/8, 1/4 of it and so on that takes its longest row, but not
-    below 16. Few enough to compile a program for each; halves alone would leave a third more padding."""
+    below 8. Few enough to compile a program for each; halves alone would leave a third more padding."""
     need, width = max(longest, SHORTEST), limit
     while width // 2 >= need:
         width //= 2
@@ -82,13 +82,15 @@ def width_for(longest: int, limit: int) -> int:
 def pooled(step: int, batch_size: int, size: int, seed: int, lengths: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """(batch_size,) examples of a training step.
 
-    Each epoch has an order drawn from (seed, epoch); `POOL` batches at a time are sorted by length and taken in a drawn
-    order.
+    Each epoch has an order drawn from (seed, epoch); `POOL` batches at a time, or an epoch's where it has fewer, are sorted
+    by length and taken in a drawn order.
     """
-    pool, place = divmod(step, POOL)
-    _, records = epoch_records(pool, POOL * batch_size, size, seed)
-    order = np.argsort(lengths(records), kind="stable").reshape(POOL, batch_size)
-    mine: np.ndarray = records[order[permute(np.array([place]), POOL, hash_ints(seed, 4, pool).view(np.int64))[0]]]
+    # More than an epoch's would put an example beside itself.
+    together = min(POOL, max(1, size // batch_size))
+    pool, place = divmod(step, together)
+    _, records = epoch_records(pool, together * batch_size, size, seed)
+    order = np.argsort(lengths(records), kind="stable").reshape(together, batch_size)
+    mine: np.ndarray = records[order[permute(np.array([place]), together, hash_ints(seed, 4, pool).view(np.int64))[0]]]
     return mine
 
 
