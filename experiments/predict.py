@@ -1,25 +1,38 @@
-"""Write what a run predicts for each example of a split, in the data's own order, as one `.npy`.
+"""Write what a run predicts for each example of a split, in the data's own order.
 
-For `data.name=examples`: logits (N, C), which `data.predictions` of another run takes for a teacher's, or numbers (N,), in
-their own unit, which it does not.
+A `.npy` has logits (N, C), which `data.predictions` of another run takes for a teacher's, or numbers (N,), in their own unit,
+which it does not. A `.jsonl` has a line for each example: the likeliest class as `label`, or a `number`; the translation or
+summary that beam search finds, under the name of the data's target; the `answer` to a question; the `tags` of a sentence's
+words, null for a word behind the row's end.
 `--config.KEY=VALUE` changes the run's config, for other data or another mesh: `--config.data.split=all` has every example of a
 source without splits of its own in one, `--config.data.label=None` reads texts that have no labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from experiments import cli
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tfm_jax.evals.base import Context
+
 EXAMPLES = """\
   python -m experiments.predict --run runs/minilm_sst2-0 --split train --to teacher.npy
-  python -m experiments.predict --run runs/reviews --to new.npy --config.data.source='jsonl:new/*.jsonl' --config.data.split=all
-  python -m experiments.predict --run runs/reviews --to new.npy --config.data.source='jsonl:new/*.jsonl' --config.data.split=all \\
+  python -m experiments.predict --run runs/mt_multi30k-0 --split test --to german.jsonl --length_penalty 0.8
+  python -m experiments.predict --run runs/reviews --to new.jsonl --config.data.source='jsonl:new/*.jsonl' --config.data.split=all \\
     --config.data.label=None"""
+
+SEARCH = ("beams", "length_penalty", "max_new")
+Lines = list[dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,20 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--step", type=int, help="checkpoint to use; the newest by default")
     cli.add_average(made)
     made.add_argument("--split", default="validation", help="of the data")
-    made.add_argument("--to", type=Path, required=True, help="the file, ending in .npy")
+    made.add_argument("--to", type=Path, required=True, help="the file, ending in .npy or .jsonl")
+    made.add_argument("--beams", type=int, help="of beam search (5)")
+    made.add_argument("--length_penalty", type=float, help="of beam search: above 0 favours longer texts (1)")
+    made.add_argument("--max_new", type=int, help="tokens that beam search makes at most (128)")
     # Only for `parse` to know that overrides are welcome: the config itself is the run's.
     made.add_argument("--config", help=cli.HIDDEN)
     flags, overrides = cli.parse(made, argv)
-    if flags.to.suffix != ".npy":
-        raise UserError(f"--to={flags.to}: the file's name must end in .npy.")
+    if flags.to.suffix not in (".npy", ".jsonl"):
+        raise UserError(f"--to={flags.to}: the file's name must end in .npy or .jsonl.")
     averaged = cli.averaged(flags)
-    import io
-
     import jax
-    import numpy as np
 
     cli.setup()
-    from tfm_jax.evals.base import Context, predictions
+    from tfm_jax.evals.base import Context
     from tfm_jax.files import write_atomic
     from tfm_jax.parallel import multihost
     from tfm_jax.train import rundir
@@ -50,28 +63,88 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = configs.resolve({**rundir.read_config(flags.run), "mesh": {}}, overrides)
     experiment = build(config, tokenizer_dir=flags.run / "tokenizer", for_training=False)
-    task, data = experiment.task, experiment.data
-    context = Context(task, experiment.model, experiment.layout, data, data.train.batch_size)
+    data = experiment.data
+    context = Context(experiment.task, experiment.model, experiment.layout, data, data.train.batch_size)
     dataset = data.evals(flags.split, context.rows(None))
-    if "predict" not in task.predict_fns or not hasattr(dataset, "places"):
-        raise UserError("This run predicts no class or number for each example: it needs data.name=examples.")
+    search = {name: value for name in SEARCH if (value := getattr(flags, name)) is not None}
+    predict = _predictor(context, dataset, config["data"], flags.to, search)
     with jax.set_mesh(experiment.layout.mesh):
         state, step = restore_for_evaluation(experiment, flags.run, flags.step, same_data=False, **averaged)
-        found = [
-            out["prediction"][batch["weights"] > 0] for batch, out in predictions(context, state, dataset, "predict")
-        ]
-    rows = np.concatenate(found)
-    ordered = np.empty_like(rows)
-    ordered[dataset.places.order] = rows
+        found = predict(state)
     if multihost.is_main():
-        content = io.BytesIO()
-        np.save(content, ordered)
-        write_atomic(flags.to, content.getvalue())
-        record = {"step": step, "split": flags.split, "examples": len(rows), "shape": list(ordered.shape)}
+        write_atomic(flags.to, _content(found))
+        record = {"step": step, "split": flags.split, "examples": len(found)}
+        record |= {} if isinstance(found, list) else {"shape": list(found.shape)}
         print(cli.table([(name, str(value)) for name, value in record.items()]))
         if flags.json:
             cli.print_json(record)
     return 0
+
+
+def _predictor(
+    context: Context, dataset: Any, section: Mapping[str, Any], to: Path, search: Mapping[str, Any]
+) -> Callable[[Any], np.ndarray | Lines]:
+    """What makes the content of a file from a training state, by what the data's passes have.
+
+    Raises:
+      UserError: the run predicts nothing for each example, or nothing that such a file takes.
+    """
+    from tfm_jax.evals import entities, generation, squad
+
+    texts = hasattr(context.model, "init_caches") and hasattr(dataset, "references")
+    if search and not texts:
+        raise UserError(f"--{next(iter(search))} is of beam search, and this run makes no texts.")
+    if "predict" in context.task.predict_fns and hasattr(dataset, "places"):
+        if to.suffix == ".npy":
+            return lambda state: _rows(context, state, dataset)
+        return lambda state: _named(_rows(context, state, dataset), section)
+    if to.suffix == ".npy":
+        raise UserError(f"--to={to}: this run predicts no class or number for each example. Name a .jsonl.")
+    if hasattr(dataset, "shown"):
+        # They come in the order of the questions already, whatever the windows' is.
+        return lambda state: [{"answer": text} for text in squad.answers(context, state, dataset)]
+    makes: Callable[[Any], Sequence[Any]]
+    if texts:
+        key, makes = section["target"], lambda state: generation.written(context, state, dataset, **search)
+    elif hasattr(dataset, "tagged_words"):
+        key, makes = "tags", lambda state: entities.tags(context, state, dataset, None)
+    else:
+        raise UserError(
+            "This run predicts nothing for each example: that needs data.name=examples, pairs, questions or tags."
+        )
+    order = dataset.places.order
+    return lambda state: [{key: value} for _, value in sorted(zip(order, makes(state), strict=True))]
+
+
+def _rows(context: Context, state: Any, dataset: Any) -> np.ndarray:
+    """Logits (N, C) or numbers (N,), in the data's order."""
+    import numpy as np
+
+    from tfm_jax.evals.base import predictions
+
+    found = [out["prediction"][batch["weights"] > 0] for batch, out in predictions(context, state, dataset, "predict")]
+    rows = np.concatenate(found)
+    ordered = np.empty_like(rows)
+    ordered[dataset.places.order] = rows
+    return ordered
+
+
+def _named(rows: np.ndarray, section: Mapping[str, Any]) -> Lines:
+    """The likeliest class of each row, by its name where the run knows it, or its number."""
+    if rows.ndim == 1:
+        return [{"number": float(row)} for row in rows]
+    names = section.get("names") or range(rows.shape[1])
+    return [{"label": names[i]} for i in rows.argmax(axis=1)]
+
+
+def _content(found: np.ndarray | Lines) -> bytes:
+    if isinstance(found, list):
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found).encode()
+    import numpy as np
+
+    content = io.BytesIO()
+    np.save(content, found)
+    return content.getvalue()
 
 
 if __name__ == "__main__":

@@ -112,6 +112,10 @@ def test_predictions_of_texts_without_labels(reviews, trained, tmp_path):
         found[source] = np.load(to)
     assert found[new].shape == (60, 2)
     np.testing.assert_allclose(found[new], found[labelled], atol=1e-6)
+    assert predict.main([*command, "--config.data.split=all", *more, f"--to={tmp_path}/labels.jsonl"]) == 0
+    with open(labelled) as rows, open(tmp_path / "labels.jsonl") as labels:
+        same = [json.loads(a)["label"] == json.loads(b)["label"] for a, b in zip(rows, labels, strict=True)]
+    assert np.mean(same) >= 0.95
     with pytest.raises(UserError, match=r"This data has no labels to train or to score by: data\.label=None"):
         evaluate.main(["--run", f"{base}/minilm_sst2-smoke-0", f"--config.data.source=jsonl:{new}", "--config.data.split=all",
                        "--config.data.label=None"])  # fmt: skip

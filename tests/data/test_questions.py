@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from experiments import predict
 from tests.data.test_examples import bert  # noqa: F401 - a fixture
 from tests.errors import says
 from tests.test_configs import FOLDER
@@ -106,6 +107,12 @@ def test_answers_are_found_by_the_recipes_smoke_form(tmp_path):
     result = train(config, tmp_path / "run").result
     assert result["eval/validation/questions"] == 40
     assert result["eval/validation/f1"] >= result["eval/validation/exact_match"] > 80
+    assert predict.main([f"--run={tmp_path}/run", f"--to={tmp_path}/run/answers.jsonl", "--split=validation"]) == 0
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    right = [row["answers"]["text"][0] == answer for row, answer in zip(rows["valid"], answers, strict=True)]
+    assert 100 * np.mean(right) == pytest.approx(result["eval/validation/exact_match"])
+    with says("--beams is of beam search, and this run makes no texts."):
+        predict.main([f"--run={tmp_path}/run", f"--to={tmp_path}/run/answers.jsonl", "--beams=3"])
 
 
 def test_bad_input(tmp_path, bert):  # noqa: F811

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from experiments import predict
 from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.data.tags import make
@@ -79,6 +80,13 @@ def test_a_tagger_learns(source, tmp_path):
     result = train(config, tmp_path).result
     assert result["eval/entities/f1"] > 0.95 and result["eval/entities/sentences"] == 30
     assert result["eval/validation/accuracy"] > 0.95
+    # What is written to a file is what was scored, line by line that of the source's.
+    assert predict.main([f"--run={tmp_path}", f"--to={tmp_path}/tags.jsonl"]) == 0
+    found = [json.loads(line)["tags"] for line in (tmp_path / "tags.jsonl").read_text().splitlines()]
+    with open(source.removeprefix("jsonl:").replace("*", "valid")) as rows:
+        wanted = [json.loads(row)["tags"] for row in rows]
+    words = [["O" if tag is None else tag for tag in tags] for tags in found]
+    assert entities.scored(wanted, words)["f1"] == pytest.approx(result["eval/entities/f1"])
 
 
 def test_entities_by_hand():

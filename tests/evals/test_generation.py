@@ -1,10 +1,12 @@
 """BLEU of a model that has learnt to copy, and of one that has not; the words of the errors."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from experiments import predict
 from experiments.generate import Loaded
 from tests.errors import says
 from tests.test_configs import FOLDER
@@ -42,6 +44,27 @@ def test_what_is_learnt_is_scored(config, tmp_path):
     assert Loaded(tmp_path / "run").likeliest("0 1 2 3", 2, 1.0, 10)[0] == "nil one two tre"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert min(line["eval/test/bleu"] for line in lines if "eval/test/bleu" in line) < 80
+
+
+def test_what_is_written_to_a_file_is_what_was_scored(config, tmp_path):
+    """Line by line that of the source's; and other beams are other texts."""
+    import sacrebleu
+
+    done = train(configs.resolve(config, [("train.steps", "60"), ("train.eval_every", "0")]), tmp_path / "run")
+    run, to = f"--run={tmp_path / 'run'}", tmp_path / "made.jsonl"
+    assert predict.main([run, f"--to={to}", "--beams=2", "--max_new=10"]) == 0
+    made = [json.loads(line)["target"] for line in to.read_text().splitlines()]
+    source = Path(config["data"]["source"].removeprefix("jsonl:")).parent / "valid.jsonl"
+    wanted = [json.loads(line)["target"] for line in source.read_text().splitlines()]
+    assert sacrebleu.corpus_bleu(made, [wanted]).score == pytest.approx(done.result["eval/test/bleu"])
+    assert sacrebleu.corpus_bleu(made, [wanted[::-1]]).score < done.result["eval/test/bleu"] > 5
+    assert predict.main([run, f"--to={to}", "--beams=2", "--max_new=2"]) == 0
+    assert all(
+        len(json.loads(line)["target"]) < len(text)
+        for line, text in zip(to.read_text().splitlines(), made, strict=True)
+    )
+    with says(f"--to={to.with_suffix('.npy')}: this run predicts no class or number for each example. Name a .jsonl."):
+        predict.main([run, f"--to={to.with_suffix('.npy')}"])
 
 
 def test_the_score_is_sacrebleus_over_the_rows_that_there_are(config, monkeypatch):

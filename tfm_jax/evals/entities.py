@@ -35,21 +35,27 @@ def make(context: Context, *, split: str = "validation", batch_size: int | None 
         raise UserError(f"evals: entities are marked by O, B-TYPE and I-TYPE; {strange[0]!r} is none of these.")
 
     def evaluate(state: Any) -> dict[str, float]:
-        wanted, found = list[list[str]](), list[list[str]]()
-        for step, (_, made) in enumerate(predictions(context, state, dataset, "next_token")):
-            chosen = np.argmax(made["logits"], axis=-1)
-            for row, (tags, shown, place) in zip(chosen, dataset.tagged_words(step), strict=False):
-                guess = ["O"] * len(tags)
-                for word, position in zip(shown, place, strict=True):
-                    guess[word] = dataset.names[row[position]]
-                wanted.append(tags)
-                found.append(guess)
+        found = tags(context, state, dataset, "O")
+        wanted = [own for step in range(dataset.num_batches) for own, _, _ in dataset.tagged_words(step)]
         return scored(wanted, found) | {"sentences": float(len(wanted))}
 
     return evaluate
 
 
-def scored(wanted: list[list[str]], found: list[list[str]]) -> dict[str, float]:
+def tags(context: Context, state: Any, dataset: Any, unseen: str | None) -> list[list[str | None]]:
+    """Those of each sentence's words, in the pass's order; `unseen` for words behind a row's end."""
+    found = list[list[str | None]]()
+    for step, (_, made) in enumerate(predictions(context, state, dataset, "next_token")):
+        chosen = np.argmax(made["logits"], axis=-1)
+        for row, (own, shown, place) in zip(chosen, dataset.tagged_words(step), strict=False):
+            guess = [unseen] * len(own)
+            for word, position in zip(shown, place, strict=True):
+                guess[word] = dataset.names[row[position]]
+            found.append(guess)
+    return found
+
+
+def scored(wanted: list[list[str]], found: list[list[str | None]]) -> dict[str, float]:
     """Of the tags of each sentence's words."""
     measures = needed("seqeval.metrics", "evals: entities")
     names = {"precision": "precision_score", "recall": "recall_score", "f1": "f1_score"}

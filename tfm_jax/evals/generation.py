@@ -50,33 +50,49 @@ def make(
         raise UserError("evals: generation needs data with reference texts: data.name=pairs.")
     if not hasattr(context.model, "init_caches"):
         raise UserError("evals: generation needs a model that decodes: it has no init_caches.")
-    dataset.references(0)  # a field that is not there is better missed before training
     count = min(dataset.num_batches, max_batches or dataset.num_batches)
-    tokenizer = context.data.tokenizer
+    wanted = [texts for step in range(count) for texts in dataset.references(step)]
 
     def evaluate(state: Any) -> dict[str, float]:
-        params = context.task.eval_params(state.params, state.extra)
-        made, wanted = list[str](), list[list[str]]()
-        for step in range(count):
-            batch, texts = dataset.batch_at(step)["inputs"], dataset.references(step)
-            rows = [row[valid].tolist() for row, valid in zip(batch["tokens"], batch["valid"], strict=True)]
-            found = beam_search(
-                context.model,
-                params,
-                [[int(row[0])] for row in batch["decoder_tokens"]],
-                sources=rows,
-                beams=beams,
-                max_new=max_new,
-                length_penalty=length_penalty,
-                end_id=tokenizer.end_id,
-                allowed=tokenizer.vocab_size,
-            )
-            made += [tokenizer.decode(best[0].tokens).strip() for best in found[: len(texts)]]
-            wanted += texts
+        made = written(
+            context, state, dataset, beams=beams, length_penalty=length_penalty, max_new=max_new, batches=count
+        )
         log.info("evals: for instance %r, where the reference is %r.", made[len(made) // 2], wanted[len(made) // 2][0])
         return scored(made, wanted, metrics, lowercase=lowercase) | {"sentences": float(len(made))}
 
     return evaluate
+
+
+def written(
+    context: Context,
+    state: Any,
+    dataset: Any,
+    *,
+    beams: int = 5,
+    length_penalty: float = 1.0,
+    max_new: int = 128,
+    batches: int | None = None,
+) -> list[str]:
+    """What beam search makes of the sources of a pass, or of its first batches, in the pass's order."""
+    params, tokenizer = context.task.eval_params(state.params, state.extra), context.data.tokenizer
+    made = list[str]()
+    for step in range(dataset.num_batches if batches is None else batches):
+        batch = dataset.batch_at(step)
+        inputs = batch["inputs"]
+        found = beam_search(
+            context.model,
+            params,
+            [[int(row[0])] for row in inputs["decoder_tokens"]],
+            sources=[row[valid].tolist() for row, valid in zip(inputs["tokens"], inputs["valid"], strict=True)],
+            beams=beams,
+            max_new=max_new,
+            length_penalty=length_penalty,
+            end_id=tokenizer.end_id,
+            allowed=tokenizer.vocab_size,
+        )
+        inside = batch["weights"].any(axis=1)
+        made += [tokenizer.decode(best[0].tokens).strip() for best, real in zip(found, inside, strict=True) if real]
+    return made
 
 
 def scored(

@@ -43,22 +43,23 @@ def make(context: Context, *, split: str = "validation", longest: int = 30, batc
         raise UserError("evals: squad needs a task that marks spans: task.name=span_extraction.")
 
     def evaluate(state: Any) -> dict[str, float]:
-        best: dict[int, tuple[float, str]] = {}
-        for step, (_, made) in enumerate(predictions(context, state, dataset, "spans")):
-            for row, (owner, first, places) in zip(made["logits"], dataset.shown(step), strict=False):
-                found = best_span(row[first : first + len(places)], longest)
-                if found is not None and (owner not in best or found[0] > best[owner][0]):
-                    score, start, stop = found
-                    text = dataset.text(owner, int(places[start, 0]), int(places[stop, 1]))
-                    best[owner] = score, text
-        wanted = dataset.references
-        answers = [best.get(i, (0.0, ""))[1] for i in range(len(wanted))]
-        log.info(
-            "evals: for instance %r, where the answer is %r.", answers[len(answers) // 2], wanted[len(answers) // 2][0]
-        )
-        return scored(answers, wanted) | {"questions": float(len(wanted))}
+        found, wanted = answers(context, state, dataset, longest), dataset.references
+        log.info("evals: for instance %r, where the answer is %r.", found[len(found) // 2], wanted[len(found) // 2][0])
+        return scored(found, wanted) | {"questions": float(len(wanted))}
 
     return evaluate
+
+
+def answers(context: Context, state: Any, dataset: Any, longest: int = 30) -> list[str]:
+    """One for each question, in the data's own order; see `make`."""
+    best: dict[int, tuple[float, str]] = {}
+    for step, (_, made) in enumerate(predictions(context, state, dataset, "spans")):
+        for row, (owner, first, places) in zip(made["logits"], dataset.shown(step), strict=False):
+            found = best_span(row[first : first + len(places)], longest)
+            if found is not None and (owner not in best or found[0] > best[owner][0]):
+                score, start, stop = found
+                best[owner] = score, dataset.text(owner, int(places[start, 0]), int(places[stop, 1]))
+    return [best.get(i, (0.0, ""))[1] for i in range(len(dataset.references))]
 
 
 def best_span(logits: np.ndarray, longest: int) -> tuple[float, int, int] | None:
@@ -88,8 +89,8 @@ def overlap(made: str, wanted: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def scored(answers: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
+def scored(found: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
     """Means over questions, each by its best reference."""
-    exact = [max(normal(made) == normal(text) for text in texts) for made, texts in zip(answers, wanted, strict=True)]
-    f1 = [max(overlap(made, text) for text in texts) for made, texts in zip(answers, wanted, strict=True)]
+    exact = [max(normal(made) == normal(text) for text in texts) for made, texts in zip(found, wanted, strict=True)]
+    f1 = [max(overlap(made, text) for text in texts) for made, texts in zip(found, wanted, strict=True)]
     return {"exact_match": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(f1))}
