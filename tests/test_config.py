@@ -121,6 +121,11 @@ def test_names_and_variants_are_applied_before_the_keys_they_decide(raw_config):
             {"evals": {"v": {"spilt": "x"}}},
             "config: unknown key 'evals.v.spilt' (='x'). Did you mean 'split'?",
         ),
+        (
+            {"evals": {"v": {"name": "scores", "metrics": ("accuracy", "mathews")}}},
+            "config: evals.v.metrics=('accuracy', 'mathews') has the wrong type or value; expected a list, each one of"
+            " 'accuracy', 'f1', 'macro_f1', 'matthews', 'pearson', 'spearman'. Did you mean 'matthews'?",
+        ),
         ({"train": {}}, "config: train.steps is not set, and has no default."),
         ({"data": {}}, "config: data.source is not set, and has no default."),
         (

@@ -113,12 +113,14 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     if isinstance(value, bool) and bool not in options and hint is not Any:
         raise UserError(f"config: {key}={value!r} has the wrong type; expected {_describe(hint)}.")
     try:
-        typeguard.check_type(probe, hint)
+        typeguard.check_type(probe, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
     except typeguard.TypeCheckError:
         choices = [c for c in options if isinstance(c, str)] or [
             c for o in options for c in typing.get_args(o) if isinstance(c, str)
         ]
-        hint_text = nearest(value, choices) if choices and isinstance(value, str) else ""
+        named = [value] if isinstance(value, str) else probe if isinstance(probe, tuple) else ()
+        wrong = [str(item) for item in named if item not in choices]
+        hint_text = nearest(wrong[0], choices) if choices and wrong else ""
         raise UserError(
             f"config: {key}={value!r} has the wrong type or value; expected {_describe(hint)}.{hint_text}"
         ) from None
@@ -137,6 +139,8 @@ def _plain(value: Any) -> Any:
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) is Sequence and typing.get_origin(typing.get_args(hint)[0]) is typing.Literal:
+        return f"a list, each {_describe(typing.get_args(hint)[0])}"
     if isinstance(hint, type):
         return hint.__name__
     return str(hint).replace("typing.", "").replace("collections.abc.", "")
