@@ -113,3 +113,10 @@ def test_rouge_and_several_references():
     assert found["rougeL"] == pytest.approx(100 * 4 / 7)
     several = [["a b c d e", "x"], ["f g h i j"]]
     assert generation.scored(["a b c d e", "f g h i j"], several, ("bleu",))["bleu"] == pytest.approx(100)
+
+
+def test_cases_count_unless_they_are_not_to():
+    """Four of five words agree with their case, and two of four pairs; without a match, smoothed, 1/6 and 1/8."""
+    found = generation.scored(["a b Whale d e"], [["a b whale d e"]], ("bleu", "bleu_lowercase", "chrf"))
+    assert found["bleu_lowercase"] == pytest.approx(100) and set(found) == {"bleu", "bleu_lowercase", "chrf"}
+    assert found["bleu"] == pytest.approx(100 * (4 / 5 * 2 / 4 * 0.5 / 3 * 0.25 / 2) ** 0.25)

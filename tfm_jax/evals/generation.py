@@ -12,7 +12,7 @@ from tfm_jax.evals.base import Context, Evaluate, needed
 
 log = logging.getLogger(__name__)
 
-Metric = Literal["bleu", "chrf", "rouge"]
+Metric = Literal["bleu", "bleu_lowercase", "chrf", "rouge"]
 
 
 def make(
@@ -25,7 +25,6 @@ def make(
     max_new: int = 128,
     batch_size: int = 64,
     max_batches: int | None = None,
-    lowercase: bool = False,
 ) -> Evaluate:
     """An evaluator of a training state.
 
@@ -35,7 +34,6 @@ def make(
       beams, length_penalty, max_new: see `decode.beam.beam_search`.
       batch_size: sources at a time.
       max_batches: stop after this many; the whole split if None.
-      lowercase: compare lower-cased texts; ROUGE always does.
 
     Returns:
       A function from a `TrainState` to what `scored` gives, and `sentences`.
@@ -58,7 +56,7 @@ def make(
             context, state, dataset, beams=beams, length_penalty=length_penalty, max_new=max_new, batches=count
         )
         log.info("evals: for instance %r, where the reference is %r.", made[len(made) // 2], wanted[len(made) // 2][0])
-        return scored(made, wanted, metrics, lowercase=lowercase) | {"sentences": float(len(made))}
+        return scored(made, wanted, metrics) | {"sentences": float(len(made))}
 
     return evaluate
 
@@ -95,23 +93,24 @@ def written(
     return made
 
 
-def scored(
-    made: Sequence[str], wanted: Sequence[Sequence[str]], metrics: Sequence[str], *, lowercase: bool = False
-) -> dict[str, float]:
+def scored(made: Sequence[str], wanted: Sequence[Sequence[str]], metrics: Sequence[str]) -> dict[str, float]:
     """Scores of texts, each with one reference or several, from 0 to 100.
 
-    `bleu` (Papineni et al. 2002) and `chrf` (Popovic 2015) are of the whole corpus, with sacrebleu's own tokenization.
+    `bleu` (Papineni et al. 2002) and `chrf` (Popovic 2015) are of the whole corpus, with sacrebleu's own tokenization;
+    `bleu_lowercase` is of lower-cased texts, as papers on small corpora often have it.
     `rouge1`, `rouge2` and `rougeL` (Lin 2004) are means of each text's F1 with Porter's stems, by its best reference.
     """
     out: dict[str, float] = {}
-    if {"bleu", "chrf"} & {*metrics}:
+    if {*metrics} - {"rouge"}:
         sacrebleu = needed("sacrebleu", "evals: bleu")
         # One stream for each number of a reference; None where a text has fewer.
         streams = [[t[i] if i < len(t) else None for t in wanted] for i in range(max(map(len, wanted)))]
         if "bleu" in metrics:
-            out["bleu"] = float(sacrebleu.corpus_bleu(made, streams, lowercase=lowercase).score)
+            out["bleu"] = float(sacrebleu.corpus_bleu(made, streams).score)
+        if "bleu_lowercase" in metrics:
+            out["bleu_lowercase"] = float(sacrebleu.corpus_bleu(made, streams, lowercase=True).score)
         if "chrf" in metrics:
-            out["chrf"] = float(sacrebleu.CHRF(lowercase=lowercase).corpus_score(made, streams).score)
+            out["chrf"] = float(sacrebleu.CHRF().corpus_score(made, streams).score)
     if "rouge" in metrics:
         kinds = ("rouge1", "rouge2", "rougeL")
         scorer = needed("rouge_score.rouge_scorer", "evals: rouge").RougeScorer(kinds, use_stemmer=True)
