@@ -133,7 +133,8 @@ def setup() -> None:
 
 
 # What the C library's allocator may be told. On CPU, XLA takes its working memory from it anew at each step, and pages that
-# went back to the system must be cleared again: so it keeps what it once had, in one arena and in huge pages.
+# went back to the system must be cleared again: so it keeps what it once had, until the process ends, in one arena and in
+# huge pages.
 FAST = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1"
 # Large blocks go back to the system as soon as they are free.
 SPARING = "glibc.malloc.mmap_threshold=262144"
@@ -144,7 +145,8 @@ def _restart_with(tunables: str) -> None:
     started = getattr(sys.modules["__main__"].__spec__, "name", "")
     if not started.startswith("experiments."):
         return  # called from another program, which is not ours to start again
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    # A command that another one has started has that one's; what you set yourself stays.
+    if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") in {None, FAST, SPARING} - {tunables}:
         os.environ["GLIBC_TUNABLES"] = tunables
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -2,8 +2,8 @@
 
 A `.npy` has logits (N, C), which `data.predictions` of another run takes for a teacher's, or numbers (N,), in their own unit,
 which it does not. A `.jsonl` has a line for each example: the likeliest class as `label`, or a `number`; the translation or
-summary that beam search finds, under the name of the data's target; the `answer` to a question; the `tags` of a sentence's
-words, null for a word behind the row's end.
+summary as `text`; the `answer` to a question; the `tags` of a sentence's words, null for a word without a place in its row.
+Texts are searched for as the run's own evaluator does, so that what is written is what was scored, unless a flag says otherwise.
 `--config.KEY=VALUE` changes the run's config, for other data or another mesh: `--config.data.split=all` has every example of a
 source without splits of its own in one, `--config.data.label=None` reads texts that have no labels.
 """
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import cli
 from tfm_jax import config as configs
-from tfm_jax.errors import UserError
+from tfm_jax.errors import UserError, nearest
+from tfm_jax.files import folders_beside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,14 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_average(made)
     made.add_argument("--split", default="validation", help="of the data")
     made.add_argument("--to", type=Path, required=True, help="the file, ending in .npy or .jsonl")
-    made.add_argument("--beams", type=int, help="of beam search (5)")
-    made.add_argument("--length_penalty", type=float, help="of beam search: above 0 favours longer texts (1)")
-    made.add_argument("--max_new", type=int, help="tokens that beam search makes at most (128)")
+    made.add_argument("--beams", type=int, help="of beam search")
+    made.add_argument("--length_penalty", type=float, help="of beam search: above 0 favours longer texts")
+    made.add_argument("--max_new", type=int, help="tokens that beam search makes at most")
     # Only for `parse` to know that overrides are welcome: the config itself is the run's.
     made.add_argument("--config", help=cli.HIDDEN)
     flags, overrides = cli.parse(made, argv)
     if flags.to.suffix not in (".npy", ".jsonl"):
         raise UserError(f"--to={flags.to}: the file's name must end in .npy or .jsonl.")
+    if not (folder := flags.to.absolute().parent).is_dir():
+        raise UserError(f"--to={flags.to}: there is no folder {folder}.{nearest(folder.name, folders_beside(folder))}")
     averaged = cli.averaged(flags)
     import jax
 
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = Context(experiment.task, experiment.model, experiment.layout, data, data.train.batch_size)
     dataset = data.evals(flags.split, context.rows(None))
     search = {name: value for name in SEARCH if (value := getattr(flags, name)) is not None}
-    predict = _predictor(context, dataset, config["data"], flags.to, search)
+    predict = _predictor(context, dataset, config, flags.split, flags.to, search)
     with jax.set_mesh(experiment.layout.mesh):
         state, step = restore_for_evaluation(experiment, flags.run, flags.step, same_data=False, **averaged)
         found = predict(state)
@@ -82,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predictor(
-    context: Context, dataset: Any, section: Mapping[str, Any], to: Path, search: Mapping[str, Any]
+    context: Context, dataset: Any, config: Mapping[str, Any], split: str, to: Path, search: Mapping[str, Any]
 ) -> Callable[[Any], np.ndarray | Lines]:
     """What makes the content of a file from a training state, by what the data's passes have.
 
@@ -94,26 +97,40 @@ def _predictor(
     texts = hasattr(context.model, "init_caches") and hasattr(dataset, "references")
     if search and not texts:
         raise UserError(f"--{next(iter(search))} is of beam search, and this run makes no texts.")
-    if "predict" in context.task.predict_fns and hasattr(dataset, "places"):
+
+    def lines(key: str, order: Sequence[int], makes: Callable[[Any], Sequence[Any]]) -> Callable[[Any], Lines]:
         if to.suffix == ".npy":
-            return lambda state: _rows(context, state, dataset)
-        return lambda state: _named(_rows(context, state, dataset), section)
-    if to.suffix == ".npy":
-        raise UserError(f"--to={to}: this run predicts no class or number for each example. Name a .jsonl.")
+            raise UserError(f"--to={to}: this run predicts no class or number for each example. Name a .jsonl.")
+        return lambda state: [{key: value} for _, value in sorted(zip(order, makes(state), strict=True))]
+
     if hasattr(dataset, "shown"):
+        longest = _as_scored(config, "squad", split)["longest"]
         # They come in the order of the questions already, whatever the windows' is.
-        return lambda state: [{"answer": text} for text in squad.answers(context, state, dataset)]
-    makes: Callable[[Any], Sequence[Any]]
+        questions = range(len(dataset.references))
+        return lines("answer", questions, lambda state: squad.answers(context, state, dataset, longest))
+    if hasattr(dataset, "tagged_words"):
+        return lines("tags", dataset.places.order, lambda state: entities.tags(context, state, dataset, None))
     if texts:
-        key, makes = section["target"], lambda state: generation.written(context, state, dataset, **search)
-    elif hasattr(dataset, "tagged_words"):
-        key, makes = "tags", lambda state: entities.tags(context, state, dataset, None)
-    else:
+        scored = _as_scored(config, "generation", split)
+        how = {name: scored[name] for name in SEARCH} | dict(search)
+        return lines("text", dataset.places.order, lambda state: generation.written(context, state, dataset, **how))
+    if "predict" not in context.task.predict_fns or not hasattr(dataset, "places"):
         raise UserError(
             "This run predicts nothing for each example: that needs data.name=examples, pairs, questions or tags."
         )
-    order = dataset.places.order
-    return lambda state: [{key: value} for _, value in sorted(zip(order, makes(state), strict=True))]
+    if to.suffix == ".npy":
+        return lambda state: _rows(context, state, dataset)
+    names = _names(config["data"], split)
+    return lambda state: _named(_rows(context, state, dataset), names)
+
+
+def _as_scored(config: Mapping[str, Any], name: str, split: str) -> Mapping[str, Any]:
+    """The arguments of the run's evaluator of a name, that of the split if there is one; or the evaluator's defaults."""
+    from tfm_jax.sections import eval_fields
+
+    own = [section for section in config["evals"].values() if section["name"] == name]
+    own.sort(key=lambda section: (section["split"] != split, section["data"] is not None))
+    return own[0] if own else {key: field.default for key, field in eval_fields(name, {"name": name}).items()}
 
 
 def _rows(context: Context, state: Any, dataset: Any) -> np.ndarray:
@@ -126,20 +143,29 @@ def _rows(context: Context, state: Any, dataset: Any) -> np.ndarray:
     rows = np.concatenate(found)
     ordered = np.empty_like(rows)
     ordered[dataset.places.order] = rows
+    if not np.isfinite(ordered).all():
+        place = int(np.argwhere(~np.isfinite(ordered))[0, 0])
+        raise UserError(f"The run's prediction for example {place} is not finite: {ordered[place]}.")
     return ordered
 
 
-def _named(rows: np.ndarray, section: Mapping[str, Any]) -> Lines:
-    """The likeliest class of each row, by its name where the run knows it, or its number."""
+def _names(section: Mapping[str, Any], split: str) -> Sequence[Any] | None:
+    """The classes of the data, or of the part of a mixture that a split such as `cola/test` is of."""
+    part = section["parts"][split.partition("/")[0]] if "parts" in section else section
+    found: Sequence[Any] | None = part.get("names")
+    return found
+
+
+def _named(rows: np.ndarray, names: Sequence[Any] | None) -> Lines:
+    """The likeliest class of each row, by its name, or its number if nobody has named it."""
     if rows.ndim == 1:
         return [{"number": float(row)} for row in rows]
-    names = section.get("names") or range(rows.shape[1])
-    return [{"label": names[i]} for i in rows.argmax(axis=1)]
+    return [{"label": int(i) if names is None else names[i]} for i in rows.argmax(axis=1)]
 
 
 def _content(found: np.ndarray | Lines) -> bytes:
     if isinstance(found, list):
-        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found).encode()
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found).encode(errors="replace")
     import numpy as np
 
     content = io.BytesIO()

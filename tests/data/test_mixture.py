@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import predict
 from tests.errors import says
 from tests.test_configs import FOLDER
 from tfm_jax import config as configs
 from tfm_jax.data import examples, mixture
 from tfm_jax.errors import UserError
+from tfm_jax.evals.squad import normal
 from tfm_jax.tasks.base import bind
 from tfm_jax.tasks.distillation import divergence
 from tfm_jax.train import rundir
@@ -196,6 +198,14 @@ def test_questions_and_classes_on_one_trunk(sources, tmp_path):
     assert result["eval/ask/questions"] == 20 and 0 <= result["eval/tone/accuracy"] <= 1
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["data"]["parts"]
     assert kept["tone"]["names"] == ["bad", "good"] and "names" not in kept["ask"]
+    made = {}
+    for part, key in (("tone", "label"), ("ask", "answer")):
+        to = tmp_path / "run" / f"{part}.jsonl"
+        assert predict.main([f"--run={tmp_path}/run", f"--split={part}/validation", f"--to={to}"]) == 0
+        made[part] = [json.loads(line)[key] for line in to.read_text().splitlines()]
+    assert set(made["tone"]) <= {"bad", "good"}
+    right = [normal(answer) == "x" for answer in made["ask"]]
+    assert len(right) == 20 and 100 * np.mean(right) == pytest.approx(result["eval/ask/exact_match"])
     config["task"]["tasks"]["ask"] = {"name": "classification"}
     del config["evals"]["ask"]
     with pytest.raises(UserError, match="This model gives no class: it returns"):

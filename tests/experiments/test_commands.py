@@ -1,8 +1,10 @@
 """The commands as a user meets them: help, JSON, exit codes, and what a typing mistake says."""
 
 import json
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -158,6 +160,22 @@ def test_exit_codes(raised, code, said, capsys):
     error = capsys.readouterr().err
     assert found.value.code == code and said in error
     assert ("Traceback" in error) == (code == 1)
+
+
+@pytest.mark.parametrize("tunables", [cli.FAST, cli.SPARING])
+def test_the_allocator_takes_what_it_is_told(tunables):
+    """The C library says nothing of a name that it does not know."""
+    loader = next((path for name in ("/lib64", "/lib") for path in Path(name).glob("ld-linux-*.so.*")), None)
+    if loader is None or platform.libc_ver()[0] != "glibc":
+        pytest.skip("this system has no glibc")
+    told = subprocess.run(
+        [loader, "--list-tunables"], env={"GLIBC_TUNABLES": tunables}, capture_output=True, text=True, check=False
+    )
+    if told.returncode:
+        pytest.skip("this C library lists no tunables")
+    found = dict(line.split(" (")[0].split(": ") for line in told.stdout.splitlines() if " (" in line)
+    for name, value in (pair.split("=") for pair in tunables.split(":")):
+        assert int(found[name], 0) == int(value), name
 
 
 def test_a_mistake_in_a_process_of_its_own(config_file, command_env):

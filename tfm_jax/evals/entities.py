@@ -34,16 +34,16 @@ def make(context: Context, *, split: str = "validation", batch_size: int | None 
     if strange:
         raise UserError(f"evals: entities are marked by O, B-TYPE and I-TYPE; {strange[0]!r} is none of these.")
 
+    wanted = [own for step in range(dataset.num_batches) for own, _, _ in dataset.tagged_words(step)]
+
     def evaluate(state: Any) -> dict[str, float]:
-        found = tags(context, state, dataset, "O")
-        wanted = [own for step in range(dataset.num_batches) for own, _, _ in dataset.tagged_words(step)]
-        return scored(wanted, found) | {"sentences": float(len(wanted))}
+        return scored(wanted, tags(context, state, dataset, "O")) | {"sentences": float(len(wanted))}
 
     return evaluate
 
 
 def tags(context: Context, state: Any, dataset: Any, unseen: str | None) -> list[list[str | None]]:
-    """Those of each sentence's words, in the pass's order; `unseen` for words behind a row's end."""
+    """Those of each sentence's words, in the pass's order; `unseen` for words without a place in their row."""
     found = list[list[str | None]]()
     for step, (_, made) in enumerate(predictions(context, state, dataset, "next_token")):
         chosen = np.argmax(made["logits"], axis=-1)

@@ -66,9 +66,9 @@ def written(
     state: Any,
     dataset: Any,
     *,
-    beams: int = 5,
-    length_penalty: float = 1.0,
-    max_new: int = 128,
+    beams: int,
+    length_penalty: float,
+    max_new: int,
     batches: int | None = None,
 ) -> list[str]:
     """What beam search makes of the sources of a pass, or of its first batches, in the pass's order."""
@@ -97,7 +97,7 @@ def scored(made: Sequence[str], wanted: Sequence[Sequence[str]], metrics: Sequen
     """Scores of texts, each with one reference or several, from 0 to 100.
 
     `bleu` (Papineni et al. 2002) and `chrf` (Popovic 2015) are of the whole corpus, with sacrebleu's own tokenization;
-    `bleu_lowercase` is of lower-cased texts, as papers on small corpora often have it.
+    `bleu_lowercase` is of lower-cased texts.
     `rouge1`, `rouge2` and `rougeL` (Lin 2004) are means of each text's F1 with Porter's stems, by its best reference.
     """
     out: dict[str, float] = {}

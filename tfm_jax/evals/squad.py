@@ -50,7 +50,7 @@ def make(context: Context, *, split: str = "validation", longest: int = 30, batc
     return evaluate
 
 
-def answers(context: Context, state: Any, dataset: Any, longest: int = 30) -> list[str]:
+def answers(context: Context, state: Any, dataset: Any, longest: int) -> list[str]:
     """One for each question, in the data's own order; see `make`."""
     best: dict[int, tuple[float, str]] = {}
     for step, (_, made) in enumerate(predictions(context, state, dataset, "spans")):

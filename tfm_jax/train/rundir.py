@@ -87,6 +87,10 @@ def _recorded(path: Path) -> configs.Config:
         raise UserError(f"{path} is damaged: {error}. Training writes it anew where there is none.") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it is no JSON object. Training writes it anew where there is none.")
+    for evaluator in found.get("evals", {}).values():
+        # A key of older runs; what it said is what is done now.
+        if evaluator.get("lowercase") is False:
+            del evaluator["lowercase"]
     return found
 
 
