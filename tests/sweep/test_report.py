@@ -19,6 +19,7 @@ from tests.errors import says
 from tests.sweep.runs import write_sweep
 from tfm_jax.errors import UserError
 from tfm_jax.files import write_status
+from tfm_jax.metrics import goal_of
 from tfm_jax.sweep import content, results, trials
 from tfm_jax.sweep.importance import importances
 from tfm_jax.sweep.page import page
@@ -62,7 +63,11 @@ def test_what_differs(sweep):
     shares = importances(runs, ["data.seed", "optim.lr"], METRIC)
     assert sum(shares.values()) <= 1 + 1e-9 and shares["optim.lr"] > 0.9
     assert importances(runs[:3], ["optim.lr"], METRIC) == {}
-    assert results.goal_of(METRIC) == "lower" and results.goal_of("eval/validation/accuracy") == "higher"
+    assert (
+        goal_of(METRIC) == "lower"
+        and goal_of("eval/validation/accuracy") == goal_of("eval/test/bleu_lowercase") == "higher"
+    )
+    assert goal_of("eval/validation/examples") is None
     assert results.ranked(runs, METRIC, "higher")[0].name == "lr=0.128,seed=1"
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from tfm_jax.metrics import Goal
 from tfm_jax.sweep.importance import is_log, is_numeric
-from tfm_jax.sweep.results import Goal, Run
+from tfm_jax.sweep.results import Run
 
 # Points of a curve; more cannot be seen.
 POINTS = 400

@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.metrics import Goal
 from tfm_jax.sweep import trials
 from tfm_jax.train.log import read_evaluations, read_metrics
 
-Goal = Literal["lower", "higher"]
 # A folder with one of these is a run; a launcher writes the last three, of one that waits and of one that could not say it itself.
 MARKS = ("config.json", "status.json", "trial.json", "pruned", "failed")
 # Keys that say nothing of what a run has found.
@@ -213,13 +213,6 @@ def deciding(runs: Sequence[Run], metric: str | None) -> str:
     if "train/loss" in known:
         return "train/loss"
     raise UserError(f"No run has logged a loss. Name what to compare with --metric.{nearest('', known)}")
-
-
-def goal_of(metric: str) -> Goal:
-    """Whether less or more of a metric is better, by its name."""
-    name = metric.rpartition("/")[2]
-    falling = ("loss", "perplexity", "bits_per_byte", "error", "seconds", "norm", "frac", "_s")
-    return "lower" if name.endswith(falling) else "higher"
 
 
 def ranked(runs: Sequence[Run], metric: str, goal: Goal) -> list[Run]:

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tfm_jax.errors import UserError
+from tfm_jax.metrics import Goal, goal_of
 from tfm_jax.sweep import results
 from tfm_jax.sweep.content import shown
-from tfm_jax.sweep.results import Goal, Run
+from tfm_jax.sweep.results import Run
 from tfm_jax.sweep.space import short_names
 from tfm_jax.sweep.trials import FINISHED
 from tfm_jax.units import counted
@@ -57,7 +58,7 @@ def table(
     deciding = next((name for name in losses if name in known), losses[0])
     # A direction is that of the metric it was said of.
     own = goal if metric in (None, deciding) else None
-    ordered = results.ranked(runs, deciding, own or results.goal_of(deciding))
+    ordered = results.ranked(runs, deciding, own or goal_of(deciding) or "higher")
     counts = {state: sum(run.state == state for run in runs) for state in sorted({run.state for run in runs})}
     columns: list[tuple[str, JustifyMethod, list[str]]] = [
         ("state", "left", [run.state for run in ordered]),

@@ -13,6 +13,7 @@ import flax.linen as nn
 from tfm_jax import config as configs
 from tfm_jax.data.tokenizers import reads_others
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.metrics import goal_of
 from tfm_jax.nn import remat
 from tfm_jax.nn.attention import check as check_attention
 from tfm_jax.nn.spec import BlockSpec
@@ -23,22 +24,6 @@ from tfm_jax.tasks.base import Task
 from tfm_jax.train import mup, optim, schedules, settings
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.stages import pipeline_of
-
-# Scores whose names leave no doubt.
-_RISING = (
-    "accuracy",
-    "top5",
-    "f1",
-    "exact_match",
-    "matthews",
-    "pearson",
-    "spearman",
-    "bleu",
-    "chrf",
-    "rouge1",
-    "rouge2",
-    "rougeL",
-)
 
 
 def check(config: configs.Config, layout: Layout) -> None:
@@ -65,7 +50,7 @@ def check(config: configs.Config, layout: Layout) -> None:
         if kind != "eval" or rest.partition("/")[0] not in config["evals"]:
             known = [f"eval/{name}/{rest.partition('/')[2] or 'loss'}" for name in config["evals"]]
             raise UserError(f"train.stop_metric={watched!r} is of no evaluator.{nearest(watched, known)}")
-        if config["train"]["stop_goal"] == "lower" and watched.endswith(_RISING):
+        if config["train"]["stop_goal"] == "lower" and goal_of(watched) == "higher":
             raise UserError(f"train.stop_metric={watched!r} is better the higher it is: set train.stop_goal='higher'.")
     objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
     if objective is not None and fitting is not None and objective not in fitting:
