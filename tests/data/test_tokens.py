@@ -151,6 +151,15 @@ def test_make_puts_it_together(tmp_path, books):
     assert make(**arguments(tmp_path, tokenizer="chars")).fingerprint != data.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "whole"),
+    [("bytes", True), ("chars", True), ("bpe:300", True), ("words", False), ("wordpiece:300", False)],
+)
+def test_rates_in_bytes_are_of_tokens_that_say_all_of_the_text(tmp_path, books, tokenizer, whole):
+    found = make(**arguments(tmp_path, tokenizer=tokenizer, seq_len=8)).facts["validation"]
+    assert found["tokens"] > 0 and ("bytes" in found) == ("gzip_bytes" in found) == whole
+
+
 def test_a_run_s_saved_tokenizer_is_used_instead_of_making_one(tmp_path, books):
     first = make(**arguments(tmp_path, tokenizer="bpe:300"))
     first.tokenizer.save(tmp_path / "run")

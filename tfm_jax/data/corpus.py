@@ -23,6 +23,8 @@ from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
+# Characters of a document, to see whether a tokenizer gives them back.
+_LOOKED_AT = 20_000
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -56,6 +58,14 @@ class Corpus:
         if split not in self.streams:
             raise UserError(f"data.source={self.source!r} has no split {split!r}.{nearest(split, self.streams)}")
         return self.streams[split]
+
+    def gives_back(self) -> bool:
+        """Whether the tokens say all of the text, by the beginning of the first document that is held out: `words`,
+        `wordpiece` and tokenizers that write lower case do not."""
+        held = next((name for name in ("validation", "test") if name in self.pieces), "train")
+        found = next((document.text for piece in self.pieces[held] for document in piece.documents()), "")
+        text = found[:_LOOKED_AT]
+        return self.tokenizer.decode(self.tokenizer.encode_batch([text])[0]) == text
 
 
 def open_corpus(source: str, *, feature: str | None, **settings: Any) -> Corpus:

@@ -96,8 +96,8 @@ def make(
 
     plain = objective == "next"
     facts = corpus.facts
-    if not plain:
-        # Rates in bytes mean something only where every token is predicted from those before it.
+    if not plain or not corpus.gives_back():
+        # Rates in bytes mean something only where every token is predicted from those before it, and the text follows from them.
         facts = {name: {k: v for k, v in found.items() if "bytes" not in k} for name, found in facts.items()}
     return Data(
         train=Training(stream, made, batch_size, seed),
