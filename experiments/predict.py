@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import cli
 from tfm_jax import config as configs
-from tfm_jax.errors import UserError, nearest
-from tfm_jax.files import folders_beside
+from tfm_jax.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, overrides = cli.parse(made, argv)
     if flags.to.suffix not in (".npy", ".jsonl"):
         raise UserError(f"--to={flags.to}: the file's name must end in .npy or .jsonl.")
-    if not (folder := flags.to.absolute().parent).is_dir():
-        raise UserError(f"--to={flags.to}: there is no folder {folder}.{nearest(folder.name, folders_beside(folder))}")
+    flags.to.parent.mkdir(parents=True, exist_ok=True)
     averaged = cli.averaged(flags)
     import jax
 

@@ -1,6 +1,7 @@
 """Recipes on files of the user's, from the command line: their smoke form on a made-up task that can be learnt."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -296,3 +297,16 @@ def test_adapters_go_on_from_it_and_are_evaluated_like_any_run(trained, capsys):
     assert evaluate.main([f"--run={run}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["eval/validation/loss"] == pytest.approx(result["eval/validation/loss"], rel=1e-6)
+
+
+def test_a_prediction_that_is_no_number_is_named_by_its_place(monkeypatch):
+    """The second batch's first row is the third example."""
+    rows = [np.array([[0.1, 0.2], [0.3, 0.4]]), np.array([[np.nan, 1.0], [9.0, 9.0]])]
+    weights = [np.array([1.0, 1.0]), np.array([1.0, 0.0])]
+    made = [({"weights": w}, {"prediction": row}) for w, row in zip(weights, rows, strict=True)]
+    monkeypatch.setattr("tfm_jax.evals.base.predictions", lambda *_: iter(made))
+    dataset = SimpleNamespace(places=SimpleNamespace(order=np.array([1, 0, 2])))
+    with pytest.raises(UserError, match=r"^The run's prediction for example 2 is not finite: \[nan +1\.\]\.$"):
+        predict._rows(None, None, dataset)
+    rows[1][0, 0] = 0.5
+    np.testing.assert_array_equal(predict._rows(None, None, dataset), [[0.3, 0.4], [0.1, 0.2], [0.5, 1.0]])

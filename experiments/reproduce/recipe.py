@@ -102,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found[seed] = _trained(flags.config, seed, workdir / f"{name}-{seed}", overrides)
         for metric in recipe["metrics"]:
             if metric not in found[seed]:
-                raise UserError(f"--metric={metric}: the run has none.{nearest(metric, sorted(found[seed]))}")
+                run = workdir / f"{name}-{seed}"
+                raise UserError(
+                    f"{run} has no {metric}.{nearest(metric, sorted(found[seed]))} If it is older than the recipe, move it away."
+                )
         # Written as they come: what is done is not lost with what is not.
         figures = _figures(found, recipe)
         settings = {key: value for key, value in overrides if key not in LOCAL}

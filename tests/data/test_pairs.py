@@ -71,6 +71,15 @@ def test_training_rows_are_of_the_whole_batch_and_even_in_length(folder, bert): 
     assert np.mean([x.max() - x.min() for x in sizes]) < 0.5 * np.ptp(np.concatenate(sizes))
 
 
+def test_pairs_are_sorted_by_their_longer_side(folder, bert):  # noqa: F811
+    """Each side has its own width: by the sum, a long source would widen a batch of longer pairs."""
+    pairs = opened(folder, f"file:{bert}", seq_len=32, batch_size=8).train.examples
+    both = [tuple(map(int, sides)) for sides in zip(*pairs.both(np.arange(len(pairs))), strict=True)]
+    order = np.argsort(pairs.lengths(np.arange(len(pairs))), kind="stable")
+    assert order.tolist() == sorted(range(len(pairs)), key=lambda i: (max(both[i]), sum(both[i])))
+    assert order.tolist() != sorted(range(len(pairs)), key=lambda i: sum(both[i]))
+
+
 def test_a_tokenizer_that_learns_reads_both_sides(folder):
     codec = opened(folder, "bpe:300").tokenizer
     assert codec.vocab_size <= 300 and len(codec.encode_batch(["whale ship"])[0]) <= 4

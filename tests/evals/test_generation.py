@@ -51,13 +51,14 @@ def test_what_is_written_to_a_file_is_what_was_scored(config, tmp_path):
     import sacrebleu
 
     done = train(configs.resolve(config, [("train.steps", "60"), ("train.eval_every", "0")]), tmp_path / "run")
-    run, to = f"--run={tmp_path / 'run'}", tmp_path / "made.jsonl"
+    run, to = f"--run={tmp_path / 'run'}", tmp_path / "new" / "made.jsonl"
     assert predict.main([run, f"--to={to}"]) == 0
     made = [json.loads(line)["text"] for line in to.read_text().splitlines()]
     source = Path(config["data"]["source"].removeprefix("jsonl:")).parent / "valid.jsonl"
     wanted = [json.loads(line)["target"] for line in source.read_text().splitlines()]
     assert sacrebleu.corpus_bleu(made, [wanted]).score == pytest.approx(done.result["eval/test/bleu"])
-    assert sacrebleu.corpus_bleu(made, [wanted[::-1]]).score < done.result["eval/test/bleu"] > 5
+    # Another order would be another score.
+    assert sacrebleu.corpus_bleu(made, [wanted[::-1]]).score < 0.9 * done.result["eval/test/bleu"]
     assert predict.main([run, f"--to={to}", "--beams=2", "--max_new=2"]) == 0
     assert all(
         len(json.loads(line)["text"]) < len(text) for line, text in zip(to.read_text().splitlines(), made, strict=True)

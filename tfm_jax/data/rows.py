@@ -71,8 +71,8 @@ def joined(parts: Sequence[Part], rows: int, width: int, pad: int) -> tuple[np.n
 
 
 def width_for(longest: int, limit: int) -> int:
-    """T of a batch: the smallest of the limit, 3/4, 1/2, 3/8, 1/4 of it and so on that takes its longest row, but not
-    below 8, nor 12. Few enough to compile a program for each; halves alone would leave a third more padding."""
+    """T of a batch: the smallest of the limit, 3/4, 1/2, 3/8, 1/4 of it and so on that takes its longest row, halves of halves
+    from 8 on and three quarters from 16 on. Few enough to compile a program for each; halves alone would leave a third more padding."""
     need, width = max(longest, SHORTEST), limit
     while width // 2 >= need:
         width //= 2
