@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.errors import says
 from tfm_jax.errors import UserError
 from tfm_jax.parallel import mesh, sharding
 from tfm_jax.paths import flatten
@@ -127,6 +128,19 @@ def test_every_large_array_of_a_whole_state_is_split(make_config):
             if path.startswith("opt/") and len(row.shape):
                 assert row.spec == params[path.split("u/", 1)[1]], path
         assert state.params["token_embedding"]["embedding"].sharding.spec == P("tensor", "fsdp")
+
+
+def test_tensor_that_splits_nothing(make_config):
+    odd = {"model.width": 12, "model.heads": 3, "model.kv_heads": 3, "model.mlp_width": 20, "model.vocab_size": 260}
+    at_first = "token_embedding/embedding: tensor=8 does not divide 260"
+    fits = " Use a number that divides model.heads and the widths, or mesh.fsdp."
+    with says(f"mesh.tensor=8 splits none of the parameters. {at_first}.{fits}"):
+        build(make_config(odd | {"mesh.tensor": 8}))
+    no_rules, params = mesh.make(tensor=8), {"kernel": shape(16, 16)}
+    with says(f"mesh.tensor=8 splits none of the parameters.{fits}"):
+        no_rules.check_splits(params)
+    no_rules.with_rules([("kernel$", (None, "tensor"))]).check_splits(params)
+    no_rules.with_rules([("kernel$", (("fsdp", "tensor"), None))]).check_splits(params)
 
 
 def test_fresh_states_are_born_where_they_live(make_config):

@@ -21,6 +21,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tfm_jax.errors import UserError
 from tfm_jax.paths import compile_patterns, flatten, map_with_path
 
 Axis = str | tuple[str, ...] | None
@@ -172,6 +173,18 @@ class Layout:
             dtype, size = f"{x.dtype}{' on host' * on_host}", math.prod(shard) * _itemsize(x.dtype) * (not on_host)
             rows.append(Placement(path, x.shape, dtype, spec, size, note))
         return sorted(rows, key=lambda row: -row.bytes_per_device)
+
+    def check_splits(self, params: Any) -> None:
+        """Raise where `mesh.tensor` splits no parameter: each of its devices would do the same work."""
+        if (ways := self.mesh.shape["tensor"]) == 1:
+            return
+        rows = self.table(params)
+        if not any("tensor" in (axis if isinstance(axis, tuple) else (axis,)) for row in rows for axis in row.spec):
+            why = [f" {row.path}: {row.note}." for row in rows if f"tensor={ways}" in row.note]
+            raise UserError(
+                f"mesh.tensor={ways} splits none of the parameters.{''.join(why[:1])} Use a number that divides model.heads and the"
+                " widths, or mesh.fsdp."
+            )
 
     def _spec(self, path: str, shape: tuple[int, ...], patterns: Sequence[Any]) -> tuple[P, str]:
         spec, note = self._by_rule(path, shape, patterns)

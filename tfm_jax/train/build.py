@@ -181,6 +181,7 @@ def build(
     with jax.set_mesh(layout.mesh):
         traced, variables = jax.make_jaxpr(lambda key: model.init(key, **inputs, train=False), return_shape=True)(key)
         shapes = jax.eval_shape(task.init_params, variables["params"], key)
+    layout.check_splits(shapes)
     remat.check(config["model"].get("remat", "none"), traced)
     trains = quantize.quantized(model, train.quantize, variables, inputs) if for_training and train.quantize else model
     scales = mup.scales(
