@@ -8,6 +8,7 @@
 `student`     an encoder of MiniLM's width and 3 layers beside one of 6: what distillation to half the layers buys.
 `gpu`         GPT-2's 124 M on one GPU, 1,024 tokens a row, bfloat16, beside a compiled PyTorch model; `parity`. `not measured`
               without a GPU.
+`allocator`   training steps whose process keeps its memory between them (`cli.FAST`) beside those of one that gives it back.
 `overhead`    the whole loop (logging, prefetch, checkpoints due) beside the bare compiled step, and the data wait.
 `checkpoint`  how long a save of 124 M parameters with Adam's moments blocks the loop, asynchronous beside synchronous.
 `memory`      bytes of the optimizer's state and of kept activations by the settings that change them; of shapes.
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     parts: dict[str, Callable[[Any], dict[str, Any]]] = {
         "step": _steps, "families": _families, "generate": _generate, "beam": _beam, "student": _student, "gpu": _gpu,
-        "overhead": _overhead, "checkpoint": _checkpoint, "memory": _memory, "startup": _startup,
+        "allocator": _allocator, "overhead": _overhead, "checkpoint": _checkpoint, "memory": _memory, "startup": _startup,
     }  # fmt: skip
     made.add_argument("--only", nargs="+", default=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
     made.add_argument("--families", action="store_const", dest="only", const=["families"], help="only that part")
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures: dict[str, Any] = {}
     for name in flags.only:
         found = parts[name](flags)
-        config = {"rounds": flags.rounds, **({"shapes": SHAPES} if name == "step" else {})}
+        config = {"rounds": flags.rounds, **({"shapes": SHAPES} if name in ("step", "allocator") else {})}
         write_result(f"benchmark-{name}", found, config=config, folder=flags.workdir)
         figures |= found
     if flags.json:
@@ -247,6 +248,28 @@ def _gpu(flags: Any) -> dict[str, Any]:
     print(f"GPT-2 124M on {kind}: {told[0]}; PyTorch, compiled: {told[1]}: ratio {mine / other:.2f}")
     return {"gpu": {"device": kind, "tokens_per_sec": mine, "mfu": mfu[0], "pytorch_tokens_per_sec": other,
                     "pytorch_mfu": mfu[1], "speed_ratio": mine / other}}  # fmt: skip
+
+
+# ---- the allocator -------------------------------------------------------------------------------------------------
+
+
+def _allocator(flags: Any) -> dict[str, Any]:
+    """Two processes of the same step, in turns."""
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    out: dict[str, Any] = {}
+    rows = [("shape", "keeping ms", "giving back ms", "speed ratio")]
+    for shape in flags.shapes:
+        kept, given = (
+            Worker("experiments.benchmark:our_step", *SHAPES[shape], environment=plain | more)
+            for more in ({"GLIBC_TUNABLES": cli.FAST}, {})
+        )
+        fast, slow = in_turns(kept, given, flags.rounds or ROUNDS[shape], STEPS_A_TURN)
+        ratio = statistics.median(b / a for a, b in zip(fast, slow, strict=True))
+        times = [1e3 * statistics.median(x) for x in (fast, slow)]
+        out[f"allocator/{shape}"] = {"keeping_ms": times[0], "giving_back_ms": times[1], "speed_ratio": ratio}
+        rows.append((shape, *(f"{x:.1f}" for x in times), f"{ratio:.2f}"))
+    print(cli.table(rows))
+    return out
 
 
 # ---- the loop's overhead -------------------------------------------------------------------------------------------

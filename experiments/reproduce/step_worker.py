@@ -9,7 +9,7 @@ import importlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 def in_turns(first: Worker, second: Worker, rounds: int, steps: int) -> tuple[list[float], list[float]]:
@@ -31,11 +31,14 @@ class Worker:
     Args:
       make: `module:function`, which makes a step from the arguments.
       arguments: integers stay integers.
+      environment: this process's if None.
     """
 
-    def __init__(self, make: str, *arguments: int | str) -> None:
+    def __init__(self, make: str, *arguments: int | str, environment: Mapping[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "experiments.reproduce.step_worker", make, *map(str, arguments)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def step(self) -> float:
         assert self._process.stdin is not None and self._process.stdout is not None
