@@ -145,7 +145,7 @@ def _restart_with(tunables: str) -> None:
     started = getattr(sys.modules["__main__"].__spec__, "name", "")
     if not started.startswith("experiments."):
         return  # called from another program, which is not ours to start again
-    # A command that another one has started has that one's; what you set yourself stays.
+    # A command that another one has started has that one's; what you set yourself stays, unless it is one of these two.
     if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") in {None, FAST, SPARING} - {tunables}:
         os.environ["GLIBC_TUNABLES"] = tunables
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -191,6 +191,18 @@ def _unexpected(error: Exception) -> tuple[int, str]:
             file=sys.stderr,
         )
     return 1, f"{type(error).__name__}: {error}"
+
+
+def make_folder(file: Path) -> None:
+    """The folder of a file that is written at the end of long work.
+
+    Raises:
+      UserError: there can be none.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file}: its folder cannot be made: {error.strerror}.") from None
 
 
 def python() -> str:

@@ -63,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if flags.follow and jax.process_count() > 1:
         raise UserError("--follow: several processes may not see a checkpoint at the same moment. Use one.")
-    if flags.table is not None:
-        flags.table.parent.mkdir(parents=True, exist_ok=True)
     evaluations = Evaluations(overrides, **averaged, again=flags.again)
     targets = cli.targets(flags.run)
+    if flags.table is not None:
+        cli.make_folder(flags.table)
     wrong = _Wrong(several=len(targets) > 1)
     records: list[dict[str, Any]] = []
     try:

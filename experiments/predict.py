@@ -3,9 +3,11 @@
 A `.npy` has logits (N, C), which `data.predictions` of another run takes for a teacher's, or numbers (N,), in their own unit,
 which it does not. A `.jsonl` has a line for each example: the likeliest class as `label`, or a `number`; the translation or
 summary as `text`; the `answer` to a question; the `tags` of a sentence's words, null for a word without a place in its row.
-Texts are searched for as the run's own evaluator does, so that what is written is what was scored, unless a flag says otherwise.
+Texts are searched for as the run's own evaluator of that split does, so that what is written is what was scored, unless a flag
+says otherwise.
 `--config.KEY=VALUE` changes the run's config, for other data or another mesh: `--config.data.split=all` has every example of a
-source without splits of its own in one, `--config.data.label=None` reads texts that have no labels.
+source without splits of its own in one, `--config.data.label=None` reads texts that have no labels; sources, questions and words
+need a target, an answer or tags beside them, of which nothing is looked at.
 """
 
 from __future__ import annotations
@@ -50,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, overrides = cli.parse(made, argv)
     if flags.to.suffix not in (".npy", ".jsonl"):
         raise UserError(f"--to={flags.to}: the file's name must end in .npy or .jsonl.")
-    flags.to.parent.mkdir(parents=True, exist_ok=True)
     averaged = cli.averaged(flags)
     import jax
 
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = Context(experiment.task, experiment.model, experiment.layout, data, data.train.batch_size)
     dataset = data.evals(flags.split, context.rows(None))
     search = {name: value for name in SEARCH if (value := getattr(flags, name)) is not None}
-    predict = _predictor(context, dataset, config, flags.split, flags.to, search)
+    predict = _predictor(context, dataset, experiment.config, flags.split, flags.to, search)
+    cli.make_folder(flags.to)
     with jax.set_mesh(experiment.layout.mesh):
         state, step = restore_for_evaluation(experiment, flags.run, flags.step, same_data=False, **averaged)
         found = predict(state)
@@ -155,10 +157,11 @@ def _names(section: Mapping[str, Any], split: str) -> Sequence[Any] | None:
 
 
 def _named(rows: np.ndarray, names: Sequence[Any] | None) -> Lines:
-    """The likeliest class of each row, by its name, or its number if nobody has named it."""
+    """The likeliest class of each row, by its name, or its number if nobody has named it: a model may have more classes."""
     if rows.ndim == 1:
         return [{"number": float(row)} for row in rows]
-    return [{"label": int(i) if names is None else names[i]} for i in rows.argmax(axis=1)]
+    named = names or ()
+    return [{"label": named[i] if i < len(named) else int(i)} for i in rows.argmax(axis=1)]
 
 
 def _content(found: np.ndarray | Lines) -> bytes:

@@ -126,6 +126,10 @@ def test_names_and_variants_are_applied_before_the_keys_they_decide(raw_config):
             "config: evals.v.metrics=('accuracy', 'mathews') has the wrong type or value; expected a list, each one of"
             " 'accuracy', 'f1', 'macro_f1', 'matthews', 'pearson', 'spearman'. Did you mean 'matthews'?",
         ),
+        (
+            {"data": {"name": "examples", "source": "x", "names": "bad,good"}},
+            "config: data.names='bad,good' has the wrong type; expected a list, for instance ('bad,good',).",
+        ),
         ({"train": {}}, "config: train.steps is not set, and has no default."),
         ({"data": {}}, "config: data.source is not set, and has no default."),
         (

@@ -117,6 +117,14 @@ def test_predictions_of_texts_without_labels(reviews, trained, tmp_path):
     with open(labelled) as rows, open(tmp_path / "labels.jsonl") as labels:
         same = [json.loads(a)["label"] == json.loads(b)["label"] for a, b in zip(rows, labels, strict=True)]
     assert np.mean(same) >= 0.95
+    # Those that the data names, where the run has kept none.
+    assert (
+        predict.main([f"--run={base}/minilm_sst2-smoke-0", "--config.data.names=None", f"--to={tmp_path}/again.jsonl"])
+        == 0
+    )
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "labels.jsonl").read_text()
+    named = predict._named(np.eye(3), ["bad", "good"])
+    assert named == [{"label": "bad"}, {"label": "good"}, {"label": 2}]
     with pytest.raises(UserError, match=r"This data has no labels to train or to score by: data\.label=None"):
         evaluate.main(["--run", f"{base}/minilm_sst2-smoke-0", f"--config.data.source=jsonl:{new}", "--config.data.split=all",
                        "--config.data.label=None"])  # fmt: skip

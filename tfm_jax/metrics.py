@@ -17,6 +17,6 @@ _FALLING = ("loss", "perplexity", "bits_per_byte", "error", "seconds", "norm", "
 def goal_of(metric: str) -> Goal | None:
     """Whether less or more of a metric is better; None where its name does not say."""
     name = metric.rpartition("/")[2]
-    if name.endswith(_FALLING):
+    if name.endswith(_FALLING) and not name.endswith("per_s"):
         return "lower"
     return "higher" if name.endswith(_RISING) else None

@@ -108,7 +108,11 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         value = {k: v for k, v in value.items()}
     probe = tuple(value) if isinstance(value, list) else value
     options = typing.get_args(hint) or (hint,)
-    if isinstance(value, str) and typing.get_origin(hint) is Sequence:
+    if (
+        isinstance(value, str)
+        and str not in options
+        and any(typing.get_origin(h) is Sequence for h in (hint, *options))
+    ):
         raise UserError(f"config: {key}={value!r} has the wrong type; expected a list, for instance ({value!r},).")
     if isinstance(value, bool) and bool not in options and hint is not Any:
         raise UserError(f"config: {key}={value!r} has the wrong type; expected {_describe(hint)}.")

@@ -10,7 +10,7 @@ from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from tests.errors import says
 from tfm_jax.data.examples import Training, make
-from tfm_jax.data.rows import POOL
+from tfm_jax.data.rows import POOL, width_for
 from tfm_jax.data.tokenizers import read_json_tokenizer
 from tfm_jax.data.types import Frame
 from tfm_jax.data.vocabularies import byte_tokenizer
@@ -95,6 +95,19 @@ def test_rows_are_what_the_tokenizer_library_makes(folder, bert, pair, seq_len):
                 assert batch["inputs"]["token_types"][row, :size].tolist() == want.type_ids
             assert batch["targets"][row] == ["bad", "good", "none"].index(rows[place]["mood"])
     assert max(widths) <= seq_len and (len(widths) > 1 or seq_len < 32)
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [
+        (64, {1: 8, 8: 8, 9: 16, 16: 16, 17: 24, 24: 24, 25: 32, 33: 48, 49: 64, 64: 64}),
+        (33, {3: 8, 9: 16, 17: 24, 25: 33}),
+        (20, {8: 10, 11: 20}),
+        (5, {1: 5, 5: 5}),
+    ],
+)
+def test_widths(limit, wanted):
+    assert {longest: width_for(longest, limit) for longest in wanted} == wanted
 
 
 def test_every_example_comes_once_an_epoch_and_rows_are_of_the_whole_batch(folder, bert):

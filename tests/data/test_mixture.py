@@ -203,7 +203,9 @@ def test_questions_and_classes_on_one_trunk(sources, tmp_path):
         to = tmp_path / "run" / f"{part}.jsonl"
         assert predict.main([f"--run={tmp_path}/run", f"--split={part}/validation", f"--to={to}"]) == 0
         made[part] = [json.loads(line)[key] for line in to.read_text().splitlines()]
-    assert set(made["tone"]) <= {"bad", "good"}
+    wanted = [json.loads(line)["label"] for line in (sources / "tone" / "valid.jsonl").read_text().splitlines()]
+    right = np.mean([a == b for a, b in zip(made["tone"], wanted, strict=True)])
+    assert {*made["tone"]} == {"bad", "good"} and right == pytest.approx(result["eval/tone/accuracy"])
     right = [normal(answer) == "x" for answer in made["ask"]]
     assert len(right) == 20 and 100 * np.mean(right) == pytest.approx(result["eval/ask/exact_match"])
     config["task"]["tasks"]["ask"] = {"name": "classification"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.errors import says
+from tfm_jax.data import segments
 from tfm_jax.data.build import build_tokens, open_split
 from tfm_jax.data.corpus import cache_root
 from tfm_jax.data.index import epoch_records, hash_ints
@@ -156,8 +157,22 @@ def test_make_puts_it_together(tmp_path, books):
     [("bytes", True), ("chars", True), ("bpe:300", True), ("words", False), ("wordpiece:300", False)],
 )
 def test_rates_in_bytes_are_of_tokens_that_say_all_of_the_text(tmp_path, books, tokenizer, whole):
-    found = make(**arguments(tmp_path, tokenizer=tokenizer, seq_len=8)).facts["validation"]
-    assert found["tokens"] > 0 and ("bytes" in found) == ("gzip_bytes" in found) == whole
+    for reader in (make, segments.make):
+        found = reader(**arguments(tmp_path, tokenizer=tokenizer, seq_len=8, batch_size=2)).facts["validation"]
+        assert found["tokens"] > 0 and ("bytes" in found) == ("gzip_bytes" in found) == whole
+
+
+def test_every_document_must_come_back(tmp_path, caplog):
+    """Not the first alone, which may be empty or plain; what does not is shown."""
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "abc def " * 20}) + "\n")
+    asked = dict(source=f"jsonl:{tmp_path}/*.jsonl", feature="text", tokenizer="chars", seq_len=8, batch_size=2)
+    for texts, whole in ((["", "abc"], True), (["", "abc", "fed xyz"], False)):
+        (tmp_path / "valid.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        with caplog.at_level("INFO"):
+            found = make(**asked, cache_dir=str(tmp_path / "cache"), workers=1).facts["validation"]
+        assert ("bytes" in found) == whole
+        said = [record.message for record in caplog.records if "no bits per byte" in record.message]
+        assert len(said) == (not whole) and all("'fed xyz' comes back as 'fed " in text for text in said)
 
 
 def test_a_run_s_saved_tokenizer_is_used_instead_of_making_one(tmp_path, books):

@@ -46,8 +46,8 @@ def test_what_is_learnt_is_scored(config, tmp_path):
     assert min(line["eval/test/bleu"] for line in lines if "eval/test/bleu" in line) < 80
 
 
-def test_what_is_written_to_a_file_is_what_was_scored(config, tmp_path):
-    """Line by line that of the source's; and other beams are other texts."""
+def test_what_is_written_to_a_file_is_what_was_scored(config, tmp_path, monkeypatch):
+    """Line by line that of the source's."""
     import sacrebleu
 
     done = train(configs.resolve(config, [("train.steps", "60"), ("train.eval_every", "0")]), tmp_path / "run")
@@ -59,7 +59,13 @@ def test_what_is_written_to_a_file_is_what_was_scored(config, tmp_path):
     assert sacrebleu.corpus_bleu(made, [wanted]).score == pytest.approx(done.result["eval/test/bleu"])
     # Another order would be another score.
     assert sacrebleu.corpus_bleu(made, [wanted[::-1]]).score < 0.9 * done.result["eval/test/bleu"]
-    assert predict.main([run, f"--to={to}", "--beams=2", "--max_new=2"]) == 0
+    # The run's own search, but for what a flag says.
+    asked, search = list[dict[str, float]](), generation.beam_search
+    monkeypatch.setattr(generation, "beam_search", lambda *a, **k: (asked.append(k), search(*a, **k))[1])
+    own = {"beams": 2, "length_penalty": 1.0, "max_new": 10}
+    for name, value in (("beams", 1), ("length_penalty", -3.0), ("max_new", 2)):
+        assert predict.main([run, f"--to={to}", f"--{name}={value}"]) == 0
+        assert {key: asked[-1][key] for key in own} == own | {name: value}
     assert all(
         len(json.loads(line)["text"]) < len(text) for line, text in zip(to.read_text().splitlines(), made, strict=True)
     )

@@ -1,10 +1,12 @@
 """The commands as a user meets them: help, JSON, exit codes, and what a typing mistake says."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -176,6 +178,41 @@ def test_the_allocator_takes_what_it_is_told(tunables):
     found = dict(line.split(" (")[0].split(": ") for line in told.stdout.splitlines() if " (" in line)
     for name, value in (pair.split("=") for pair in tunables.split(":")):
         assert int(found[name], 0) == int(value), name
+
+
+@pytest.mark.parametrize("ours", [cli.FAST, cli.SPARING])
+def test_who_decides_on_the_allocator(ours, monkeypatch):
+    """The command does, and not the one that has started it; what else is set is the user's. It starts again once."""
+    started = list[str]()
+    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(os.environ["GLIBC_TUNABLES"]))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="experiments.train"))
+    for before, after in (
+        (None, [ours]),
+        (cli.FAST, [ours]),
+        (cli.SPARING, [ours]),
+        (ours, []),
+        ("", []),
+        ("x.y=1", []),
+    ):
+        started.clear()
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+        if before is not None:
+            monkeypatch.setenv("GLIBC_TUNABLES", before)
+        cli._restart_with(ours)
+        assert started == ([] if before == ours else after), before
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="pytest.__main__"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    cli._restart_with(ours)
+    assert started == []
+
+
+def test_a_file_that_can_have_no_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with says(f"{tmp_path}/file/new/a.npy: its folder cannot be made: Not a directory."):
+        cli.make_folder(tmp_path / "file" / "new" / "a.npy")
+    cli.make_folder(tmp_path / "new" / "er" / "a.npy")
+    assert (tmp_path / "new" / "er").is_dir()
 
 
 def test_a_mistake_in_a_process_of_its_own(config_file, command_env):

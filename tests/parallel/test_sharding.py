@@ -137,7 +137,8 @@ def test_tensor_that_splits_nothing(make_config):
     with says(f"mesh.tensor=8 splits none of the parameters. {at_first}.{fits}"):
         build(make_config(odd | {"mesh.tensor": 8}))
     no_rules, params = mesh.make(tensor=8), {"kernel": shape(16, 16)}
-    with says(f"mesh.tensor=8 splits none of the parameters.{fits}"):
+    rules = " No rule names it: give one in mesh.rules, or RULES beside the model's class; or use mesh.fsdp."
+    with says(f"mesh.tensor=8 splits none of the parameters.{rules}"):
         no_rules.check_splits(params)
     no_rules.with_rules([("kernel$", (None, "tensor"))]).check_splits(params)
     no_rules.with_rules([("kernel$", (("fsdp", "tensor"), None))]).check_splits(params)

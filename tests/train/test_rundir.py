@@ -118,11 +118,15 @@ def test_a_folder_that_is_no_run(tmp_path):
         f"{tmp_path}/frist is not a run directory: it has no config.json. Did you mean '{tmp_path}/first'?"
     )
     assert rundir.read_config(tmp_path / "first") == {"model": {}}
-    # An evaluator's key that is no more, where it said what is done now, and where it did not.
-    for said, kept in ((False, {"beams": 5}), (True, {"beams": 5, "lowercase": True})):
-        config = {"model": {}, "evals": {"test": {"beams": 5, "lowercase": said}}}
+    # An evaluator's key that is no more.
+    for said, metrics in ((False, ["bleu", "chrf"]), (True, ["bleu_lowercase", "chrf"])):
+        config = {"model": {}, "evals": {"test": {"metrics": ["bleu", "chrf"], "lowercase": said}, "loss": {}}}
         (tmp_path / "first" / "config.json").write_text(json.dumps(config))
-        assert rundir.read_config(tmp_path / "first")["evals"]["test"] == kept
+        assert rundir.read_config(tmp_path / "first")["evals"] == {"test": {"metrics": metrics}, "loss": {}}
+    # Nor does a wrong one become an error of another kind.
+    for evals in (None, [], {"test": None}):
+        (tmp_path / "first" / "config.json").write_text(json.dumps({"model": {}, "evals": evals}))
+        assert rundir.read_config(tmp_path / "first")["evals"] == evals
     (tmp_path / "first" / "config.json").write_text('{"architectures": []}')
     with pytest.raises(UserError) as found:
         rundir.read_config(tmp_path / "first")

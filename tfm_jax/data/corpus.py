@@ -23,7 +23,7 @@ from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
-# Characters of a document, to see whether a tokenizer gives them back.
+# Characters of documents, to see whether a tokenizer gives them back.
 _LOOKED_AT = 20_000
 
 
@@ -59,13 +59,30 @@ class Corpus:
             raise UserError(f"data.source={self.source!r} has no split {split!r}.{nearest(split, self.streams)}")
         return self.streams[split]
 
-    def gives_back(self) -> bool:
-        """Whether the tokens say all of the text, by the beginning of the first document that is held out: `words`,
-        `wordpiece` and tokenizers that write lower case do not."""
+    def told(self) -> dict[str, dict[str, Any]]:
+        """The facts, those in bytes only where the tokens say all of the text, by the first documents that are held out:
+        `words`, `wordpiece`, tokenizers that write lower case and letters that `chars` has not met do not."""
         held = next((name for name in ("validation", "test") if name in self.pieces), "train")
-        found = next((document.text for piece in self.pieces[held] for document in piece.documents()), "")
-        text = found[:_LOOKED_AT]
-        return self.tokenizer.decode(self.tokenizer.encode_batch([text])[0]) == text
+        left = _LOOKED_AT
+        for text in (document.text for piece in self.pieces[held] for document in piece.documents()):
+            text = text[:left]
+            if (back := self.tokenizer.decode(self.tokenizer.encode_batch([text])[0])) != text:
+                pairs = enumerate(zip(text, back, strict=False))
+                same = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
+                log.info(
+                    "data: no bits per byte, for tokens do not say all of the text: %r comes back as %r.",
+                    *(x[max(0, same - 10) : same + 20] for x in (text, back)),
+                )
+                return without_bytes(self.facts)
+            left -= len(text)
+            if left <= 0:
+                break
+        return self.facts
+
+
+def without_bytes(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The facts of each split, of which nothing in bytes is left."""
+    return {name: {k: v for k, v in found.items() if "bytes" not in k} for name, found in facts.items()}
 
 
 def open_corpus(source: str, *, feature: str | None, **settings: Any) -> Corpus:

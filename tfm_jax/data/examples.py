@@ -49,7 +49,7 @@ def make(
 
     A batch has the inputs `tokens` (B, T) int32 and `valid` (B, T) bool, for pairs whose tokenizer tells them apart also
     `token_types` (B, T) int32, and where there are labels the targets (B,), int32 classes or float32 numbers. T is `seq_len`,
-    or 3/4, 1/2, 3/8 of it and so on, as the batch's longest row allows, but not below 8: one compiled program for each of the
+    or 3/4, 1/2, 3/8 of it and so on, as the batch's longest row allows (`rows.width_for`): one compiled program for each of the
     few lengths.
     Texts that stay apart are `inputs` and `other`, of one length, each as above.
 

@@ -37,7 +37,7 @@ def make(
     """The config section `data` for `name="pairs"`.
 
     A batch has the inputs `tokens` (B, S) int32, `valid` (B, S) bool and `decoder_tokens` (B, T) int32, targets (B, T) and
-    weights (B, T). S and T are `seq_len`, or 3/4, 1/2, 3/8 of it and so on, as the batch's longest rows allow, but not below 8:
+    weights (B, T). S and T are `seq_len`, or 3/4, 1/2, 3/8 of it and so on, as the batch's longest rows allow (`rows.width_for`):
     one compiled program for each pair of lengths.
 
     Args:

@@ -64,7 +64,7 @@ def make(
         evals=lambda name, rows: Pass(corpus.stream(name), seq_len, rows or batch_size),
         vocab_size=corpus.tokenizer.vocab_size,
         tokenizer=corpus.tokenizer,
-        facts=corpus.facts,
+        facts=corpus.told(),
         fingerprint=corpus.fingerprint,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tfm_jax.data import objectives
 from tfm_jax.data.build import TokenStream
-from tfm_jax.data.corpus import open_corpus
+from tfm_jax.data.corpus import open_corpus, without_bytes
 from tfm_jax.data.index import epoch_records, hash_ints
 from tfm_jax.data.noise import Objective
 from tfm_jax.data.types import Batch, Data, Rows
@@ -95,16 +95,13 @@ def make(
         )
 
     plain = objective == "next"
-    facts = corpus.facts
-    if not plain or not corpus.gives_back():
-        # Rates in bytes mean something only where every token is predicted from those before it, and the text follows from them.
-        facts = {name: {k: v for k, v in found.items() if "bytes" not in k} for name, found in facts.items()}
     return Data(
         train=Training(stream, made, batch_size, seed),
         evals=lambda name, rows: Pass(corpus.stream(name), made, rows or batch_size),
         vocab_size=codec.vocab_size + made.added,
         tokenizer=codec,
-        facts=facts,
+        # Rates in bytes mean something only where every token is predicted from those before it.
+        facts=corpus.told() if plain else without_bytes(corpus.facts),
         fingerprint=corpus.fingerprint if plain else f"{corpus.fingerprint} {made!r}",
     )
 

@@ -46,7 +46,8 @@ def tags(context: Context, state: Any, dataset: Any, unseen: str | None) -> list
     """Those of each sentence's words, in the pass's order; `unseen` for words without a place in their row."""
     found = list[list[str | None]]()
     for step, (_, made) in enumerate(predictions(context, state, dataset, "next_token")):
-        chosen = np.argmax(made["logits"], axis=-1)
+        # A model may have more classes than the data has tags.
+        chosen = np.argmax(made["logits"][..., : len(dataset.names)], axis=-1)
         for row, (own, shown, place) in zip(chosen, dataset.tagged_words(step), strict=False):
             guess = [unseen] * len(own)
             for word, position in zip(shown, place, strict=True):

@@ -41,6 +41,8 @@ def make(
     Raises:
       UserError: a library is not installed, or the data or model is not one that turns texts into texts.
     """
+    if not metrics:
+        raise UserError("evals: metrics is empty: give for instance ('bleu',).")
     for metric in metrics:
         needed("rouge_score" if metric == "rouge" else "sacrebleu", f"evals: {metric}")
     dataset: Any = context.data.evals(split, batch_size)

@@ -179,12 +179,17 @@ class Layout:
         if (ways := self.mesh.shape["tensor"]) == 1:
             return
         rows = self.table(params)
-        if not any("tensor" in (axis if isinstance(axis, tuple) else (axis,)) for row in rows for axis in row.spec):
-            why = [f" {row.path}: {row.note}." for row in rows if f"tensor={ways}" in row.note]
-            raise UserError(
-                f"mesh.tensor={ways} splits none of the parameters.{''.join(why[:1])} Use a number that divides model.heads and the"
-                " widths, or mesh.fsdp."
+        if any("tensor" in (axis if isinstance(axis, tuple) else (axis,)) for row in rows for axis in row.spec):
+            return
+        why = [f"{row.path}: {row.note}" for row in rows if f"tensor={ways}" in row.note]
+        raise UserError(
+            f"mesh.tensor={ways} splits none of the parameters. "
+            + (
+                f"{why[0]}. Use a number that divides model.heads and the widths, or mesh.fsdp."
+                if why
+                else "No rule names it: give one in mesh.rules, or RULES beside the model's class; or use mesh.fsdp."
             )
+        )
 
     def _spec(self, path: str, shape: tuple[int, ...], patterns: Sequence[Any]) -> tuple[P, str]:
         spec, note = self._by_rule(path, shape, patterns)

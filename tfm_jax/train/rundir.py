@@ -87,10 +87,11 @@ def _recorded(path: Path) -> configs.Config:
         raise UserError(f"{path} is damaged: {error}. Training writes it anew where there is none.") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it is no JSON object. Training writes it anew where there is none.")
-    for evaluator in found.get("evals", {}).values():
-        # A key of older runs; what it said is what is done now.
-        if evaluator.get("lowercase") is False:
-            del evaluator["lowercase"]
+    evals = found.get("evals")
+    for evaluator in evals.values() if isinstance(evals, dict) else ():
+        # A key of older runs, and what is asked for in its place now.
+        if isinstance(evaluator, dict) and evaluator.pop("lowercase", False):
+            evaluator["metrics"] = ["bleu_lowercase" if m == "bleu" else m for m in evaluator.get("metrics", ())]
     return found
 
 
