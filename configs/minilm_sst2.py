@@ -87,6 +87,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             "soft_weight": 0.9,
         }
         config.optim.lr = 5e-5
+        config.train.update({"steps": 3000, "eval_every": 0})
     if arguments in ("lora", "adalora"):
         config.train.adapter = {
             "name": arguments,
