@@ -190,7 +190,7 @@ def test_questions_and_classes_on_one_trunk(sources, tmp_path):
         "data": {"name": "mixture", "parts": {"tone": parts(sources)["tone"], "ask": asked}, "tokenizer": "bytes",
                  "seq_len": 32, "batch_size": 8},
         "optim": {"lr": 1e-2, "warmup_steps": 2},
-        "train": {"steps": 12},
+        "train": {"steps": 80},
         "evals": {"tone": {"split": "tone/validation"}, "ask": {"name": "squad", "split": "ask/validation"}},
         "log": {"every": 1, "tensorboard": False},
     }  # fmt: skip
@@ -205,7 +205,9 @@ def test_questions_and_classes_on_one_trunk(sources, tmp_path):
         made[part] = [json.loads(line)[key] for line in to.read_text().splitlines()]
     wanted = [json.loads(line)["label"] for line in (sources / "tone" / "valid.jsonl").read_text().splitlines()]
     right = np.mean([a == b for a, b in zip(made["tone"], wanted, strict=True)])
-    assert {*made["tone"]} == {"bad", "good"} and right == pytest.approx(result["eval/tone/accuracy"])
+    assert right == pytest.approx(result["eval/tone/accuracy"])
+    # Another order would be another score.
+    assert np.mean([a == b for a, b in zip(made["tone"], wanted[::-1], strict=True)]) < right - 0.2
     right = [normal(answer) == "x" for answer in made["ask"]]
     assert len(right) == 20 and 100 * np.mean(right) == pytest.approx(result["eval/ask/exact_match"])
     config["task"]["tasks"]["ask"] = {"name": "classification"}
