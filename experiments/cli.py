@@ -140,6 +140,11 @@ FAST = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thresho
 SPARING = "glibc.malloc.mmap_threshold=262144"
 
 
+def untold() -> dict[str, str]:
+    """The environment without a word to the allocator, as a user's shell has it."""
+    return {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+
+
 def _restart_with(tunables: str) -> None:
     """Start this process again, before anything is loaded: the C library reads its tunables once, at the start."""
     started = getattr(sys.modules["__main__"].__spec__, "name", "")

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments import cli
+
 NEW, PROMPT = 100, list(range(5, 21))
 
 
@@ -47,9 +49,7 @@ def save(folder: Path) -> None:
 
 def _peak(command: list[str]) -> int:
     """A command's highest memory in bytes."""
-    # As a user's shell would start it, with no word to the allocator from the command that runs this one.
-    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=plain)
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=cli.untold())
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise RuntimeError(f"{command} failed; its error stands above.")

@@ -6,7 +6,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,22 +62,26 @@ class Corpus:
     def told(self) -> dict[str, dict[str, Any]]:
         """The facts, those in bytes only where the tokens say all of the text, by the first documents that are held out:
         `words`, `wordpiece`, tokenizers that write lower case and letters that `chars` has not met do not."""
+        found = next(((text, back) for text, back in self._there_and_back() if text != back), None)
+        if found is None:
+            return self.facts
+        differing = (i for i, (a, b) in enumerate(zip(*found, strict=False)) if a != b)
+        at = next(differing, min(map(len, found)))
+        log.info(
+            "data: no bits per byte, for tokens do not say all of the text: %r comes back as %r.",
+            *(text[max(0, at - 10) : at + 20] for text in found),
+        )
+        return without_bytes(self.facts)
+
+    def _there_and_back(self) -> Iterator[tuple[str, str]]:
+        """Documents that are held out, and what their tokens say."""
         held = next((name for name in ("validation", "test") if name in self.pieces), "train")
         left = _LOOKED_AT
-        for text in (document.text for piece in self.pieces[held] for document in piece.documents()):
-            text = text[:left]
-            if (back := self.tokenizer.decode(self.tokenizer.encode_batch([text])[0])) != text:
-                pairs = enumerate(zip(text, back, strict=False))
-                same = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
-                log.info(
-                    "data: no bits per byte, for tokens do not say all of the text: %r comes back as %r.",
-                    *(x[max(0, same - 10) : same + 20] for x in (text, back)),
-                )
-                return without_bytes(self.facts)
+        for text in (document.text[:left] for piece in self.pieces[held] for document in piece.documents()):
+            yield text, self.tokenizer.decode(self.tokenizer.encode_batch([text])[0])
             left -= len(text)
             if left <= 0:
-                break
-        return self.facts
+                return
 
 
 def without_bytes(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

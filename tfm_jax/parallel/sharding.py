@@ -85,8 +85,8 @@ def spec_of(names: Sequence[str | None], shape: tuple[int, ...], *, rest: bool =
 
 def ways(name: str) -> int:
     """Over how many devices of the current mesh an activation's dimension of this meaning is split."""
-    axis, sizes = ACTIVATION_AXES[name], dict(jax.sharding.get_abstract_mesh().shape)
-    return math.prod(sizes.get(each, 1) for each in ((axis,) if isinstance(axis, str) else axis or ()))
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(each, 1) for each in _names(ACTIVATION_AXES[name]))
 
 
 def on_parts(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -108,9 +108,13 @@ def merged(x: jax.Array, *, keep: int = 1) -> jax.Array:
     return x if ways("length") > 1 else x.reshape(-1, *x.shape[x.ndim - keep :])
 
 
+def _names(axis: Axis) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else tuple(axis or ())
+
+
 def _fitting(axis: Axis, dim: int, sizes: dict[str, int]) -> tuple[Axis, str]:
     """The axis if it divides the dimension, else None and the reason."""
-    names = (axis,) if isinstance(axis, str) else tuple(axis or ())
+    names = _names(axis)
     if unknown := [name for name in names if name not in sizes]:
         raise ValueError(f"Sharding names the axis {unknown[0]!r}; the mesh has {tuple(sizes)}.")
     ways = math.prod(sizes[name] for name in names)
@@ -179,7 +183,7 @@ class Layout:
         if (ways := self.mesh.shape["tensor"]) == 1:
             return
         rows = self.table(params)
-        if any("tensor" in (axis if isinstance(axis, tuple) else (axis,)) for row in rows for axis in row.spec):
+        if any("tensor" in _names(axis) for row in rows for axis in row.spec):
             return
         why = [f"{row.path}: {row.note}" for row in rows if f"tensor={ways}" in row.note]
         raise UserError(
