@@ -77,13 +77,14 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             "name": arguments,
             "rank": 4,
             # AdaLoRA's P and Q have length 1: its s alone, at the same rate, has to carry what LoRA's whole B does.
-            "alpha": 8.0 if arguments == "lora" else 32.0,
+            "alpha": 16.0 if arguments == "lora" else 64.0,
             # All of them: rank 8 of queries and values alone, with the pooler trained too, has 87.0 % after as many steps.
-            "pattern": r"(attention/(query|key|value|out)|mlp/(up|down))/kernel$",
-            "train": ("class_head/",),
+            "pattern": r"(attention/(query|key|value|out)|mlp/(up|down)|pooler/dense)/kernel$",
+            "train": ("class_head/", "norm/", r"(attention|mlp|pooler)/.*bias$"),
         }
-        config.optim.lr = 2e-3
-        config.train.steps = 3000
+        # After 1,000 steps a loss of 0.273, of half the rate 0.282, of twice the rate 0.289, without the pooler's adapter 0.282.
+        config.optim.lr = 1e-3
+        config.train.steps = 5400
         config.train.eval_every = 0
     if arguments == "smoke":
         config.model.update({"variant": "mini", "layers": 1, "width": 32, "max_len": 64})
