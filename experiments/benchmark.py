@@ -9,6 +9,7 @@
 `gpu`         GPT-2's 124 M on one GPU, 1,024 tokens a row, bfloat16, beside a compiled PyTorch model; `parity`. `not measured`
               without a GPU.
 `allocator`   training steps whose process keeps its memory between them (`cli.FAST`) beside those of one that gives it back.
+              `not measured` without glibc.
 `overhead`    the whole loop (logging, prefetch, checkpoints due) beside the bare compiled step, and the data wait.
 `checkpoint`  how long a save of 124 M parameters with Adam's moments blocks the loop, asynchronous beside synchronous.
 `memory`      bytes of the optimizer's state and of kept activations by the settings that change them; of shapes.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -70,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures: dict[str, Any] = {}
     for name in flags.only:
         found = parts[name](flags)
-        config = {"rounds": flags.rounds, **({"shapes": SHAPES} if name in ("step", "allocator") else {})}
+        config: dict[str, Any] = {"rounds": flags.rounds}
+        if name in ("step", "allocator"):
+            config["rounds"] = {shape: flags.rounds or ROUNDS[shape] for shape in flags.shapes}
+            config["shapes"] = {shape: SHAPES[shape] for shape in flags.shapes}
         write_result(f"benchmark-{name}", found, config=config, folder=flags.workdir)
         figures |= found
     if flags.json:
@@ -260,6 +265,9 @@ def _gpu(flags: Any) -> dict[str, Any]:
 
 def _allocator(flags: Any) -> dict[str, Any]:
     """Two processes of the same step, in turns."""
+    if platform.libc_ver()[0] != "glibc":
+        print("the allocator: not measured, for it is glibc's that listens.")
+        return {"allocator": "not measured"}
     out: dict[str, Any] = {}
     rows = [("shape", "keeping ms", "giving back ms", "speed ratio")]
     for shape in flags.shapes:

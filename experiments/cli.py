@@ -141,8 +141,9 @@ SPARING = "glibc.malloc.mmap_threshold=262144"
 
 
 def untold() -> dict[str, str]:
-    """The environment without a word to the allocator, as a user's shell has it."""
-    return {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    """The environment as a user's shell has it, without what a command of ours tells the allocator."""
+    ours = ("GLIBC_TUNABLES", FAST), ("GLIBC_TUNABLES", SPARING)
+    return {name: value for name, value in os.environ.items() if (name, value) not in ours}
 
 
 def _restart_with(tunables: str) -> None:
@@ -198,16 +199,20 @@ def _unexpected(error: Exception) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {error}"
 
 
-def make_folder(file: Path) -> None:
+def make_folder(flag: str, file: Path) -> None:
     """The folder of a file that is written at the end of long work.
 
     Raises:
-      UserError: there can be none.
+      UserError: there can be none, or the file cannot be written.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{file}: its folder cannot be made: {error.strerror}.") from None
+        raise UserError(f"{flag}={file}: its folder cannot be made: {error.strerror}.") from None
+    if file.is_dir():
+        raise UserError(f"{flag}={file} is a folder; give a file's name.")
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{flag}={file}: you may not write into {file.parent}.")
 
 
 def python() -> str:

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluations = Evaluations(overrides, **averaged, again=flags.again)
     targets = cli.targets(flags.run)
     if flags.table is not None:
-        cli.make_folder(flags.table)
+        cli.make_folder("--table", flags.table)
     wrong = _Wrong(several=len(targets) > 1)
     records: list[dict[str, Any]] = []
     try:

@@ -3,11 +3,12 @@
 A `.npy` has logits (N, C), which `data.predictions` of another run takes for a teacher's, or numbers (N,), in their own unit,
 which it does not. A `.jsonl` has a line for each example: the likeliest class as `label`, or a `number`; the translation or
 summary as `text`; the `answer` to a question; the `tags` of a sentence's words, null for a word without a place in its row.
-Texts are searched for as the run's own evaluator of that split does, so that what is written is what was scored, unless a flag
-says otherwise.
+Texts are searched for as the run's own evaluator of that split does, so that what is written is what was scored, or as that of
+another split, or as its defaults say where the run has none; a flag counts more.
 `--config.KEY=VALUE` changes the run's config, for other data or another mesh: `--config.data.split=all` has every example of a
-source without splits of its own in one, `--config.data.label=None` reads texts that have no labels; sources, questions and words
-need a target, an answer or tags beside them, of which nothing is looked at.
+source without splits of its own in one, `--config.data.label=None` reads texts that have no labels. Sources, questions and words
+need what training needs beside them, though no prediction looks at it: some target, an answer that is in its context, a known
+tag for each word.
 """
 
 from __future__ import annotations
@@ -69,10 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = Context(experiment.task, experiment.model, experiment.layout, data, data.train.batch_size)
     dataset = data.evals(flags.split, context.rows(None))
     search = {name: value for name in SEARCH if (value := getattr(flags, name)) is not None}
-    predict = _predictor(context, dataset, experiment.config, flags.split, flags.to, search)
-    cli.make_folder(flags.to)
+    # Other data may have other names, in another order: what it fills in is of the run's own data alone.
+    told = config if any(configs.is_below(key, ["data"]) for key, _ in overrides) else experiment.config
+    predict = _predictor(context, dataset, told, flags.split, flags.to, search)
     with jax.set_mesh(experiment.layout.mesh):
         state, step = restore_for_evaluation(experiment, flags.run, flags.step, same_data=False, **averaged)
+        cli.make_folder("--to", flags.to)
         found = predict(state)
     if multihost.is_main():
         write_atomic(flags.to, _content(found))
@@ -150,18 +153,18 @@ def _rows(context: Context, state: Any, dataset: Any) -> np.ndarray:
 
 
 def _names(section: Mapping[str, Any], split: str) -> Sequence[Any] | None:
-    """The classes of the data, or of the part of a mixture that a split such as `cola/test` is of."""
+    """The classes that the run knows, of its data or of the part of a mixture that a split such as `cola/test` is of."""
     part = section["parts"][split.partition("/")[0]] if "parts" in section else section
     found: Sequence[Any] | None = part.get("names")
     return found
 
 
 def _named(rows: np.ndarray, names: Sequence[Any] | None) -> Lines:
-    """The likeliest class of each row, by its name, or its number if nobody has named it: a model may have more classes."""
+    """The likeliest class of each row, by its name, or its number where not every class has one."""
     if rows.ndim == 1:
         return [{"number": float(row)} for row in rows]
-    named = names or ()
-    return [{"label": named[i] if i < len(named) else int(i)} for i in rows.argmax(axis=1)]
+    known = names if names is not None and len(names) == rows.shape[1] else range(rows.shape[1])
+    return [{"label": known[i]} for i in rows.argmax(axis=1)]
 
 
 def _content(found: np.ndarray | Lines) -> bytes:

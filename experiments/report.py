@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments import cli
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.metrics import goal_of
+from tfm_jax.metrics import direction
 from tfm_jax.units import counted
 
 EXAMPLES = """\
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = results.read_all(flags.folders)
     judged = results.judged(runs, flags.metric, flags.goal)
     metric = results.deciding(runs, judged.metric)
-    goal = judged.goal or goal_of(metric) or "higher"
+    goal = judged.goal or direction(metric)
     keys, names = results.differing(runs), [run.name for run in runs]
     if flags.run is not None and flags.run not in names:
         raise UserError(f"--run={flags.run} is none of them.{nearest(flags.run, names)}")

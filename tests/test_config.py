@@ -130,6 +130,15 @@ def test_names_and_variants_are_applied_before_the_keys_they_decide(raw_config):
             {"data": {"name": "examples", "source": "x", "names": "bad,good"}},
             "config: data.names='bad,good' has the wrong type; expected a list, for instance ('bad,good',).",
         ),
+        (
+            {"optim": {"freeze": "embed"}},
+            "config: optim.freeze='embed' has the wrong type; expected a list, for instance ('embed',).",
+        ),
+        (
+            {"model": {"remat": "ful"}},
+            "config: model.remat='ful' has the wrong type or value; expected one of 'none', 'full', 'dots',"
+            " 'dots_batched', or a list. Did you mean 'full'?",
+        ),
         ({"train": {}}, "config: train.steps is not set, and has no default."),
         ({"data": {}}, "config: data.source is not set, and has no default."),
         (

@@ -1,6 +1,7 @@
 """Recipes on files of the user's, from the command line: their smoke form on a made-up task that can be learnt."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -117,14 +118,25 @@ def test_predictions_of_texts_without_labels(reviews, trained, tmp_path):
     with open(labelled) as rows, open(tmp_path / "labels.jsonl") as labels:
         same = [json.loads(a)["label"] == json.loads(b)["label"] for a, b in zip(rows, labels, strict=True)]
     assert np.mean(same) >= 0.95
-    # Those that the data names, where the run has kept none.
+    # What other data fills in is not what the run has learnt.
     assert (
-        predict.main([f"--run={base}/minilm_sst2-smoke-0", "--config.data.names=None", f"--to={tmp_path}/again.jsonl"])
+        predict.main(
+            [*command, "--config.data.split=all", "--config.data.names=None", f"--to={tmp_path}/numbers.jsonl"]
+        )
         == 0
     )
+    numbers = [json.loads(line)["label"] for line in (tmp_path / "numbers.jsonl").read_text().splitlines()]
+    assert numbers == np.load(to).argmax(axis=1).tolist()
+    # An older run has kept none: they are those of its own data.
+    old = tmp_path / "old"
+    shutil.copytree(base / "minilm_sst2-smoke-0", old)
+    config = json.loads((old / "config.json").read_text())
+    del config["data"]["names"]
+    (old / "config.json").write_text(json.dumps(config))
+    assert predict.main([f"--run={old}", f"--to={tmp_path}/again.jsonl"]) == 0
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "labels.jsonl").read_text()
-    named = predict._named(np.eye(3), ["bad", "good"])
-    assert named == [{"label": "bad"}, {"label": "good"}, {"label": 2}]
+    assert predict._named(np.eye(2), ["bad", "good"]) == [{"label": "bad"}, {"label": "good"}]
+    assert predict._named(np.eye(3), ["bad", "good"]) == [{"label": i} for i in range(3)]
     with pytest.raises(UserError, match=r"This data has no labels to train or to score by: data\.label=None"):
         evaluate.main(["--run", f"{base}/minilm_sst2-smoke-0", f"--config.data.source=jsonl:{new}", "--config.data.split=all",
                        "--config.data.label=None"])  # fmt: skip

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import operator
 import sys
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -108,16 +111,19 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         value = {k: v for k, v in value.items()}
     probe = tuple(value) if isinstance(value, list) else value
     options = typing.get_args(hint) or (hint,)
-    if (
-        isinstance(value, str)
-        and str not in options
-        and any(typing.get_origin(h) is Sequence for h in (hint, *options))
-    ):
-        raise UserError(f"config: {key}={value!r} has the wrong type; expected a list, for instance ({value!r},).")
+    if isinstance(value, str):
+        # To Python a string is a sequence of strings, but nobody means its letters.
+        kinds = options if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        others = [kind for kind in kinds if typing.get_origin(kind) is not Sequence]
+        if not {*others} - {types.NoneType}:
+            raise UserError(f"config: {key}={value!r} has the wrong type; expected a list, for instance ({value!r},).")
+        fitting: Any = functools.reduce(operator.or_, others)
+    else:
+        fitting = hint
     if isinstance(value, bool) and bool not in options and hint is not Any:
         raise UserError(f"config: {key}={value!r} has the wrong type; expected {_describe(hint)}.")
     try:
-        typeguard.check_type(probe, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+        typeguard.check_type(probe, fitting, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
     except typeguard.TypeCheckError:
         choices = [c for c in options if isinstance(c, str)] or [
             c for o in options for c in typing.get_args(o) if isinstance(c, str)
@@ -141,10 +147,17 @@ def _plain(value: Any) -> Any:
 
 
 def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    if typing.get_origin(hint) is Sequence and typing.get_origin(typing.get_args(hint)[0]) is typing.Literal:
-        return f"a list, each {_describe(typing.get_args(hint)[0])}"
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, inside))
+    if origin in (types.UnionType, typing.Union):
+        return ", or ".join(map(_describe, inside))
+    if origin is Sequence and typing.get_origin(inside[0]) is typing.Literal:
+        return f"a list, each {_describe(inside[0])}"
+    if origin in (Sequence, tuple):
+        return "a list"
+    if hint is types.NoneType:
+        return "None"
     if isinstance(hint, type):
         return hint.__name__
     return str(hint).replace("typing.", "").replace("collections.abc.", "")

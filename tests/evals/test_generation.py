@@ -36,41 +36,48 @@ def config(tmp_path_factory):
     return configs.resolve(configs.load(f"{FOLDER}/mt_multi30k.py:smoke"), changes)
 
 
-def test_what_is_learnt_is_scored(config, tmp_path):
-    done = train(config, tmp_path / "run")
-    assert done.result["eval/test/sentences"] == 24
-    assert done.result["eval/validation/accuracy"] > 0.97 and done.result["eval/test/bleu"] > 90
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """The run's directory and result."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    return folder, train(config, folder).result
+
+
+def test_what_is_learnt_is_scored(run):
+    folder, result = run
+    assert result["eval/test/sentences"] == 24
+    assert result["eval/validation/accuracy"] > 0.97 and result["eval/test/bleu"] > 90
     # The command frames a source as the data did.
-    assert Loaded(tmp_path / "run").likeliest("0 1 2 3", 2, 1.0, 10)[0] == "nil one two tre"
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert Loaded(folder).likeliest("0 1 2 3", 2, 1.0, 10)[0] == "nil one two tre"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert min(line["eval/test/bleu"] for line in lines if "eval/test/bleu" in line) < 80
 
 
-def test_what_is_written_to_a_file_is_what_was_scored(config, tmp_path, monkeypatch):
+def test_what_is_written_to_a_file_is_what_was_scored(config, run, tmp_path, monkeypatch):
     """Line by line that of the source's."""
     import sacrebleu
 
-    done = train(configs.resolve(config, [("train.steps", "60"), ("train.eval_every", "0")]), tmp_path / "run")
-    run, to = f"--run={tmp_path / 'run'}", tmp_path / "new" / "made.jsonl"
-    assert predict.main([run, f"--to={to}"]) == 0
-    made = [json.loads(line)["text"] for line in to.read_text().splitlines()]
-    source = Path(config["data"]["source"].removeprefix("jsonl:")).parent / "valid.jsonl"
-    wanted = [json.loads(line)["target"] for line in source.read_text().splitlines()]
-    assert sacrebleu.corpus_bleu(made, [wanted]).score == pytest.approx(done.result["eval/test/bleu"])
-    # Another order would be another score.
-    assert sacrebleu.corpus_bleu(made, [wanted[::-1]]).score < 0.9 * done.result["eval/test/bleu"]
-    # The run's own search, but for what a flag says.
+    (folder, result), to = run, tmp_path / "new" / "made.jsonl"
     asked, search = list[dict[str, float]](), generation.beam_search
     monkeypatch.setattr(generation, "beam_search", lambda *a, **k: (asked.append(k), search(*a, **k))[1])
-    own = {"beams": 2, "length_penalty": 1.0, "max_new": 10}
-    for name, value in (("beams", 1), ("length_penalty", -3.0), ("max_new", 2)):
-        assert predict.main([run, f"--to={to}", f"--{name}={value}"]) == 0
-        assert {key: asked[-1][key] for key in own} == own | {name: value}
-    assert all(
-        len(json.loads(line)["text"]) < len(text) for line, text in zip(to.read_text().splitlines(), made, strict=True)
-    )
+
+    def written(*flags):
+        assert predict.main([f"--run={folder}", f"--to={to}", *flags]) == 0
+        return [json.loads(line)["text"] for line in to.read_text().splitlines()]
+
+    made = written()
+    source = Path(config["data"]["source"].removeprefix("jsonl:")).parent / "valid.jsonl"
+    wanted = [json.loads(line)["target"] for line in source.read_text().splitlines()]
+    assert sacrebleu.corpus_bleu(made, [wanted]).score == pytest.approx(result["eval/test/bleu"])
+    # Another order would be another score.
+    assert sacrebleu.corpus_bleu(made, [wanted[::-1]]).score < 0.9 * result["eval/test/bleu"]
+    # The run's own search, but for what flags say.
+    short = written("--beams=1", "--length_penalty=-3.0", "--max_new=2")
+    for at, search_of in ((0, (2, 1.0, 10)), (-1, (1, -3.0, 2))):
+        assert tuple(asked[at][name] for name in ("beams", "length_penalty", "max_new")) == search_of
+    assert all(len(a) < len(b) for a, b in zip(short, made, strict=True))
     with says(f"--to={to.with_suffix('.npy')}: this run predicts no class or number for each example. Name a .jsonl."):
-        predict.main([run, f"--to={to.with_suffix('.npy')}"])
+        written(f"--to={to.with_suffix('.npy')}")
 
 
 def test_the_score_is_sacrebleus_over_the_rows_that_there_are(config, monkeypatch):

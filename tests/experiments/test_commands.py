@@ -200,12 +200,17 @@ def test_who_decides_on_the_allocator(ours, other, monkeypatch):
     assert started == []
 
 
-def test_a_file_that_can_have_no_folder(tmp_path):
+def test_a_file_that_can_have_no_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    with says(f"{tmp_path}/file/new/a.npy: its folder cannot be made: Not a directory."):
-        cli.make_folder(tmp_path / "file" / "new" / "a.npy")
-    cli.make_folder(tmp_path / "new" / "er" / "a.npy")
+    with says(f"--to={tmp_path}/file/new/a.npy: its folder cannot be made: Not a directory."):
+        cli.make_folder("--to", tmp_path / "file" / "new" / "a.npy")
+    cli.make_folder("--to", tmp_path / "new" / "er" / "a.npy")
     assert (tmp_path / "new" / "er").is_dir()
+    with says(f"--table={tmp_path}/new is a folder; give a file's name."):
+        cli.make_folder("--table", tmp_path / "new")
+    monkeypatch.setattr(os, "access", lambda folder, how: (folder, how) != (tmp_path / "new", os.W_OK))
+    with says(f"--to={tmp_path}/new/a.npy: you may not write into {tmp_path}/new."):
+        cli.make_folder("--to", tmp_path / "new" / "a.npy")
 
 
 def test_a_mistake_in_a_process_of_its_own(config_file, command_env):

@@ -141,7 +141,25 @@ def test_tensor_that_splits_nothing(make_config):
     with says(f"mesh.tensor=8 splits none of the parameters.{rules}"):
         no_rules.check_splits(params)
     no_rules.with_rules([("kernel$", (None, "tensor"))]).check_splits(params)
-    no_rules.with_rules([("kernel$", (("fsdp", "tensor"), None))]).check_splits(params)
+    joint = [("kernel$", (("fsdp", "tensor"), None))]
+    no_rules.with_rules(joint).check_splits(params)
+    why = " kernel: fsdp*tensor=8 does not divide 12."
+    with says(f"mesh.tensor=2 splits none of the parameters.{why}{fits}"):
+        mesh.make(fsdp=4, tensor=2, rules=joint).check_splits({"kernel": shape(12, 16)})
+
+
+def test_what_gives_way_is_said(caplog):
+    """Two of three arrays, the larger first."""
+    caplog.set_level("INFO")
+    layout = mesh.make(tensor=4, data=2, rules=[("kernel$", (None, "tensor"))])
+    params = {"a": {"kernel": shape(4, 6)}, "b": {"kernel": shape(4, 8)}, "c": {"kernel": shape(40, 6)}}
+    layout.check_splits(params)
+    assert caplog.messages == [
+        "mesh: 2 of 3 arrays are not placed as a rule says, for instance c/kernel: tensor=4 does not divide 6."
+        " --print_sharding has all."
+    ]
+    layout.check_splits({"b": params["b"]})
+    assert len(caplog.messages) == 1
 
 
 def test_fresh_states_are_born_where_they_live(make_config):

@@ -67,7 +67,7 @@ def test_what_differs(sweep):
         goal_of(METRIC) == "lower"
         and goal_of("eval/validation/accuracy") == goal_of("eval/test/bleu_lowercase") == "higher"
     )
-    assert goal_of("eval/validation/examples") is goal_of("tokens_per_s") is None
+    assert goal_of("eval/validation/examples") is None and goal_of("tokens_per_s") == "higher"
     assert results.ranked(runs, METRIC, "higher")[0].name == "lr=0.128,seed=1"
 
 

@@ -119,10 +119,18 @@ def test_a_folder_that_is_no_run(tmp_path):
     )
     assert rundir.read_config(tmp_path / "first") == {"model": {}}
     # An evaluator's key that is no more.
-    for said, metrics in ((False, ["bleu", "chrf"]), (True, ["bleu_lowercase", "chrf"])):
-        config = {"model": {}, "evals": {"test": {"metrics": ["bleu", "chrf"], "lowercase": said}, "loss": {}}}
+    beam = {"name": "generation"}
+    for said, asked in (
+        (beam | {"metrics": ["bleu", "chrf"], "lowercase": False}, beam | {"metrics": ["bleu", "chrf"]}),
+        (beam | {"metrics": ["bleu", "rouge"], "lowercase": True}, beam | {"metrics": ["bleu_lowercase", "rouge"]}),
+        # What has nothing in its place stays, and so does what is not ours.
+        (kept := beam | {"metrics": ["bleu", "chrf"], "lowercase": True}, kept),
+        (kept := beam | {"metrics": None, "lowercase": True}, kept),
+        (kept := {"name": "my_lab.evals:make", "lowercase": True}, kept),
+    ):
+        config = {"model": {}, "evals": {"test": said, "loss": {}}}
         (tmp_path / "first" / "config.json").write_text(json.dumps(config))
-        assert rundir.read_config(tmp_path / "first")["evals"] == {"test": {"metrics": metrics}, "loss": {}}
+        assert rundir.read_config(tmp_path / "first")["evals"] == {"test": asked, "loss": {}}
     # Nor does a wrong one become an error of another kind.
     for evals in (None, [], {"test": None}):
         (tmp_path / "first" / "config.json").write_text(json.dumps({"model": {}, "evals": evals}))

@@ -13,8 +13,8 @@ from tfm_jax.evals.base import Context, Evaluate, needed, predictions
 def make(context: Context, *, split: str = "validation", batch_size: int | None = None) -> Evaluate:
     """An evaluator of a training state.
 
-    An entity is right if its tags `B-TYPE`, `I-TYPE` .. agree from its first word to its last. Words behind a row's end count as
-    outside of any.
+    An entity is right if its tags `B-TYPE`, `I-TYPE` .. agree from its first word to its last. Words behind a row's end, and
+    those of a class that the data has no tag for, count as outside of any.
 
     Args:
       split: of a data set of tags (`data.tags`).
@@ -43,15 +43,17 @@ def make(context: Context, *, split: str = "validation", batch_size: int | None 
 
 
 def tags(context: Context, state: Any, dataset: Any, unseen: str | None) -> list[list[str | None]]:
-    """Those of each sentence's words, in the pass's order; `unseen` for words without a place in their row."""
+    """Those of each sentence's words, in the pass's order; `unseen` for words without a place in their row, and for classes that
+    are no tag of the data's."""
     found = list[list[str | None]]()
     for step, (_, made) in enumerate(predictions(context, state, dataset, "next_token")):
+        chosen = np.argmax(made["logits"], axis=-1)
         # A model may have more classes than the data has tags.
-        chosen = np.argmax(made["logits"][..., : len(dataset.names)], axis=-1)
+        names = [*dataset.names, *[unseen] * (made["logits"].shape[-1] - len(dataset.names))]
         for row, (own, shown, place) in zip(chosen, dataset.tagged_words(step), strict=False):
             guess = [unseen] * len(own)
             for word, position in zip(shown, place, strict=True):
-                guess[word] = dataset.names[row[position]]
+                guess[word] = names[row[position]]
             found.append(guess)
     return found
 

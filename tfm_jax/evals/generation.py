@@ -39,7 +39,7 @@ def make(
       A function from a `TrainState` to what `scored` gives, and `sentences`.
 
     Raises:
-      UserError: a library is not installed, or the data or model is not one that turns texts into texts.
+      UserError: no metric is asked for, a library is not installed, or the data or model is not one that turns texts into texts.
     """
     if not metrics:
         raise UserError("evals: metrics is empty: give for instance ('bleu',).")

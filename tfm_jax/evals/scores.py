@@ -31,7 +31,7 @@ def make(
       batch_size: rows at a time; the training batch if None.
 
     Raises:
-      UserError: a library is not installed, or the task predicts no classes or numbers.
+      UserError: no metric is asked for, a library is not installed, or the task predicts no classes or numbers.
     """
     if not metrics:
         raise UserError("evals: metrics is empty: give for instance ('matthews',).")

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 
 from tfm_jax.errors import UserError
 from tfm_jax.parallel.devices import has_host_memory
-from tfm_jax.parallel.sharding import Layout, Memory, Rule
+from tfm_jax.parallel.sharding import Layout, Memory, Rule, names_of
 
 
 def make(
@@ -115,7 +115,7 @@ def _rule(rule: Any, axes: tuple[str, ...]) -> Rule:
     except (TypeError, ValueError):
         raise UserError(f"mesh.rules: {rule!r} is not a pair (regex, axes of the last dimensions).") from None
     for dim in dims:
-        for name in dim if isinstance(dim, tuple) else (dim,):
-            if name is not None and name not in axes:
+        for name in names_of(dim):
+            if name not in axes:
                 raise UserError(f"mesh.rules: {rule!r} names the axis {name!r}; the mesh has {', '.join(axes)}.")
     return str(pattern), dims

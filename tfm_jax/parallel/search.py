@@ -18,7 +18,7 @@ from tfm_jax.errors import UserError
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel import mesh
 from tfm_jax.parallel.plan import Plan, Topology, drawn, hardware_flops, on_one_chip, planned
-from tfm_jax.parallel.sharding import Layout
+from tfm_jax.parallel.sharding import Layout, names_of
 from tfm_jax.sections import family
 from tfm_jax.tasks.base import bind
 from tfm_jax.train.build import Experiment, build
@@ -219,7 +219,7 @@ def _sent(layout: Layout, table: Any, accum: int, where: Topology) -> float:
     for row in table:
         if not row.path.startswith("params/"):
             continue
-        names = {name for axis in row.spec for name in (axis if isinstance(axis, tuple) else (axis,))}
+        names = {name for axis in row.spec for name in names_of(axis)}
         size = row.bytes_per_device / 2
         inside += 3 * size * (sizes["fsdp"] - 1) if "fsdp" in names else 0.0
         copies = sizes["data"] // slices

@@ -11,6 +11,7 @@ rule is split over `fsdp` on its largest divisible dimension (ZeRO-3, Rajbhandar
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from jax.sharding import PartitionSpec as P
 
 from tfm_jax.errors import UserError
 from tfm_jax.paths import compile_patterns, flatten, map_with_path
+
+log = logging.getLogger(__name__)
 
 Axis = str | tuple[str, ...] | None
 Rule = tuple[str, tuple[Axis, ...]]
@@ -86,7 +89,7 @@ def spec_of(names: Sequence[str | None], shape: tuple[int, ...], *, rest: bool =
 def ways(name: str) -> int:
     """Over how many devices of the current mesh an activation's dimension of this meaning is split."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    return math.prod(sizes.get(each, 1) for each in _names(ACTIVATION_AXES[name]))
+    return math.prod(sizes.get(each, 1) for each in names_of(ACTIVATION_AXES[name]))
 
 
 def on_parts(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -108,13 +111,13 @@ def merged(x: jax.Array, *, keep: int = 1) -> jax.Array:
     return x if ways("length") > 1 else x.reshape(-1, *x.shape[x.ndim - keep :])
 
 
-def _names(axis: Axis) -> tuple[str, ...]:
+def names_of(axis: Axis) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else tuple(axis or ())
 
 
 def _fitting(axis: Axis, dim: int, sizes: dict[str, int]) -> tuple[Axis, str]:
     """The axis if it divides the dimension, else None and the reason."""
-    names = _names(axis)
+    names = names_of(axis)
     if unknown := [name for name in names if name not in sizes]:
         raise ValueError(f"Sharding names the axis {unknown[0]!r}; the mesh has {tuple(sizes)}.")
     ways = math.prod(sizes[name] for name in names)
@@ -179,13 +182,20 @@ class Layout:
         return sorted(rows, key=lambda row: -row.bytes_per_device)
 
     def check_splits(self, params: Any) -> None:
-        """Raise where `mesh.tensor` splits no parameter: each of its devices would do the same work."""
+        """Say what gives way to a size that does not fit, and raise where `mesh.tensor` splits no parameter: each of its
+        devices would do the same work."""
+        rows = self.table(params)
+        if gave_way := [row for row in rows if row.note]:
+            log.info(
+                "mesh: %d of %d arrays are not placed as a rule says, for instance %s: %s. --print_sharding has all.",
+                len(gave_way), len(rows), gave_way[0].path, gave_way[0].note,
+            )  # fmt: skip
         if (ways := self.mesh.shape["tensor"]) == 1:
             return
-        rows = self.table(params)
-        if any("tensor" in _names(axis) for row in rows for axis in row.spec):
+        if any("tensor" in names_of(axis) for row in rows for axis in row.spec):
             return
-        why = [f"{row.path}: {row.note}" for row in rows if f"tensor={ways}" in row.note]
+        named = [re.compile(regex) for regex, dims in self.rules if any("tensor" in names_of(axis) for axis in dims)]
+        why = [f"{row.path}: {row.note}" for row in rows if row.note and any(x.search(row.path) for x in named)]
         raise UserError(
             f"mesh.tensor={ways} splits none of the parameters. "
             + (

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tfm_jax.errors import UserError
-from tfm_jax.metrics import Goal, goal_of
+from tfm_jax.metrics import Goal, direction
 from tfm_jax.sweep import results
 from tfm_jax.sweep.content import shown
 from tfm_jax.sweep.results import Run
@@ -58,7 +58,7 @@ def table(
     deciding = next((name for name in losses if name in known), losses[0])
     # A direction is that of the metric it was said of.
     own = goal if metric in (None, deciding) else None
-    ordered = results.ranked(runs, deciding, own or goal_of(deciding) or "higher")
+    ordered = results.ranked(runs, deciding, own or direction(deciding))
     counts = {state: sum(run.state == state for run in runs) for state in sorted({run.state for run in runs})}
     columns: list[tuple[str, JustifyMethod, list[str]]] = [
         ("state", "left", [run.state for run in ordered]),

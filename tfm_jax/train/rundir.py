@@ -89,10 +89,20 @@ def _recorded(path: Path) -> configs.Config:
         raise UserError(f"{path} is damaged: it is no JSON object. Training writes it anew where there is none.")
     evals = found.get("evals")
     for evaluator in evals.values() if isinstance(evals, dict) else ():
-        # A key of older runs, and what is asked for in its place now.
-        if isinstance(evaluator, dict) and evaluator.pop("lowercase", False):
-            evaluator["metrics"] = ["bleu_lowercase" if m == "bleu" else m for m in evaluator.get("metrics", ())]
+        if isinstance(evaluator, dict) and evaluator.get("name") == "generation":
+            _without_lowercase(evaluator)
     return found
+
+
+def _without_lowercase(section: dict[str, Any]) -> None:
+    """A key of older runs, and what is asked for in its place now. What chrF made of it there is no more: that stays, and is
+    refused as any key that there is not."""
+    metrics, lowercase = section.get("metrics"), section.get("lowercase")
+    if lowercase is False:
+        del section["lowercase"]
+    elif lowercase is True and isinstance(metrics, list) and "chrf" not in metrics:
+        del section["lowercase"]
+        section["metrics"] = ["bleu_lowercase" if metric == "bleu" else metric for metric in metrics]
 
 
 def with_own(run: Path, config: configs.Config) -> configs.Config:
