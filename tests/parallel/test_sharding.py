@@ -12,6 +12,7 @@ from tests.errors import says
 from tfm_jax.errors import UserError
 from tfm_jax.parallel import mesh, sharding
 from tfm_jax.paths import flatten
+from tfm_jax.train import rundir
 from tfm_jax.train.build import build
 
 
@@ -146,6 +147,21 @@ def test_tensor_that_splits_nothing(make_config):
     why = " kernel: fsdp*tensor=8 does not divide 12."
     with says(f"mesh.tensor=2 splits none of the parameters.{why}{fits}"):
         mesh.make(fsdp=4, tensor=2, rules=joint).check_splits({"kernel": shape(12, 16)})
+
+
+def test_a_teacher_of_another_family_has_its_own_rules(make_config, tmp_path):
+    masked = {"model.types": 0, "data.objective": "mask", "model.outputs": "('tokens',)"} | {
+        "mesh.fsdp": 2,
+        "mesh.tensor": 2,
+    }
+    teacher = build(make_config({**masked, "model.name": "longformer", "model.window": 4}))
+    rundir.begin(tmp_path / "teacher", teacher.config, teacher.data.tokenizer)
+    inside = "{'name': 'token_prediction'}"
+    taught = {"task.name": "distillation", "task.teacher": f"'{tmp_path}/teacher'", "task.task": inside}
+    built = build(make_config({**masked, **taught, "model.name": "bert"}))
+    kernels = {path: row for path, row in rows(built.layout, built.abstract_state()).items() if path.endswith("kernel")}
+    own = [row for path, row in kernels.items() if "_global/kernel" in path]
+    assert len(own) == 3 and all("teacher/" in row.path and row.spec == P("fsdp", "tensor") for row in own)
 
 
 def test_what_gives_way_is_said(caplog):

@@ -159,6 +159,23 @@ def test_what_a_task_adds_is_trained_without_being_named():
     assert frozen == {"attention/query/kernel"} and "bridge/kernel" in paths
 
 
+def test_a_student_needs_no_teacher_when_its_adapters_are_put_on(trained, make_config, tmp_path):
+    """Nor the matrix between their states, which no base has."""
+    narrow = {"model.width": 8, "train.steps": 3}
+    train(make_config(narrow), tmp_path / "base")
+    taught = {"task.name": "distillation", "task.teacher": f"'{trained / 'donor'}'", "task.hidden": "((1, 1),)",
+              "task.task": "{'name': 'token_prediction'}"}  # fmt: skip
+    start = {"model.layers": 1, "checkpoint.init_from": f"'{tmp_path / 'base'}'"}
+    train(make_config({**CHANGES, **narrow, **start, **taught}), tmp_path / "run")
+    adapters.save(tmp_path / "run", tmp_path / "saved")
+    adapters.put_on(tmp_path / "saved", tmp_path / "base", tmp_path / "back")
+    assert rundir.read_config(tmp_path / "back")["task"]["name"] == "token_prediction"
+    want, found = (flatten(load_params(tmp_path / name)[0]) for name in ("run", "back"))
+    assert want.keys() == found.keys()
+    for path, x in want.items():
+        np.testing.assert_allclose(found[path], x, atol=1e-6, err_msg=path)
+
+
 @pytest.mark.journey
 def test_a_base_with_another_head(make_config, tmp_path):
     """Of which the run took what it wanted; put on again they are what was trained."""

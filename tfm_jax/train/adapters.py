@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ ARRAYS, RECORD = "adapter.safetensors", "adapter.json"
 def save(run: Path, folder: Path, step: int | None = None) -> dict[str, Any]:
     """Write a run's adapters, and what `train.adapter.train` names, with its config and a hash of what they stand on.
 
-    Of a run with an average (`train.ema`) they are the average's, and the config that is kept has none.
+    Of a run with an average (`train.ema`) they are the average's, and the config that is kept has none; nor has it a teacher.
 
     Raises:
       UserError: the run has no adapters, or the folder is not new.
@@ -46,8 +47,11 @@ def save(run: Path, folder: Path, step: int | None = None) -> dict[str, Any]:
         raise UserError(f"{folder} is there already: give a new folder.")
     trained, averages = load_trained(run, step), config["train"]["ema"] is not None
     config["train"]["ema"] = None
-    leaves = flatten(trained.params)
-    used = flatten(averaged(build_task(config), trained.extra)) if averages else leaves
+    task = build_task(config)
+    config["task"] = config["task"].get("task", config["task"])
+    added = [re.compile(pattern) for pattern in task.own]
+    leaves = {p: x for p, x in flatten(trained.params).items() if not any(regex.search(p) for regex in added)}
+    used = flatten(averaged(task, trained.extra)) if averages else leaves
     patterns = compile_patterns(section["train"], setting="train.adapter.train")
     own = {p: x for p, x in used.items() if p.startswith(f"{KEY}/") or any(regex.search(p) for regex in patterns)}
     # Not the average of what never changed, which is the same but for rounding.

@@ -171,7 +171,9 @@ def build(
     config = _filled_in(config, data)
     model = build_model(config["model"])
     model = model if pipeline is None else model.clone(pipeline=pipeline)
-    layout = layout.with_rules(family(config["model"]["name"], "RULES", ()))
+    teacher = config["task"].get("teacher_model")
+    for section in (config["model"], *([teacher] if teacher else [])):
+        layout = layout.with_rules(family(section["name"], "RULES", ()))
     task = build_task(config)
     check_donors(config, task, data)
     inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
