@@ -44,6 +44,7 @@ def check(config: configs.Config, layout: Layout) -> None:
         raise UserError(
             f"task.tasks.{idle[0]}: no part of the data is for it.{nearest(idle[0], parts)} See data.parts."
         )
+    _check_told(task, parts or {})
     watched = config["train"]["stop_metric"]
     if watched is not None:
         kind, _, rest = watched.partition("/")
@@ -93,6 +94,27 @@ def check(config: configs.Config, layout: Layout) -> None:
                 f"mesh.expert={ways} needs experts that it divides and that have slots; model.experts={block.experts},"
                 f" model.expert_capacity={block.expert_capacity}. Without slots (None) every device holds every expert."
             )
+
+
+def _check_told(task: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """A student learns all parts of a mixture from a teacher, or all from what one has said beforehand.
+
+    A part that has neither would end the run at its own first batch, which may be long after others.
+    """
+    if "teacher" not in task:
+        return
+    told = [name for name, part in parts.items() if part.get("predictions") is not None]
+    if not told:
+        return
+    if task["teacher"] is not None:
+        raise UserError(
+            f"task.teacher and data.parts.{told[0]}.predictions are both set: a student learns from one of them."
+        )
+    if silent := [name for name in parts if name not in told]:
+        raise UserError(
+            f"data.parts.{silent[0]}.predictions is not set, and data.parts.{told[0]}.predictions is: a student learns every"
+            " part from a teacher. Set it for all parts, or task.teacher=RUN instead."
+        )
 
 
 def check_batch(config: configs.Config, layout: Layout) -> None:
