@@ -139,13 +139,21 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
 
 
 def check_donors(config: configs.Config, task: Task, data: Any) -> None:
-    """A teacher must read the ids that this data gives, and know its classes in their order."""
+    """A teacher must read the ids that this data gives, tell as many segments apart, and know its classes in their order."""
     for run in task.donors.values():
         folder = run_folder(Path(run))
         if reads_others(folder, data.tokenizer):
             raise UserError(f"{run} reads other ids than this data gives: set data.tokenizer=run:{folder}.")
-        # One whose folder is gone was looked at when the run began.
-        known = _class_names(read_config(folder)["data"]) if (folder / "config.json").is_file() else {}
+        if not (folder / "config.json").is_file():
+            continue  # One whose folder is gone was looked at when the run began.
+        there = read_config(folder)
+        types, wanted = there["model"].get("types"), data.sizes.get("types", 0)
+        # One without any takes no notice of them; a row that a table has not is NaN.
+        if types and types < wanted:
+            raise UserError(
+                f"{run} has model.types={types}, and this data has {wanted}: a teacher needs at least {wanted}, or 0 for none."
+            )
+        known = _class_names(there["data"])
         for setting, names in _class_names(config["data"]).items():
             theirs = known.get(setting, names)
             if [name.casefold() for name in names] != [name.casefold() for name in theirs]:
