@@ -131,6 +131,10 @@ def test_bad_input(sources):
         built(task={"tasks": {name: {"name": "classification"} for name in ("tone", "count", "tune")}})
     with says("task.weights.tune: there is no such task. Did you mean 'tone'?"):
         built(task={"weights": {"tune": 2.0}})
+    with says(
+        "task.tasks.tone and task.tasks.count both mark spans, and a model has one head for them. Make one part of their data."
+    ):
+        built(task={"tasks": {name: {"name": "span_extraction"} for name in ("tone", "count")}})
     with says("model.classes={'tone': 2}: the data has {'tone': 2, 'count': 1}. Set these, or leave it out."):
         built(model={"classes": {"tone": 2}})
 
