@@ -45,14 +45,7 @@ def check(config: configs.Config, layout: Layout) -> None:
             f"task.tasks.{idle[0]}: no part of the data is for it.{nearest(idle[0], parts)} See data.parts."
         )
     _check_told(task, parts or {})
-    watched = config["train"]["stop_metric"]
-    if watched is not None:
-        kind, _, rest = watched.partition("/")
-        if kind != "eval" or rest.partition("/")[0] not in config["evals"]:
-            known = [f"eval/{name}/{rest.partition('/')[2] or 'loss'}" for name in config["evals"]]
-            raise UserError(f"train.stop_metric={watched!r} is of no evaluator.{nearest(watched, known)}")
-        if config["train"]["stop_goal"] == "lower" and goal_of(watched) == "higher":
-            raise UserError(f"train.stop_metric={watched!r} is better the higher it is: set train.stop_goal='higher'.")
+    _check_watched(config)
     objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
     if objective is not None and fitting is not None and objective not in fitting:
         raise UserError(
@@ -94,6 +87,26 @@ def check(config: configs.Config, layout: Layout) -> None:
                 f"mesh.expert={ways} needs experts that it divides and that have slots; model.experts={block.experts},"
                 f" model.expert_capacity={block.expert_capacity}. Without slots (None) every device holds every expert."
             )
+
+
+def _check_watched(config: configs.Config) -> None:
+    """What may end a run must be of an evaluator, and better in the direction that is said; its own name is known beforehand
+    where the evaluator is told what to give."""
+    watched, goal = config["train"]["stop_metric"], config["train"]["stop_goal"]
+    if watched is None:
+        return
+    kind, _, rest = watched.partition("/")
+    name, _, key = rest.partition("/")
+    if kind != "eval" or name not in config["evals"]:
+        known = [f"eval/{name}/{key or 'loss'}" for name in config["evals"]]
+        raise UserError(f"train.stop_metric={watched!r} is of no evaluator.{nearest(watched, known)}")
+    told = [str(metric) for metric in config["evals"][name].get("metrics") or ()]
+    # One may give several that are named after it, as rouge gives rouge1.
+    if told and not key.startswith(tuple(told)):
+        raise UserError(f"train.stop_metric={watched!r} is not of evals.{name}.metrics.{nearest(key, told)}")
+    better = goal_of(watched)
+    if better not in (None, goal):
+        raise UserError(f"train.stop_metric={watched!r} is better the {better} it is: set train.stop_goal={better!r}.")
 
 
 def _check_told(task: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
