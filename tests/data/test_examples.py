@@ -211,7 +211,7 @@ def test_bad_input_is_named(folder, bert, tmp_path):
         f"data.source={source!r}: the field 'score' mixes names and numbers, or has fractions; is it a number to predict (data.kind=number)?"
     ):
         opened(folder, bert, label="score")
-    with says(f"{folder}/train.jsonl, line 1: the field 'mood' is 'good', not a number."):
+    with says(f"{folder}/train.jsonl, line 1: the field 'mood' is 'good', not a finite number (float32)."):
         opened(folder, bert, label="mood", kind="number")
     with says("data.seq_len=4: the marks alone take 3, and each text at least one more."):
         opened(folder, bert, pair="other", label="mood", seq_len=4)
@@ -302,7 +302,31 @@ def test_a_run_keeps_the_names_of_its_classes(folder, bert, tmp_path):
         " are the train split's or data.names. Did you mean 'none'?"
     ):
         make(source=f"jsonl:{tmp_path}/*.jsonl", label="mood", **common)
-    write(tmp_path / "valid.jsonl", [{"text": "the sea", "mood": math.nan}])
     write(tmp_path / "train.jsonl", [{"text": "the sea", "mood": 1.5}])
-    with says(f"{tmp_path}/valid.jsonl, line 1: the field 'mood' is nan, not a number."):
-        make(source=f"jsonl:{tmp_path}/*.jsonl", label="mood", kind="number", **common)
+    for value in (math.nan, math.inf, -math.inf, -1e39, 10**400):
+        write(tmp_path / "valid.jsonl", [{"text": "the sea", "mood": 3e38}, {"text": "the sea", "mood": value}])
+        with says(f"{tmp_path}/valid.jsonl, line 2: the field 'mood' is {value!r}, not a finite number (float32)."):
+            make(source=f"jsonl:{tmp_path}/*.jsonl", label="mood", kind="number", **common)
+
+
+def test_names_that_are_numbers_are_no_places(tmp_path):
+    """Label 3 of the names 1, 2, 3 is the last one; label 0 is none, though there is a place 0."""
+
+    def targets(labels, names):
+        for split in ("train", "valid"):
+            write(tmp_path / f"{split}.jsonl", [{"text": "the sea", "label": label} for label in labels])
+        data = make(source=f"jsonl:{tmp_path}/*.jsonl", tokenizer="bytes", names=names, seq_len=16)
+        return data.evals("validation", len(labels)).batch_at(0)["targets"].tolist()
+
+    assert targets([3, 1, 2], (1, 2, 3)) == [2, 0, 1] and targets([1, -1, 1.0], (-1, 1)) == [1, 0, 1]
+    assert targets(["b", 0, 1], ("a", "b")) == [1, 0, 1] and targets([1, 0], (0, 1)) == [1, 0]
+    for names, hint in (((1, 2, 3), "1, 2, 3"), ((-1, 1), "-1, 1"), (("low", 2), "2, low")):
+        with says(
+            f"{tmp_path}/train.jsonl, line 2: 0 in the field 'label' is none of the classes, which are the train split's or"
+            f" data.names. Valid: {hint}."
+        ):
+            targets([names[-1], 0], names)
+    with says("data.names=('a', 'b', 'a'): 'a' stands there twice. Name each class once."):
+        targets(["a", "b"], ("a", "b", "a"))
+    with says("data.names=(1, 1.0): 1.0 stands there twice. Name each class once."):
+        targets([1], (1, 1.0))

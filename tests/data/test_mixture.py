@@ -131,6 +131,10 @@ def test_bad_input(sources):
         built(task={"tasks": {name: {"name": "classification"} for name in ("tone", "count", "tune")}})
     with says("task.weights.tune: there is no such task. Did you mean 'tone'?"):
         built(task={"weights": {"tune": 2.0}})
+    with says(
+        "task.tasks.tone and task.tasks.count both mark spans, and a model has one head for them. Make one part of their data."
+    ):
+        built(task={"tasks": {name: {"name": "span_extraction"} for name in ("tone", "count")}})
     with says("model.classes={'tone': 2}: the data has {'tone': 2, 'count': 1}. Set these, or leave it out."):
         built(model={"classes": {"tone": 2}})
 
@@ -138,12 +142,14 @@ def test_bad_input(sources):
 def test_a_mixture_is_distilled(sources, tmp_path):
     """The weighted loss of a batch's part and, by hand, what that part's two heads say."""
     trunk = {"name": "bert", "width": 16, "heads": 2, "max_len": 32, "outputs": ("classes",)}
-    data = {"name": "mixture", "parts": parts(sources), "tokenizer": "bytes", "seq_len": 32, "batch_size": 8}
+    data = {"name": "mixture", "tokenizer": "bytes", "seq_len": 32, "batch_size": 8}
     tasks = {"tone": {"name": "classification"}, "count": {"name": "regression"}}
     mixed, folder = {"name": "mixture", "tasks": tasks, "weights": {"count": 3.0}}, tmp_path / "teacher"
 
-    def built(layers, task):
-        section = {"model": {**trunk, "layers": layers}, "data": data, "task": task, "train": {"steps": 200}}
+    def built(layers, task, **files):
+        told = {part: {**section, "predictions": files.get(part)} for part, section in parts(sources).items()}
+        section = {"model": {**trunk, "layers": layers}, "data": {**data, "parts": told}, "task": task,
+                   "train": {"steps": 200}}  # fmt: skip
         made = build(configs.resolve(section))
         return made, jax.jit(made.model.init)(jax.random.key(layers), jnp.zeros((1, 8), jnp.int32))["params"]
 
@@ -175,6 +181,20 @@ def test_a_mixture_is_distilled(sources, tmp_path):
         " the teacher's order."
     ):
         built(1, {**heat, "task": mixed})
+    # What a teacher has said beforehand must be there for all parts, or for none, found before any of it is read.
+    beforehand, files = {"name": "distillation", "task": mixed}, {}
+    with says(
+        "data.parts.tone.predictions is not set, and data.parts.count.predictions is: a student learns every part from a"
+        " teacher. Set it for all parts, or task.teacher=RUN instead."
+    ):
+        built(1, beforehand, count="nothing.npy")
+    with says("task.teacher and data.parts.count.predictions are both set: a student learns from one of them."):
+        built(1, {**heat, "task": mixed}, count="nothing.npy")
+    for part, shape in (("tone", (300, 2)), ("count", (100, 1))):
+        files[part] = str(tmp_path / f"{part}.npy")
+        np.save(files[part], np.ones(shape))
+    own = built(1, beforehand, **files)[0].data.train
+    assert {own.batch_at(turns.index(part))["teacher"].shape for part in tasks} == {(8, 2), (8, 1)}
 
 
 @pytest.mark.journey

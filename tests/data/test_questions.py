@@ -140,6 +140,14 @@ def test_bad_input(tmp_path, bert):  # noqa: F811
     folder, call = made({**good, "answers": "ship"})
     with says(f"{folder}/train.jsonl, line 1: the field 'answers' is not a dict with 'text' and 'answer_start'."):
         call()
+    # Four characters before the end there is a word too.
+    folder, call = made({**record("a", ["the", "ship"], 1, 1), "answers": {"text": ["shi"], "answer_start": [-4]}})
+    with says(f"{folder}/train.jsonl, line 1: the answer 'shi' is not in its context at -4. It is at 4."):
+        call()
+    for key, value in (("text", "ship"), ("answer_start", 4), ("text", None)):
+        folder, call = made({**good, "answers": {**good["answers"], key: value}})
+        with says(f"{folder}/train.jsonl, line 1: the field 'answers' has {value!r} as {key!r}, which is no list."):
+            call()
     _, call = made(good, seq_len=80, overlap=20)
     with says(
         "data.overlap=20: must be at least 0, and below the 13 tokens of a context that data.seq_len=80 leaves beside"

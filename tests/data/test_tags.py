@@ -119,8 +119,13 @@ def test_bad_input(tmp_path):
     ):
         call()
     folder, call = made({"words": "a b", "tags": ["O"]})
-    with says(f"{folder}/train.jsonl, line 1: the field 'words' is text, not a list of words."):
+    with says(f"{folder}/train.jsonl, line 1: the field 'words' is a str, not a list."):
         call()
+    # Two letters are no tags of two words.
+    for value, kind in ((None, "NoneType"), (3, "int"), ("OO", "str")):
+        folder, call = made(good, {**good, "tags": value})
+        with says(f"{folder}/train.jsonl, line 2: the field 'tags' is a {kind}, not a list."):
+            call()
     folder, call = made({**good, "tags": [0, 1]}, valid={**good, "tags": [0, 1]})
     with says(
         f"data.source='jsonl:{folder}/*.jsonl': the tags in the field 'tags' are numbers; name them: data.names."

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.data.test_examples import bert  # noqa: F401 - a fixture
 from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.data.tokenizers import load_tokenizer
@@ -188,6 +189,43 @@ def test_a_teachers_classes_in_another_order(tmp_path):
     assert own.config["data"]["names"] == ["positive", "negative"]
     lines = _differences(folder, built(task).config, byte_tokenizer())
     assert lines == ["data.names: ['POSITIVE', 'NEGATIVE'] there, ['negative', 'positive'] here"]
+
+
+def test_a_teacher_with_fewer_segments(bert, tmp_path):  # noqa: F811
+    """What it says of a pair would be NaN, and every step skipped; one that has none says numbers."""
+    for split in ("train", "valid"):
+        rows = [{"text": "the whale", "other": "a ship", "label": i % 2} for i in range(16)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"name": "bert", "layers": 1, "width": 16, "heads": 2, "max_len": 16, "outputs": ("classes",)}
+    data = {"name": "examples", "source": f"jsonl:{tmp_path}/*.jsonl", "tokenizer": f"file:{bert}", "seq_len": 16,
+            "batch_size": 8}  # fmt: skip
+    own, folder = {"name": "classification"}, tmp_path / "teacher"
+    wrapped = {"name": "distillation", "teacher": str(folder), "task": own}
+
+    def built(task, types, pair):
+        section = {
+            "model": {**model, "types": types},
+            "task": task,
+            "data": {**data, "pair": pair},
+            "train": {"steps": 200},
+        }
+        return build(configs.resolve(section))
+
+    for types in (0, 1, 2):
+        teacher = built(own, types, None)
+        rundir.begin(folder, teacher.config, teacher.data.tokenizer)
+        if types == 1:
+            with says(f"{folder} has model.types=1, and this data has 2: a teacher needs at least 2, or 0 for none."):
+                built(wrapped, 2, "other")
+            # Of single texts there is one segment.
+            built(wrapped, 2, None)
+            continue
+        student = built(wrapped, 2, "other")
+        params, batch = jax.jit(student.init)().params, student.data.train.batch_at(0)
+        told = jax.jit(teacher.init)().params
+        out = jax.jit(lambda p, told, student=student, batch=batch: student.task.loss(
+            bind(student.model, {}), p, {"inner": {}, "teacher": told}, batch, None, True))(params, told)  # fmt: skip
+        assert np.isfinite(out.metrics["soft_loss"][0])
 
 
 SIZES = [("loop", "loop", 16), ("scan", "loop", 8), ("loop", "scan", 8)]

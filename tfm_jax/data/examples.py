@@ -60,11 +60,11 @@ def make(
       pair_as: whether the two are `joined` in one row, or stay `apart`, for a task that compares them.
       label: the field to predict; None for texts that only belong together, or whose labels are not known, for
         `python -m experiments.predict`: their batches have no targets.
-      names: the classes in their order; those of the train split, sorted, if None, and kept with the run. Labels may be their
-        numbers instead.
+      names: the classes in their order, each once; those of the train split, sorted, if None, and kept with the run. Labels
+        may be their places in it instead, from 0, where no name is a number itself.
       predictions: a `.npy` of what a teacher predicts for each example of the train split, in its order, (N, C) float, as
         `python -m experiments.predict` writes it; a training batch then has it as `teacher`.
-      kind: `class`, whose names or numbers are those of the train split, or a `number`.
+      kind: `class`, whose names or numbers are those of the train split, or a finite `number`.
       tokenizer: as for `data.tokens`.
       seq_len: longest row, marks included; of longer examples the longer text is cut at its end.
       batch_size: rows of the global batch.
@@ -106,7 +106,9 @@ def make(
     }
     if names is not None and kind != "class":
         raise UserError(f"data.names={tuple(names)}: a number has no classes. Leave it out.")
-    known = None if names is None else list(names)
+    known = list(names or ())
+    if twice := [name for i, name in enumerate(known) if name in known[:i]]:
+        raise UserError(f"data.names={tuple(known)}: {twice[0]!r} stands there twice. Name each class once.")
     classes = [] if kind != "class" or label is None else known or _classes(labels["train"], source, label)
     told = None if predictions is None else _told(predictions, len(labels["train"]))
 
@@ -210,11 +212,18 @@ def _targets(
     labels: Sequence[Any], kind: Kind, classes: Sequence[Any], corpus: Corpus, split: str, field: str
 ) -> np.ndarray:
     if kind == "number":
+        largest = float(np.finfo(np.float32).max)
         for i, value in enumerate(labels):
-            if isinstance(value, str) or value != value:
-                raise UserError(f"{_place(corpus, split, field, i)}: the field {field!r} is {value!r}, not a number.")
+            # NaN compares with nothing.
+            if isinstance(value, str) or not abs(value) <= largest:
+                raise UserError(
+                    f"{_place(corpus, split, field, i)}: the field {field!r} is {value!r}, not a finite number (float32)."
+                )
         return np.asarray(labels, np.float32)
-    number: dict[Any, int] = {i: i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    number: dict[Any, int] = {name: i for i, name in enumerate(classes)}
+    if not any(isinstance(name, int | float) for name in classes):
+        # Among names that are numbers a place would be another class's name, or hide a label that is none.
+        number |= {i: i for i in range(len(classes))}
     for i, value in enumerate(labels):
         if value not in number:
             hint = nearest(str(value), [str(name) for name in classes])

@@ -131,6 +131,9 @@ def _records(corpus: Corpus, split: str, context: str, answers: str) -> list[Rec
             text = text_of(value, where, context)
             if not isinstance(found, Mapping) or not {"text", "answer_start"} <= set(found):
                 raise UserError(f"{where}: the field {answers!r} is not a dict with 'text' and 'answer_start'.")
+            for key in ("text", "answer_start"):
+                if not isinstance(found[key], list | tuple | np.ndarray):
+                    raise UserError(f"{where}: the field {answers!r} has {found[key]!r} as {key!r}, which is no list.")
             texts, starts = [text_of(x, where, answers) for x in found["text"]], [*found["answer_start"]]
             if wrong := [i for i in starts if not isinstance(i, int | np.integer)]:
                 raise UserError(f"{where}: the field {answers!r} has the start {wrong[0]!r}, which is no whole number.")
@@ -138,7 +141,8 @@ def _records(corpus: Corpus, split: str, context: str, answers: str) -> list[Rec
             if not texts or len(texts) != len(starts):
                 raise UserError(f"{where}: the field {answers!r} has {len(texts)} texts and {len(starts)} starts.")
             for answer, start in zip(texts, starts, strict=True):
-                if text[start : start + len(answer)] != answer or not answer.strip():
+                # A negative start would be counted from the context's end.
+                if start < 0 or text[start : start + len(answer)] != answer or not answer.strip():
                     place = text.find(answer)
                     hint = f" It is at {place}." if place >= 0 and answer.strip() else ""
                     raise UserError(f"{where}: the answer {answer!r} is not in its context at {start}.{hint}")

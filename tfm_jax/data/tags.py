@@ -120,8 +120,9 @@ def _sentences(corpus: Corpus, split: str, words: str, tags: str) -> list[_Sente
     for piece in corpus.pieces[split]:
         assert isinstance(piece, Records)
         for (where, found), (_, given) in zip(piece.values(words), piece.values(tags), strict=True):
-            if isinstance(found, str | bytes):
-                raise UserError(f"{where}: the field {words!r} is text, not a list of words.")
+            for field, value in ((words, found), (tags, given)):
+                if not isinstance(value, list | tuple | np.ndarray):
+                    raise UserError(f"{where}: the field {field!r} is a {type(value).__name__}, not a list.")
             kept = [text_of(word, where, words) for word in found]
             plain = [_plain(tag) for tag in given]
             if len(kept) != len(plain):

@@ -23,13 +23,17 @@ def make(
     A model whose `logits` are by part gives each task its own. Training metrics are `PART_loss` and so on, besides `loss`,
     the mean of whatever came; evaluation of a part has the names of its own task.
 
+    Parts may be several classifications and regressions, each with a head of its own; one that marks spans (questions), for
+    which a model has one head; texts made of texts (T5), which share the head over the vocabulary. Not tags or running text:
+    heads by a part's name are for a class of the whole row, and running text counts no examples.
+
     Args:
       build: from a section to a task (not a config key).
       tasks: by part, the section of its task.
       weights: by part; 1 where none is given.
 
     Raises:
-      UserError: weights or batches of parts without a task, or a task that has a teacher or a memory.
+      UserError: weights or batches of parts without a task, a task that has a teacher or a memory, or two that mark spans.
     """
     for name, weight in (weights or {}).items():
         if name not in tasks:
@@ -45,6 +49,11 @@ def make(
                 f"task.tasks.{name}.name={tasks[name]['name']!r} has a teacher or a memory, which a part of a mixture cannot."
                 " A teacher may be that of all: task.name='distillation' around task.task.name='mixture'."
             )
+    if len(spans := [name for name, task in made.items() if "spans" in task.predict_fns]) > 1:
+        raise UserError(
+            f"task.tasks.{spans[0]} and task.tasks.{spans[1]} both mark spans, and a model has one head for them. Make one part"
+            " of their data."
+        )
     factors = {name: float((weights or {}).get(name, 1.0)) for name in tasks}
 
     def part_of(batch: Any) -> str:

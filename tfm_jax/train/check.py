@@ -44,14 +44,8 @@ def check(config: configs.Config, layout: Layout) -> None:
         raise UserError(
             f"task.tasks.{idle[0]}: no part of the data is for it.{nearest(idle[0], parts)} See data.parts."
         )
-    watched = config["train"]["stop_metric"]
-    if watched is not None:
-        kind, _, rest = watched.partition("/")
-        if kind != "eval" or rest.partition("/")[0] not in config["evals"]:
-            known = [f"eval/{name}/{rest.partition('/')[2] or 'loss'}" for name in config["evals"]]
-            raise UserError(f"train.stop_metric={watched!r} is of no evaluator.{nearest(watched, known)}")
-        if config["train"]["stop_goal"] == "lower" and goal_of(watched) == "higher":
-            raise UserError(f"train.stop_metric={watched!r} is better the higher it is: set train.stop_goal='higher'.")
+    _check_told(task, parts or {})
+    _check_watched(config)
     objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
     if objective is not None and fitting is not None and objective not in fitting:
         raise UserError(
@@ -95,6 +89,47 @@ def check(config: configs.Config, layout: Layout) -> None:
             )
 
 
+def _check_watched(config: configs.Config) -> None:
+    """What may end a run must be of an evaluator, and better in the direction that is said; its own name is known beforehand
+    where the evaluator is told what to give."""
+    watched, goal = config["train"]["stop_metric"], config["train"]["stop_goal"]
+    if watched is None:
+        return
+    kind, _, rest = watched.partition("/")
+    name, _, key = rest.partition("/")
+    if kind != "eval" or name not in config["evals"]:
+        known = [f"eval/{name}/{key or 'loss'}" for name in config["evals"]]
+        raise UserError(f"train.stop_metric={watched!r} is of no evaluator.{nearest(watched, known)}")
+    told = [str(metric) for metric in config["evals"][name].get("metrics") or ()]
+    # One may give several that are named after it, as rouge gives rouge1.
+    if told and not key.startswith(tuple(told)):
+        raise UserError(f"train.stop_metric={watched!r} is not of evals.{name}.metrics.{nearest(key, told)}")
+    better = goal_of(watched)
+    if better not in (None, goal):
+        raise UserError(f"train.stop_metric={watched!r} is better the {better} it is: set train.stop_goal={better!r}.")
+
+
+def _check_told(task: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """A student learns all parts of a mixture from a teacher, or all from what one has said beforehand.
+
+    A part that has neither would end the run at its own first batch, which may be long after others.
+    """
+    if "teacher" not in task:
+        return
+    told = [name for name, part in parts.items() if part.get("predictions") is not None]
+    if not told:
+        return
+    if task["teacher"] is not None:
+        raise UserError(
+            f"task.teacher and data.parts.{told[0]}.predictions are both set: a student learns from one of them."
+        )
+    if silent := [name for name in parts if name not in told]:
+        raise UserError(
+            f"data.parts.{silent[0]}.predictions is not set, and data.parts.{told[0]}.predictions is: a student learns every"
+            " part from a teacher. Set it for all parts, or task.teacher=RUN instead."
+        )
+
+
 def check_batch(config: configs.Config, layout: Layout) -> None:
     """The training batch must divide into microbatches, those over the mesh, and there into those of a pipeline."""
     train, batch = settings.Train(**config["train"]), config["data"].get("batch_size")
@@ -117,13 +152,21 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
 
 
 def check_donors(config: configs.Config, task: Task, data: Any) -> None:
-    """A teacher must read the ids that this data gives, and know its classes in their order."""
+    """A teacher must read the ids that this data gives, tell as many segments apart, and know its classes in their order."""
     for run in task.donors.values():
         folder = run_folder(Path(run))
         if reads_others(folder, data.tokenizer):
             raise UserError(f"{run} reads other ids than this data gives: set data.tokenizer=run:{folder}.")
-        # One whose folder is gone was looked at when the run began.
-        known = _class_names(read_config(folder)["data"]) if (folder / "config.json").is_file() else {}
+        if not (folder / "config.json").is_file():
+            continue  # One whose folder is gone was looked at when the run began.
+        there = read_config(folder)
+        types, wanted = there["model"].get("types"), data.sizes.get("types", 0)
+        # One without any takes no notice of them; a row that a table has not is NaN.
+        if types and types < wanted:
+            raise UserError(
+                f"{run} has model.types={types}, and this data has {wanted}: a teacher needs at least {wanted}, or 0 for none."
+            )
+        known = _class_names(there["data"])
         for setting, names in _class_names(config["data"]).items():
             theirs = known.get(setting, names)
             if [name.casefold() for name in names] != [name.casefold() for name in theirs]:
