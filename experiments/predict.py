@@ -1,7 +1,7 @@
 """Write what a run predicts for each example of a split, in the data's own order.
 
-A `.npy` has logits (N, C), which `data.predictions` of another run takes for a teacher's, or numbers (N,), in their own unit,
-which it does not. A `.jsonl` has a line for each example: the likeliest class as `label`, or a `number`; the translation or
+A `.npy` has logits (N, C), which `data.predictions` of another run takes for a teacher's, with the names of the classes in a
+`.names.json` beside it, or numbers (N,), in their own unit, which it does not take. A `.jsonl` has a line for each example: the likeliest class as `label`, or a `number`; the translation or
 summary as `text`; the `answer` to a question; the `tags` of a sentence's words, null for a word without a place in its row.
 Texts are searched for as the run's own evaluator of that split does, so that what is written is what was scored, or as that of
 another split, or as its defaults say where the run has none; a flag counts more.
@@ -79,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = predict(state)
     if multihost.is_main():
         write_atomic(flags.to, _content(found))
+        if not isinstance(found, list):
+            # For the student that learns from them, whose classes may come in another order.
+            beside, names = flags.to.with_suffix(".names.json"), _fitting(_names(told["data"], flags.split), found)
+            write_atomic(beside, configs.to_json({"names": names})) if names else beside.unlink(missing_ok=True)
         record = {"step": step, "split": flags.split, "examples": len(found)}
         record |= {} if isinstance(found, list) else {"shape": list(found.shape)}
         print(cli.table([(name, str(value)) for name, value in record.items()]))
@@ -163,8 +167,13 @@ def _named(rows: np.ndarray, names: Sequence[Any] | None) -> Lines:
     """The likeliest class of each row, by its name, or its number where not every class has one."""
     if rows.ndim == 1:
         return [{"number": float(row)} for row in rows]
-    known = names if names is not None and len(names) == rows.shape[1] else range(rows.shape[1])
-    return [{"label": known[i]} for i in rows.argmax(axis=1)]
+    classes = _fitting(names, rows) or range(rows.shape[1])
+    return [{"label": classes[i]} for i in rows.argmax(axis=1)]
+
+
+def _fitting(names: Sequence[Any] | None, rows: np.ndarray) -> Sequence[Any] | None:
+    """The names, if rows (N, C) are of as many classes."""
+    return names if names is not None and rows.ndim == 2 and len(names) == rows.shape[1] else None
 
 
 def _content(found: np.ndarray | Lines) -> bytes:

@@ -94,6 +94,11 @@ def test_a_teacher_that_has_spoken_beforehand(reviews, trained, tmp_path):
         losses.append(float(metrics["soft_loss"][0]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0] > 0
+    with says(
+        f"data.predictions='{file}' is of the classes ['bad', 'good'], as told.names.json says, and here they are ['good', 'bad']:"
+        " set data.names in the teacher's order."
+    ):
+        build(configs.resolve(apart, [("data.names", "('good', 'bad')")]))
     with says(f"data.predictions='{file}' is (600, 2), and the train split has 60 examples."):
         build(configs.resolve(apart, [("data.source", reviews.replace("*", "valid")), ("data.split", "all")]))
     with says("task.hidden and task.attention need the teacher itself: task.teacher=RUN."):
@@ -119,12 +124,13 @@ def test_predictions_of_texts_without_labels(reviews, trained, tmp_path):
         same = [json.loads(a)["label"] == json.loads(b)["label"] for a, b in zip(rows, labels, strict=True)]
     assert np.mean(same) >= 0.95
     # What other data fills in is not what the run has learnt.
-    assert (
-        predict.main(
-            [*command, "--config.data.split=all", "--config.data.names=None", f"--to={tmp_path}/numbers.jsonl"]
-        )
-        == 0
-    )
+    unnamed = [
+        command[0],
+        f"--config.data.source=jsonl:{labelled}",
+        "--config.data.split=all",
+        "--config.data.names=None",
+    ]
+    assert predict.main([*unnamed, f"--to={tmp_path}/numbers.jsonl"]) == 0
     numbers = [json.loads(line)["label"] for line in (tmp_path / "numbers.jsonl").read_text().splitlines()]
     assert numbers == np.load(to).argmax(axis=1).tolist()
     # An older run has kept none: they are those of its own data.

@@ -88,7 +88,7 @@ def test_every_batch_is_the_parts_own_and_each_comes_once(sources):
     ]
     held = data.evals("count/validation", 8)
     assert held.num_batches == 3 and list(held.batch_at(0)["part"]) == ["count"]
-    assert data.sizes == {"classes": {"tone": 2, "count": 1}, "types": 1}
+    assert data.sizes == {"classes": {"tone": 2, "count": 1}}
 
 
 def test_two_tasks_are_learnt_on_one_trunk(sources, tmp_path):

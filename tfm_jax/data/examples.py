@@ -63,7 +63,7 @@ def make(
       names: the classes in their order, each once; those of the train split, sorted, if None, and kept with the run. Labels
         may be their places in it instead, from 0, where no name is a number itself.
       predictions: a `.npy` of what a teacher predicts for each example of the train split, in its order, (N, C) float, as
-        `python -m experiments.predict` writes it; a training batch then has it as `teacher`.
+        `python -m experiments.predict` writes it, and beside it a `.names.json` with its classes; a training batch then has it as `teacher`.
       kind: `class`, whose names or numbers are those of the train split, or a finite `number`.
       tokenizer: as for `data.tokens`.
       seq_len: longest row, marks included; of longer examples the longer text is cut at its end.
@@ -110,7 +110,7 @@ def make(
     if twice := [name for i, name in enumerate(known) if name in known[:i]]:
         raise UserError(f"data.names={tuple(known)}: {twice[0]!r} stands there twice. Name each class once.")
     classes = [] if kind != "class" or label is None else known or _classes(labels["train"], source, label)
-    told = None if predictions is None else _told(predictions, len(labels["train"]))
+    told = None if predictions is None else _told(predictions, len(labels["train"]), classes)
 
     def made(name: str) -> _Examples | _Apart:
         targets = None if label is None else _targets(labels[name], kind, classes, corpora[0], name, label)
@@ -144,8 +144,8 @@ def make(
     )
 
 
-def _told(path: str, examples: int) -> np.ndarray:
-    """A teacher's predictions for the train split, (N, C) float32."""
+def _told(path: str, examples: int, classes: Sequence[Any]) -> np.ndarray:
+    """A teacher's predictions for the train split, (N, C) float32, of the same classes as far as it has told them."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"data.predictions={path!r}: there is no such file. python -m experiments.predict writes it.")
@@ -159,6 +159,13 @@ def _told(path: str, examples: int) -> np.ndarray:
         raise UserError(f"data.predictions={path!r} is {found.shape}, and the train split has {examples} examples.")
     if (wrong := np.flatnonzero(~np.isfinite(found).all(axis=1))).size:
         raise UserError(f"data.predictions={path!r}: row {wrong[0]} has a number that is not finite.")
+    said = file.with_suffix(".names.json")
+    names = json.loads(said.read_text())["names"] if said.is_file() else classes
+    if classes and [str(name).casefold() for name in names] != [str(name).casefold() for name in classes]:
+        raise UserError(
+            f"data.predictions={path!r} is of the classes {names}, as {said.name} says, and here they are {[*classes]}: set"
+            " data.names in the teacher's order."
+        )
     return found.astype(np.float32)
 
 

@@ -83,6 +83,7 @@ def make(
         return _Named(made[part].evals(split, rows), part)
 
     facts = [{name: data.fingerprint for name, data in made.items()}, temperature]
+    types = [data.sizes["types"] for data in made.values() if "types" in data.sizes]
     return Data(
         train=Training(
             {name: data.train for name, data in made.items()}, shares(counts, temperature), batch_size, seed
@@ -95,8 +96,8 @@ def make(
         filled_in={"parts": {name: {**section, **made[name].filled_in} for name, section in parts.items()}},
         sizes={
             "classes": {name: data.sizes["classes"] for name, data in made.items() if "classes" in data.sizes},
-            "types": max(data.sizes.get("types", 1) for data in made.values()),
-        },
+        }
+        | ({"types": max(types)} if types else {}),
     )
 
 
