@@ -1,16 +1,19 @@
 """What each objective hides and asks for: published rates, nothing lost, and each row a function of its seed."""
 
+import gzip
 import itertools
+import json
+import re
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from tests.errors import says
-from tfm_jax.data.objectives import make, sentence_stops, word_starts
+from tfm_jax.data.objectives import fingerprint, make, sentence_stops, word_parts
 from tfm_jax.data.tokenizers import JsonTokenizer
-from tfm_jax.data.vocabularies import byte_tokenizer
+from tfm_jax.data.vocabularies import byte_tokenizer, train_tokenizer
 
 END, FIRST, B = 256, 257, 400
 TOKENIZER = byte_tokenizer()
@@ -179,13 +182,101 @@ def made_of_tokens(codec, tokens):
     return plain.batch(tokens, np.ones(tokens.shape, bool), np.arange(B, dtype=np.uint64))["weights"] > 0
 
 
+TEXT = """# Of naïve hippopotamuses
+
+## The second heading
+beta\ngamma (foreseeably) said: "hippopotamuses", and \u201cno\u201d. It's 1851\u2014or $2? e\u0301tude of caf\u00e9s \u65e5\u672c\u8a9e snake_case
+\U0001f600 smile. The gamma, the beta;the hippopotamuses foreseeably\n\n### The third heading\n"""
+# What is written over a letter belongs to it.
+WORD = re.compile("(?:[^\\W_]\u0301?)+|[^\\w\\s]|_")
+
+
+def begins_by_the_text(codec, text):
+    """A piece begins a word unless the text before it is in the same word, or in the same character."""
+    offsets = codec.offsets_batch([text])[0].tolist()
+    inside = {at for word in WORD.finditer(text) for at in range(word.start() + 1, word.end())}
+    ends = [0, *(end for _, end in offsets[:-1])]
+    return [at not in inside and (i == 0 or at >= ends[i]) for i, (at, _) in enumerate(offsets)]
+
+
+def learnt(kind):
+    """A vocabulary so small that most words are of several pieces, and most characters beyond ASCII of several bytes."""
+    texts = [TEXT, "## of the\n### of the\n" * 50, " gamma the" * 20]
+    return train_tokenizer(kind, {"bpe": 290, "wordpiece": 110, "unigram": 68}[kind], texts)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_words_are_those_of_the_text(kind):
+    codec = learnt(kind)
+    pieces, ids = codec.pieces(), codec.encode_batch([TEXT])[0]
+    assert any(piece.startswith("##") for piece in pieces)
+    if kind == "bpe":
+        assert "##" in pieces and "\u00e6\u0139\u00a5" not in pieces
+    # Where a row begins is a word's beginning, whatever stands before it.
+    for cut in (0, 1, 5):
+        found = word_parts(pieces).begin(np.stack([ids[cut:], ids[cut:]]))
+        want = [True, *begins_by_the_text(codec, TEXT)[cut + 1 :]]
+        assert found.tolist() == [want, want]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_words_of_a_text_are_hidden_as_wholes(kind):
+    codec = learnt(kind)
+    ids = codec.encode_batch([TEXT])[0]
+    tokens, seeds = np.tile(ids, (B, 1)), np.arange(B, dtype=np.uint64)
+    words = np.cumsum(begins_by_the_text(codec, TEXT))[:-1]
+    assert words[-1] < 0.8 * len(words)
+    split = {}
+    for unit in ("word", "token"):
+        objective = make("mask", len(ids) - 1, codec, mask_rate=None, span_length=None, mask_unit=unit)
+        chosen = objective.batch(tokens, np.ones(tokens.shape, bool), seeds)["weights"] > 0
+        inside = [chosen[:, words == word] for word in range(1, words[-1] + 1)]
+        split[unit] = sum(np.sum(x.any(axis=1) & ~x.all(axis=1)) for x in inside)
+        shares = np.mean([x.mean() for x in inside])
+        assert abs(shares - 0.15) < 4 * np.sqrt(0.15 * 0.85 / (B * words[-1]))
+    assert split["word"] == 0 < split["token"]
+
+
+@pytest.mark.shared_data
+def test_gpt2s_words(shared_data):
+    """Its vocabulary has six pieces of hashes and 33,134 that begin with a space."""
+    folder = shared_data / "tokenizers" / "gpt2"
+    vocab = json.loads(gzip.decompress((folder / "vocab.json.gz").read_bytes()))
+    lines = gzip.decompress((folder / "merges.txt.gz").read_bytes()).decode().splitlines()
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    engine = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec = JsonTokenizer(engine.to_str())
+    found = word_parts(codec.pieces()).begin(codec.encode_batch([TEXT])[0][None])[0]
+    assert found.tolist() == begins_by_the_text(codec, TEXT)
+    wanted = [codec.token_id(piece) for piece in ("\u0120(", "fore", "see", "ably", "\u010a", "gam", "ma")]
+    assert word_parts(codec.pieces()).begin(np.array([wanted]))[0].tolist() == [1, 1, 0, 0, 1, 1, 0]
+
+
 def test_where_words_begin():
-    assert word_starts(["##a", "b", "."]) == (False, True, True)
-    assert word_starts(["\u0120the", "re", ",", "\u0120"]) == (True, False, True, True)
-    assert word_starts(["\u2581the", "re"]) == (True, False)
+    def begins(pieces, row):
+        return word_parts(pieces).begin(np.array([[pieces.index(piece) for piece in row]]))[0].astype(int).tolist()
+
+    assert begins(["##a", "b", "."], ["b", "##a", ".", "b"]) == [1, 0, 1, 1]
+    spaced = ["\u0120the", "re", ",", "\u0120", "##", "####"]
+    assert begins(spaced, ["re", "re", ",", "re", "\u0120", "re", "\u0120the"]) == [1, 0, 1, 1, 1, 1, 1]
+    # Bytes of one character, and of another that is no letter.
+    pieces = ["\u2581the", "re", "<0xC3>", "<0xA9>", "<0xE2>", "<0x80>", "<0x9C>"]
+    row = ["re", "<0xC3>", "<0xA9>", "re", "<0xE2>", "<0x80>", "<0x9C>", "re"]
+    assert begins(pieces, row) == [1, 0, 0, 0, 1, 0, 0, 1]
     with says("data.mask_unit='word': this tokenizer does not say where words begin."):
-        word_starts(["a", "b"])
+        word_parts(["a", "b"])
     assert sentence_stops(["a.", ".", "\u0120!", '."', '".', "##?", "x"]) == (1, 2, 4, 5)
+
+
+def test_data_of_other_words_has_another_name():
+    """Runs with WordPiece's words go on; those of the others were of other data."""
+    for kind, same in (("wordpiece", True), ("bpe", False)):
+        codec = learnt(kind)
+        plain, words = (
+            make("mask", 32, codec, mask_rate=None, span_length=None, mask_unit=unit) for unit in ("token", "word")
+        )
+        assert fingerprint(plain) == repr(plain) and (fingerprint(words) == repr(words)) == same
 
 
 def test_sentences_are_permuted_and_nothing_is_lost():

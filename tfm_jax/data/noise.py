@@ -6,7 +6,7 @@ B rows, W window (tokens a row takes from the stream), S encoder length, T targe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -92,6 +92,29 @@ def cuts(seeds: np.ndarray, seq_len: int) -> np.ndarray:
     return 1 + (uniform(seeds, 1, 1) * (seq_len - 1)).astype(np.int64)
 
 
+GOES_ON_BEHIND_LETTERS, GOES_ON = 1, 2
+AS_BEFORE = 2
+
+
+class Words(NamedTuple):
+    """Where words begin in a row of ids, by a byte of each id of the vocabulary (V,) for its first and its last character."""
+
+    first: bytes
+    """`GOES_ON_BEHIND_LETTERS` (or digits) with the word before, `GOES_ON` with it behind whatever stands there, or 0."""
+    last: bytes
+    """1 for a letter or digit, 0 for another; `AS_BEFORE` where it says nothing but the middle of the piece before's."""
+
+    def begin(self, tokens: np.ndarray) -> np.ndarray:
+        """(B, T) bool, for `tokens` (B, T); a row begins a word."""
+        first, last = (np.frombuffer(table, np.uint8)[tokens] for table in self)
+        says = np.maximum.accumulate(np.where(last == AS_BEFORE, 0, np.arange(tokens.shape[1])[None]), axis=1)
+        behind = np.take_along_axis(last, says, axis=1)[:, :-1]
+        out = first == 0
+        out[:, 1:] |= (first[:, 1:] == GOES_ON_BEHIND_LETTERS) & (behind != 1)
+        out[:, 0] = True
+        return out
+
+
 @dataclass(frozen=True)
 class Mask:
     """Some tokens hidden, each to be told from all others (Devlin et al. 2019, section 3.1 and appendix A.1).
@@ -106,8 +129,8 @@ class Mask:
     mask_id: int
     vocab_size: int
     rate: float
-    starts: tuple[bool, ...] = field(default=(), repr=False)
-    """Which ids begin a word, where words are hidden as wholes (Cui et al. 2019)."""
+    words: Words | None = field(default=None, repr=False)
+    """How words are told, where they are hidden as wholes (Cui et al. 2019)."""
     elsewhere: int = 0
 
     @property
@@ -131,9 +154,8 @@ class Mask:
         """(B, T) tokens as they are shown, and which of them were chosen among those that may be."""
         length = tokens.shape[1]
         draws = uniform(seeds, length, 1)
-        if self.starts:
-            begins = np.array([*self.starts, *[True] * self.added])[tokens] | (tokens == self.end_id)
-            begins[:, 0] = True
+        if self.words is not None:
+            begins = self.words.begin(tokens) | (tokens == self.end_id)
             draws = np.take_along_axis(draws, np.cumsum(begins, axis=1) - 1, axis=1)
         chosen = (draws < self.rate) & (tokens != self.end_id) & may
         fate = uniform(seeds, length, 2)

@@ -102,7 +102,7 @@ def make(
         tokenizer=codec,
         # Rates in bytes mean something only where every token is predicted from those before it.
         facts=corpus.told() if plain else without_bytes(corpus.facts),
-        fingerprint=corpus.fingerprint if plain else f"{corpus.fingerprint} {made!r}",
+        fingerprint=corpus.fingerprint if plain else f"{corpus.fingerprint} {objectives.fingerprint(made)}",
     )
 
 
