@@ -8,11 +8,14 @@ import re
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
+from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from tests.errors import says
+from tfm_jax.data import tokens
+from tfm_jax.data.noise import Mask
 from tfm_jax.data.objectives import fingerprint, make, sentence_stops, word_parts
 from tfm_jax.data.tokenizers import JsonTokenizer
+from tfm_jax.data.types import Frame
 from tfm_jax.data.vocabularies import byte_tokenizer, train_tokenizer
 
 END, FIRST, B = 256, 257, 400
@@ -347,7 +350,7 @@ def test_segment_pairs_against_a_slow_version(question):
     codec = wordpieces()
     objective = make(question, 40, codec, mask_rate=0.3, span_length=None)
     window = 37
-    assert objective.window == window and objective.elsewhere == (window if question == "follow" else 0)
+    assert objective.window == objective.elsewhere == window
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 205, (B, window + 1 + objective.elsewhere)).astype(np.int32)
     batch = objective.batch(tokens, np.ones(tokens.shape, bool), np.arange(B, dtype=np.uint64))
@@ -372,5 +375,146 @@ def test_segment_pairs_against_a_slow_version(question):
     assert abs(batch["targets"]["pair"].mean() - 0.5) < 4 * np.sqrt(0.25 / B)
     assert min(cuts) == 9 and max(cuts) == 28
     assert abs((batch["weights"] > 0).sum() / (B * window) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / (B * window))
+    assert batch["inputs"]["valid"].all()
+    engine = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="a"))
+    # RoBERTa's, whose marks say nothing of a second segment.
+    engine.post_processor = RobertaProcessing(("</s>", 1), ("<s>", 0))
     with says(f"data.objective={question!r} needs a tokenizer that tells two segments apart, as BERT's do."):
-        made(question)
+        make(question, 40, JsonTokenizer(engine.to_str()), mask_rate=None, span_length=None)
+
+
+LENGTHS = [3, 30, 7, 8, 200, 9, 21, 5, 40, 61, 14, 22, 23, 100]
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Arguments of data whose words say which document they are of, and where: `4x17`. Held out is one document."""
+
+    def text(document, length):
+        return " ".join(f"{document}x{i}" for i in range(length))
+
+    for name, lengths in (("train", dict(enumerate(LENGTHS))), ("valid", {77: 90})):
+        lines = [json.dumps({"text": text(document, length)}) + "\n" for document, length in lengths.items()]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    return dict(source=f"jsonl:{tmp_path}/*.jsonl", tokenizer="words", cache_dir=str(tmp_path / "cache"), workers=1)
+
+
+def segments(data, batch, row):
+    """The words of a row's two segments as (document, place); checks that nothing but marks is around them."""
+    end, pieces = data.tokenizer.end_id, data.tokenizer.pieces()
+    tokens, valid = batch["targets"]["tokens"][row], batch["inputs"]["valid"][row]
+    types, length = batch["inputs"]["token_types"][row], int(valid.sum())
+    marks = np.flatnonzero(tokens[:length] == end)
+    assert marks[0] == 0 and len(marks) == 3 and marks[-1] == length - 1 and (tokens[length:] == end).all()
+    assert valid[:length].all() and types.tolist() == [marks[1] < at < length for at in range(len(tokens))]
+    assert not batch["weights"][row][tokens == end].any()
+    parts = (tokens[marks[0] + 1 : marks[1]], tokens[marks[1] + 1 : marks[2]])
+    return [[tuple(map(int, pieces[i].split("x"))) for i in part] for part in parts]
+
+
+def in_one_piece(words):
+    """The document of words that follow each other in it."""
+    assert [at for _, at in words] == list(range(words[0][1], words[0][1] + len(words)))
+    assert len({document for document, _ in words}) == 1
+    return words[0][0]
+
+
+@pytest.mark.parametrize("question", ["order", "follow"])
+@pytest.mark.parametrize("seq_len", [16, 40])
+def test_segments_are_of_one_document_each(documents, question, seq_len):
+    data = tokens.make(**documents, seq_len=seq_len, objective=question, batch_size=32)
+    assert data.fingerprint != made_before(data, question, seq_len)
+    window, pairs, found = seq_len - 3, [], []
+    for step in range(20):
+        batch = data.train.batch_at(step)
+        for row in range(32):
+            first, second = segments(data, batch, row)
+            here, there = in_one_piece(first), in_one_piece(second)
+            pair = int(batch["targets"]["pair"][row])
+            if question == "order":
+                assert in_one_piece(second + first if pair else first + second) == here
+                size = len(first) + len(second)
+            else:
+                assert (here != there) == pair
+                assert pair or in_one_piece(first + second) == here
+                # Cut at the same share, so that how long a segment is does not say whose it is.
+                size = min(LENGTHS[here], window)
+                other = min(LENGTHS[there], window)
+                assert size // 4 <= len(first) <= size - size // 4 and other // 4 <= len(second) <= other - other // 4
+                assert pair or len(first) + len(second) == size
+            assert size == min(LENGTHS[here], window) >= 8
+            pairs.append(pair)
+            found.append(here)
+    assert abs(np.mean(pairs) - 0.5) < 4 * np.sqrt(0.25 / len(pairs))
+    # Each document has its rows in each epoch, as many as it has windows.
+    rows = {i: max(n // window, 1) for i, n in enumerate(LENGTHS) if n >= 8}
+    epoch = found[: sum(rows.values())]
+    assert {i: epoch.count(i) for i in set(epoch)} == rows
+
+
+def made_before(data, question, seq_len):
+    """The fingerprint of data whose segments ran over the ends of documents."""
+    frame = Frame([data.tokenizer.end_id], [data.tokenizer.end_id], [data.tokenizer.end_id], True)
+    size = data.tokenizer.vocab_size
+    mask = Mask(seq_len, data.tokenizer.end_id, size, size, 0.15)
+    corpus = data.fingerprint.split()[0]
+    return f"{corpus} SegmentPairs(mask={mask!r}, frame={frame!r}, question={question!r}, window={seq_len - 3})"
+
+
+@pytest.mark.parametrize("question", ["order", "follow"])
+def test_rows_of_documents_are_functions_of_their_number(documents, question):
+    data = tokens.make(**documents, seq_len=40, objective=question, batch_size=8, seed=3)
+    again = tokens.make(**documents, seq_len=40, objective=question, batch_size=8, seed=3)
+    held = data.evals("validation", 3)
+    assert held.num_batches == 1  # two windows of 90 words
+    for one, other, steps in ((data.train, again.train, (7, 0, 2)), (held, again.evals("validation", 3), (0, 1))):
+        for step in steps:
+            whole = one.batch_at(step)
+            for rows in (slice(None), slice(1, None, 2), np.array([2, 0, 0])):
+                part = other.batch_at(step, rows)
+                for key in ("tokens", "token_types", "valid"):
+                    np.testing.assert_array_equal(part["inputs"][key], whole["inputs"][key][rows])
+                np.testing.assert_array_equal(part["weights"], whole["weights"][rows])
+                np.testing.assert_array_equal(part["targets"]["pair"], whole["targets"]["pair"][rows])
+    batch = held.batch_at(0)
+    assert (batch["weights"].sum(axis=1) > 0).tolist() == [True, True, False]
+    # One document alone has no stranger.
+    assert question == "order" or not batch["targets"]["pair"].any()
+    # The windows of an epoch begin elsewhere than those of another one.
+    rows = data.train.laid.training
+    begins = set()
+    for epoch in range(6):
+        batches = [data.train.batch_at(step) for step in range(epoch * rows // 8, (epoch + 1) * rows // 8)]
+        words = [segments(data, batch, row)[0] for batch in batches for row in range(8)]
+        begins.add(min((at for part in words for document, at in part if document == 4), default=None))
+    assert len(begins) > 2
+
+
+def test_documents_that_give_no_pairs(documents, tmp_path):
+    asked = dict(documents, seq_len=40, batch_size=8)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a b c d e f g h"}) + "\n")
+    assert tokens.make(**asked, objective="order").train.batch_at(0)["weights"].shape == (8, 40)
+    with says(
+        "data.objective='follow' needs documents that do not follow each other: data.source="
+        f"{documents['source']!r} has one for training. Take 'order'."
+    ):
+        tokens.make(**asked, objective="follow")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a b c d e f g"}) + "\n")
+    with says("Segments of one document need 8 tokens of it; no document of this split has them."):
+        tokens.make(**asked, objective="order")
+
+
+def test_a_tokenizer_that_was_trained_here_has_segments(documents):
+    """Its only mark stands around them."""
+    data = tokens.make(**dict(documents, tokenizer="wordpiece:60"), seq_len=40, objective="follow", batch_size=8)
+    row, end = data.train.batch_at(0)["targets"]["tokens"][0], data.tokenizer.end_id
+    assert (
+        row[0] == end
+        and sorted(set(row[row == end])) == [end]
+        and set(data.train.batch_at(0)["inputs"])
+        == {
+            "tokens",
+            "token_types",
+            "valid",
+        }
+    )

@@ -28,13 +28,14 @@ class Objective(Protocol):
 
     @property
     def elsewhere(self) -> int:
-        """Tokens of another place of the stream, drawn for each row, that it is given behind its own W + 1."""
+        """Tokens of another document, drawn for each row, that it is given behind its own W + 1, which are then of one document
+        themselves; 0 where rows run on over the ends of documents."""
 
     def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
         """A batch from `tokens` (B, W + 1 + elsewhere) int32, the window and the token after it first.
 
         Args:
-          known: of the same shape, bool, False past the stream's end.
+          known: of the same shape, bool, False past the end of the stream, or of a document where rows are of one.
           seeds: (B,) uint64; equal seeds give equal rows, in whatever batch they stand.
         """
 
