@@ -12,8 +12,8 @@ from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from tests.errors import says
 from tfm_jax.data import tokens
-from tfm_jax.data.noise import Mask
-from tfm_jax.data.objectives import fingerprint, make, sentence_stops, word_parts
+from tfm_jax.data.noise import Denoise, Mask
+from tfm_jax.data.objectives import fingerprint, make, spelled, word_parts
 from tfm_jax.data.tokenizers import JsonTokenizer
 from tfm_jax.data.types import Frame
 from tfm_jax.data.vocabularies import byte_tokenizer, train_tokenizer
@@ -269,13 +269,75 @@ def test_where_words_begin():
     assert begins(pieces, row) == [1, 0, 0, 0, 1, 0, 0, 1]
     with says("data.mask_unit='word': this tokenizer does not say where words begin."):
         word_parts(["a", "b"])
-    assert sentence_stops(["a.", ".", "\u0120!", '."', '".', "##?", "x"]) == (1, 2, 4, 5)
+
+
+# By hand: the sentences of three documents.
+DIALOGUES = [
+    ["The whale rose.", "\u201cWhere is he?\u201d", "asked the captain.", "Where (and how?)", "he said...", "\u2018Now!\u2019",
+     "Why?!", "\u00abNo.\u00bb", "Yes.", "The end"],
+    ['"There!"', '"He is there."', "They left (the captain too.)", "[Why?]", "He said 'so.'", "The end."],
+    ["One is here.", "The other one isn't!", "Neither."],
+]  # fmt: skip
+
+
+def glued(text):
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 270), ("bpe", 350), ("wordpiece", 110), ("unigram", 50)])
+def test_sentences_end_with_what_closes_them_and_stay_in_their_documents(kind, size):
+    texts = [" ".join(sentences) for sentences in DIALOGUES]
+    codec = train_tokenizer(kind, size, [*texts, 'so." so?" so.)'])
+    assert size != 350 or {'."', '?"'} <= set(codec.pieces())
+    end, parts = codec.end_id, [[glued(sentence) for sentence in sentences] for sentences in DIALOGUES]
+    row = np.array([i for ids in codec.encode_batch(texts) for i in (*ids, end)][:-1], np.int32)
+    objective = make("denoise", len(row), codec, mask_rate=None, span_length=None, shuffle_sentences=1.0)
+    orders = set()
+    for seed in range(20):
+        found = objective.permuted(row, np.random.default_rng(seed))
+        np.testing.assert_array_equal(np.flatnonzero(found == end), np.flatnonzero(row == end))
+        documents = [glued(codec.decode(ids)) for ids in np.split(found, np.flatnonzero(found == end))]
+        for document, sentences in zip(documents, parts, strict=True):
+            assert "".join(sorted(sentences, key=document.index)) == document
+        orders.add(tuple(documents))
+    assert len(orders) == 20
+
+
+def test_what_ends_a_sentence():
+    """A mark that has a space before it opens; WordPiece does not say, so that the second of two straight quotes does."""
+    bytes_, pieces = ["\u0120a", '\u0120"', "\u0120!"], ["##a", "##b", "##c", "##d"]
+    both = ["a", ".", '"', '."', ").", "?", "x.", ".x", ")", '",', "'"]
+    for vocabulary, sentences in (
+        (bytes_, [["a", ".", '"'], ["\u0120a", "?"], ["x"]]),
+        (bytes_, [["a", '."'], ["\u0120a", "?"]]),
+        (bytes_, [["a", ")."], ["\u0120a", "x."]]),
+        (bytes_, [["a", ".x", "a"]]),
+        (bytes_, [["a", "\u0120!"], ['\u0120"', "a", "?"]]),
+        (bytes_, [["a", ".", ")", '"'], ["a"]]),
+        (bytes_, [["a", ".", ".", "?"], ["a"]]),
+        (bytes_, [["a", "."], ['",', "a"]]),
+        (pieces, [["a", ".", '"'], ['"', "a", "?", "'", '"'], ["a"]]),
+    ):
+        known = [*vocabulary, *both, "x"]
+        end = len(known)
+        objective = Denoise(9, end, end, end, end, 0.3, 3.0, 1.0, spelled(known))
+        row = np.array([known.index(piece) for piece in itertools.chain(*sentences)])
+        found = {tuple(objective.permuted(row, np.random.default_rng(seed)).tolist()) for seed in range(100)}
+        orders = itertools.permutations(sentences)
+        assert found == {tuple(known.index(piece) for piece in itertools.chain(*order)) for order in orders}, sentences
+    with says("data.shuffle_sentences: this tokenizer has no piece for a full stop."):
+        spelled(["a", ".x"])
 
 
 def test_data_of_other_words_has_another_name():
-    """Runs with WordPiece's words go on; those of the others were of other data."""
+    """Runs with WordPiece's words go on; those with others, and with permuted sentences, were of other data."""
     for kind, same in (("wordpiece", True), ("bpe", False)):
         codec = learnt(kind)
+        whole, moved = (
+            make("denoise", 32, codec, mask_rate=None, span_length=None, shuffle_sentences=share)
+            for share in (0.0, 0.5)
+        )
+        assert fingerprint(whole) == repr(whole) and fingerprint(moved).startswith(repr(moved) + " ")
         plain, words = (
             make("mask", 32, codec, mask_rate=None, span_length=None, mask_unit=unit) for unit in ("token", "word")
         )

@@ -5,6 +5,8 @@ B rows, W window (tokens a row takes from the stream), S encoder length, T targe
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -238,10 +240,15 @@ def _segments(items: int, count: int, noise: np.ndarray) -> np.ndarray:
     return np.diff(edges, axis=1)
 
 
+# A full stop and what closes behind it: straight quotes, brackets, and in UTF-8 the right quotes, single, double and angled. The
+# second of two straight quotes opens what follows, where WordPiece has left out the space between them.
+_STOP = re.compile(rb"""[.!?]+(?:(?<!")"|(?<!')'|[)\]}]|\xe2\x80[\x99\x9d]|\xc2\xbb)*""")
+
+
 @dataclass(frozen=True)
 class Denoise:
     """The text from itself with stretches hidden behind one mask each (Lewis et al. 2020, "text infilling"), of some rows with
-    its sentences in a drawn order ("sentence permutation").
+    the sentences of each document in a drawn order ("sentence permutation").
 
     Stretches of Poisson(`length`) tokens, until `rate` of them are hidden; a stretch of none inserts a mask. The
     source is padded to S, which leaves room for such masks; `valid` says where it is.
@@ -256,8 +263,8 @@ class Denoise:
     length: float
     shuffled: float = 0.0
     """The share of the rows whose sentences are permuted."""
-    stops: tuple[int, ...] = field(default=(), repr=False)
-    """The ids that end a sentence, besides the end mark."""
+    spelled: tuple[bytes, ...] = field(default=(), repr=False)
+    """What each id adds to a text, in UTF-8, where sentences are permuted."""
     elsewhere: int = 0
 
     @property
@@ -276,18 +283,30 @@ class Denoise:
             rng = np.random.Generator(np.random.Philox(key=int(seed)))
             text = targets[row]
             if self.shuffled and rng.random() < self.shuffled:
-                text = self._permuted(text, rng)
+                text = self.permuted(text, rng)
             found = self._source(text, rng)
             source[row, : len(found)], valid[row, : len(found)] = found, True
         weights = np.broadcast_to(whole[:, None], targets.shape).astype(np.float32)
         inputs = {"tokens": source, "valid": valid, "decoder_tokens": _shifted(self.start_id, targets)}
         return {"inputs": inputs, "targets": targets, "weights": weights}
 
-    def _permuted(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The row's sentences, whole or cut by its edges, in a drawn order."""
-        ends = np.flatnonzero(np.isin(tokens, [*self.stops, self.end_id])) + 1
-        sentences = np.split(tokens, ends[ends < len(tokens)])
-        return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
+    def permuted(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A row (T,) with each document's sentences, whole or cut by the row's edges, in a drawn order; end marks stay."""
+        out = tokens.copy()
+        edges = [-1, *np.flatnonzero(tokens == self.end_id), len(tokens)]
+        for before, after in itertools.pairwise(edges):
+            text = tokens[before + 1 : after]
+            sentences = np.split(text, self._ends(text))
+            out[before + 1 : after] = np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
+        return out
+
+    def _ends(self, tokens: np.ndarray) -> np.ndarray:
+        """Behind which tokens of a text a sentence ends: the last that ends in a full stop or what closes behind it."""
+        spelled = [self.spelled[i] for i in tokens]
+        places = np.cumsum([len(text) for text in spelled])
+        found = np.array([stop.span() for stop in _STOP.finditer(b"".join(spelled))], np.int64).reshape(-1, 2)
+        least, most = np.searchsorted(places, found[:, 0] + 1), np.searchsorted(places, found[:, 1], side="right") - 1
+        return most[most >= least] + 1
 
     def _source(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         budget = max(1, round(self.rate * len(tokens)))

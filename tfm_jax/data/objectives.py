@@ -84,7 +84,7 @@ def make(
         return made if question is None else SegmentPairs.of(made, tokenizer.frame(), question)
     if name == "denoise":
         mask = first if mask is None else mask
-        stops = sentence_stops(tokenizer.pieces()) if shuffle_sentences else ()
+        texts = spelled(tokenizer.pieces()) if shuffle_sentences else ()
         return Denoise(
             seq_len,
             tokenizer.end_id,
@@ -94,7 +94,7 @@ def make(
             mask_rate or 0.3,
             span_length or 3.0,
             shuffle_sentences,
-            stops,
+            texts,
         )
     window, noise, spans = span_sizes(seq_len, mask_rate or 0.15, span_length or 3.0)
     sentinels = [tokenizer.token_id(f"<extra_id_{i}>") for i in range(spans)]
@@ -112,7 +112,9 @@ def fingerprint(objective: Objective) -> str:
     """Of the rows that an objective makes: what it is, and a digest of what its text does not show of the vocabulary."""
     words: Words | None = getattr(getattr(objective, "mask", objective), "words", None)
     # WordPiece's words are those of its own marks, now as in runs from before this digest.
-    tables = [bytes(part) for part in words] if words and any(words.last) else []
+    tables = [*words] if words and any(words.last) else []
+    if texts := getattr(objective, "spelled", ()):
+        tables.append(b"\n".join(texts))
     return " ".join([repr(objective), *(hashlib.sha256(table).hexdigest() for table in tables)])
 
 
@@ -196,14 +198,10 @@ def _characters(text: bytes) -> str:
     return text.decode(errors="replace")
 
 
-def sentence_stops(pieces: Sequence[str]) -> tuple[int, ...]:
-    """The pieces that end a sentence: nothing but marks, of which the last is a full stop, `!` or `?`."""
-    found = tuple(
-        i for i, piece in enumerate(pieces) if (bare := piece.strip(_BYTES + _SPACE + "#")) and _STOP.fullmatch(bare)
-    )
-    if not found:
+def spelled(pieces: Sequence[str]) -> tuple[bytes, ...]:
+    """What each piece adds to a text, in UTF-8; WordPiece's are without the spaces between them."""
+    mark = _mark(pieces)
+    found = tuple(_spelled(piece, mark) for piece in pieces)
+    if not any(text.endswith((b".", b"!", b"?")) for text in found):
         raise UserError("data.shuffle_sentences: this tokenizer has no piece for a full stop.")
     return found
-
-
-_STOP = re.compile(r"[^\w\s]*[.!?]")
