@@ -1,16 +1,22 @@
 """What each objective hides and asks for: published rates, nothing lost, and each row a function of its seed."""
 
+import gzip
 import itertools
+import json
+import re
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
-from tokenizers.processors import TemplateProcessing
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from tests.errors import says
-from tfm_jax.data.objectives import make, sentence_stops, word_starts
+from tfm_jax.data import tokens
+from tfm_jax.data.noise import Denoise, Mask
+from tfm_jax.data.objectives import fingerprint, make, spelled, word_parts
 from tfm_jax.data.tokenizers import JsonTokenizer
-from tfm_jax.data.vocabularies import byte_tokenizer
+from tfm_jax.data.types import Frame
+from tfm_jax.data.vocabularies import byte_tokenizer, train_tokenizer
 
 END, FIRST, B = 256, 257, 400
 TOKENIZER = byte_tokenizer()
@@ -179,13 +185,163 @@ def made_of_tokens(codec, tokens):
     return plain.batch(tokens, np.ones(tokens.shape, bool), np.arange(B, dtype=np.uint64))["weights"] > 0
 
 
+TEXT = """# Of naïve hippopotamuses
+
+## The second heading
+beta\ngamma (foreseeably) said: "hippopotamuses", and \u201cno\u201d. It's 1851\u2014or $2? e\u0301tude of caf\u00e9s \u65e5\u672c\u8a9e snake_case
+\U0001f600 smile. The gamma, the beta;the hippopotamuses foreseeably\n\n### The third heading\n"""
+# What is written over a letter belongs to it.
+WORD = re.compile("(?:[^\\W_]\u0301?)+|[^\\w\\s]|_")
+
+
+def begins_by_the_text(codec, text):
+    """A piece begins a word unless the text before it is in the same word, or in the same character."""
+    offsets = codec.offsets_batch([text])[0].tolist()
+    inside = {at for word in WORD.finditer(text) for at in range(word.start() + 1, word.end())}
+    ends = [0, *(end for _, end in offsets[:-1])]
+    return [at not in inside and (i == 0 or at >= ends[i]) for i, (at, _) in enumerate(offsets)]
+
+
+def learnt(kind):
+    """A vocabulary so small that most words are of several pieces, and most characters beyond ASCII of several bytes."""
+    texts = [TEXT, "## of the\n### of the\n" * 50, " gamma the" * 20]
+    return train_tokenizer(kind, {"bpe": 290, "wordpiece": 110, "unigram": 68}[kind], texts)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_words_are_those_of_the_text(kind):
+    codec = learnt(kind)
+    pieces, ids = codec.pieces(), codec.encode_batch([TEXT])[0]
+    assert any(piece.startswith("##") for piece in pieces)
+    if kind == "bpe":
+        assert "##" in pieces and "\u00e6\u0139\u00a5" not in pieces
+    # Where a row begins is a word's beginning, whatever stands before it.
+    for cut in (0, 1, 5):
+        found = word_parts(pieces).begin(np.stack([ids[cut:], ids[cut:]]))
+        want = [True, *begins_by_the_text(codec, TEXT)[cut + 1 :]]
+        assert found.tolist() == [want, want]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_words_of_a_text_are_hidden_as_wholes(kind):
+    codec = learnt(kind)
+    ids = codec.encode_batch([TEXT])[0]
+    tokens, seeds = np.tile(ids, (B, 1)), np.arange(B, dtype=np.uint64)
+    words = np.cumsum(begins_by_the_text(codec, TEXT))[:-1]
+    assert words[-1] < 0.8 * len(words)
+    split = {}
+    for unit in ("word", "token"):
+        objective = make("mask", len(ids) - 1, codec, mask_rate=None, span_length=None, mask_unit=unit)
+        chosen = objective.batch(tokens, np.ones(tokens.shape, bool), seeds)["weights"] > 0
+        inside = [chosen[:, words == word] for word in range(1, words[-1] + 1)]
+        split[unit] = sum(np.sum(x.any(axis=1) & ~x.all(axis=1)) for x in inside)
+        shares = np.mean([x.mean() for x in inside])
+        assert abs(shares - 0.15) < 4 * np.sqrt(0.15 * 0.85 / (B * words[-1]))
+    assert split["word"] == 0 < split["token"]
+
+
+@pytest.mark.shared_data
+def test_gpt2s_words(shared_data):
+    """Its vocabulary has six pieces of hashes and 33,134 that begin with a space."""
+    folder = shared_data / "tokenizers" / "gpt2"
+    vocab = json.loads(gzip.decompress((folder / "vocab.json.gz").read_bytes()))
+    lines = gzip.decompress((folder / "merges.txt.gz").read_bytes()).decode().splitlines()
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    engine = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec = JsonTokenizer(engine.to_str())
+    found = word_parts(codec.pieces()).begin(codec.encode_batch([TEXT])[0][None])[0]
+    assert found.tolist() == begins_by_the_text(codec, TEXT)
+    wanted = [codec.token_id(piece) for piece in ("\u0120(", "fore", "see", "ably", "\u010a", "gam", "ma")]
+    assert word_parts(codec.pieces()).begin(np.array([wanted]))[0].tolist() == [1, 1, 0, 0, 1, 1, 0]
+
+
 def test_where_words_begin():
-    assert word_starts(["##a", "b", "."]) == (False, True, True)
-    assert word_starts(["\u0120the", "re", ",", "\u0120"]) == (True, False, True, True)
-    assert word_starts(["\u2581the", "re"]) == (True, False)
+    def begins(pieces, row):
+        return word_parts(pieces).begin(np.array([[pieces.index(piece) for piece in row]]))[0].astype(int).tolist()
+
+    assert begins(["##a", "b", "."], ["b", "##a", ".", "b"]) == [1, 0, 1, 1]
+    spaced = ["\u0120the", "re", ",", "\u0120", "##", "####"]
+    assert begins(spaced, ["re", "re", ",", "re", "\u0120", "re", "\u0120the"]) == [1, 0, 1, 1, 1, 1, 1]
+    # Bytes of one character, and of another that is no letter.
+    pieces = ["\u2581the", "re", "<0xC3>", "<0xA9>", "<0xE2>", "<0x80>", "<0x9C>"]
+    row = ["re", "<0xC3>", "<0xA9>", "re", "<0xE2>", "<0x80>", "<0x9C>", "re"]
+    assert begins(pieces, row) == [1, 0, 0, 0, 1, 0, 0, 1]
     with says("data.mask_unit='word': this tokenizer does not say where words begin."):
-        word_starts(["a", "b"])
-    assert sentence_stops(["a.", ".", "\u0120!", '."', '".', "##?", "x"]) == (1, 2, 4, 5)
+        word_parts(["a", "b"])
+
+
+# By hand: the sentences of three documents.
+DIALOGUES = [
+    ["The whale rose.", "\u201cWhere is he?\u201d", "asked the captain.", "Where (and how?)", "he said...", "\u2018Now!\u2019",
+     "Why?!", "\u00abNo.\u00bb", "Yes.", "The end"],
+    ['"There!"', '"He is there."', "They left (the captain too.)", "[Why?]", "He said 'so.'", "The end."],
+    ["One is here.", "The other one isn't!", "Neither."],
+]  # fmt: skip
+
+
+def glued(text):
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 270), ("bpe", 350), ("wordpiece", 110), ("unigram", 50)])
+def test_sentences_end_with_what_closes_them_and_stay_in_their_documents(kind, size):
+    texts = [" ".join(sentences) for sentences in DIALOGUES]
+    codec = train_tokenizer(kind, size, [*texts, 'so." so?" so.)'])
+    assert size != 350 or {'."', '?"'} <= set(codec.pieces())
+    end, parts = codec.end_id, [[glued(sentence) for sentence in sentences] for sentences in DIALOGUES]
+    row = np.array([i for ids in codec.encode_batch(texts) for i in (*ids, end)][:-1], np.int32)
+    objective = make("denoise", len(row), codec, mask_rate=None, span_length=None, shuffle_sentences=1.0)
+    orders = set()
+    for seed in range(20):
+        found = objective.permuted(row, np.random.default_rng(seed))
+        np.testing.assert_array_equal(np.flatnonzero(found == end), np.flatnonzero(row == end))
+        documents = [glued(codec.decode(ids)) for ids in np.split(found, np.flatnonzero(found == end))]
+        for document, sentences in zip(documents, parts, strict=True):
+            assert "".join(sorted(sentences, key=document.index)) == document
+        orders.add(tuple(documents))
+    assert len(orders) == 20
+
+
+def test_what_ends_a_sentence():
+    """A mark that has a space before it opens; WordPiece does not say, so that the second of two straight quotes does."""
+    bytes_, pieces = ["\u0120a", '\u0120"', "\u0120!"], ["##a", "##b", "##c", "##d"]
+    both = ["a", ".", '"', '."', ").", "?", "x.", ".x", ")", '",', "'"]
+    for vocabulary, sentences in (
+        (bytes_, [["a", ".", '"'], ["\u0120a", "?"], ["x"]]),
+        (bytes_, [["a", '."'], ["\u0120a", "?"]]),
+        (bytes_, [["a", ")."], ["\u0120a", "x."]]),
+        (bytes_, [["a", ".x", "a"]]),
+        (bytes_, [["a", "\u0120!"], ['\u0120"', "a", "?"]]),
+        (bytes_, [["a", ".", ")", '"'], ["a"]]),
+        (bytes_, [["a", ".", ".", "?"], ["a"]]),
+        (bytes_, [["a", "."], ['",', "a"]]),
+        (pieces, [["a", ".", '"'], ['"', "a", "?", "'", '"'], ["a"]]),
+    ):
+        known = [*vocabulary, *both, "x"]
+        end = len(known)
+        objective = Denoise(9, end, end, end, end, 0.3, 3.0, 1.0, spelled(known))
+        row = np.array([known.index(piece) for piece in itertools.chain(*sentences)])
+        found = {tuple(objective.permuted(row, np.random.default_rng(seed)).tolist()) for seed in range(100)}
+        orders = itertools.permutations(sentences)
+        assert found == {tuple(known.index(piece) for piece in itertools.chain(*order)) for order in orders}, sentences
+    with says("data.shuffle_sentences: this tokenizer has no piece for a full stop."):
+        spelled(["a", ".x"])
+
+
+def test_data_of_other_words_has_another_name():
+    """Runs with WordPiece's words go on; those with others, and with permuted sentences, were of other data."""
+    for kind, same in (("wordpiece", True), ("bpe", False)):
+        codec = learnt(kind)
+        whole, moved = (
+            make("denoise", 32, codec, mask_rate=None, span_length=None, shuffle_sentences=share)
+            for share in (0.0, 0.5)
+        )
+        assert fingerprint(whole) == repr(whole) and fingerprint(moved).startswith(repr(moved) + " ")
+        plain, words = (
+            make("mask", 32, codec, mask_rate=None, span_length=None, mask_unit=unit) for unit in ("token", "word")
+        )
+        assert fingerprint(plain) == repr(plain) and (fingerprint(words) == repr(words)) == same
 
 
 def test_sentences_are_permuted_and_nothing_is_lost():
@@ -256,7 +412,7 @@ def test_segment_pairs_against_a_slow_version(question):
     codec = wordpieces()
     objective = make(question, 40, codec, mask_rate=0.3, span_length=None)
     window = 37
-    assert objective.window == window and objective.elsewhere == (window if question == "follow" else 0)
+    assert objective.window == objective.elsewhere == window
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 205, (B, window + 1 + objective.elsewhere)).astype(np.int32)
     batch = objective.batch(tokens, np.ones(tokens.shape, bool), np.arange(B, dtype=np.uint64))
@@ -281,5 +437,146 @@ def test_segment_pairs_against_a_slow_version(question):
     assert abs(batch["targets"]["pair"].mean() - 0.5) < 4 * np.sqrt(0.25 / B)
     assert min(cuts) == 9 and max(cuts) == 28
     assert abs((batch["weights"] > 0).sum() / (B * window) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / (B * window))
+    assert batch["inputs"]["valid"].all()
+    engine = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="a"))
+    # RoBERTa's, whose marks say nothing of a second segment.
+    engine.post_processor = RobertaProcessing(("</s>", 1), ("<s>", 0))
     with says(f"data.objective={question!r} needs a tokenizer that tells two segments apart, as BERT's do."):
-        made(question)
+        make(question, 40, JsonTokenizer(engine.to_str()), mask_rate=None, span_length=None)
+
+
+LENGTHS = [3, 30, 7, 8, 200, 9, 21, 5, 40, 61, 14, 22, 23, 100]
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Arguments of data whose words say which document they are of, and where: `4x17`. Held out is one document."""
+
+    def text(document, length):
+        return " ".join(f"{document}x{i}" for i in range(length))
+
+    for name, lengths in (("train", dict(enumerate(LENGTHS))), ("valid", {77: 90})):
+        lines = [json.dumps({"text": text(document, length)}) + "\n" for document, length in lengths.items()]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    return dict(source=f"jsonl:{tmp_path}/*.jsonl", tokenizer="words", cache_dir=str(tmp_path / "cache"), workers=1)
+
+
+def segments(data, batch, row):
+    """The words of a row's two segments as (document, place); checks that nothing but marks is around them."""
+    end, pieces = data.tokenizer.end_id, data.tokenizer.pieces()
+    tokens, valid = batch["targets"]["tokens"][row], batch["inputs"]["valid"][row]
+    types, length = batch["inputs"]["token_types"][row], int(valid.sum())
+    marks = np.flatnonzero(tokens[:length] == end)
+    assert marks[0] == 0 and len(marks) == 3 and marks[-1] == length - 1 and (tokens[length:] == end).all()
+    assert valid[:length].all() and types.tolist() == [marks[1] < at < length for at in range(len(tokens))]
+    assert not batch["weights"][row][tokens == end].any()
+    parts = (tokens[marks[0] + 1 : marks[1]], tokens[marks[1] + 1 : marks[2]])
+    return [[tuple(map(int, pieces[i].split("x"))) for i in part] for part in parts]
+
+
+def in_one_piece(words):
+    """The document of words that follow each other in it."""
+    assert [at for _, at in words] == list(range(words[0][1], words[0][1] + len(words)))
+    assert len({document for document, _ in words}) == 1
+    return words[0][0]
+
+
+@pytest.mark.parametrize("question", ["order", "follow"])
+@pytest.mark.parametrize("seq_len", [16, 40])
+def test_segments_are_of_one_document_each(documents, question, seq_len):
+    data = tokens.make(**documents, seq_len=seq_len, objective=question, batch_size=32)
+    assert data.fingerprint != made_before(data, question, seq_len)
+    window, pairs, found = seq_len - 3, [], []
+    for step in range(20):
+        batch = data.train.batch_at(step)
+        for row in range(32):
+            first, second = segments(data, batch, row)
+            here, there = in_one_piece(first), in_one_piece(second)
+            pair = int(batch["targets"]["pair"][row])
+            if question == "order":
+                assert in_one_piece(second + first if pair else first + second) == here
+                size = len(first) + len(second)
+            else:
+                assert (here != there) == pair
+                assert pair or in_one_piece(first + second) == here
+                # Cut at the same share, so that how long a segment is does not say whose it is.
+                size = min(LENGTHS[here], window)
+                other = min(LENGTHS[there], window)
+                assert size // 4 <= len(first) <= size - size // 4 and other // 4 <= len(second) <= other - other // 4
+                assert pair or len(first) + len(second) == size
+            assert size == min(LENGTHS[here], window) >= 8
+            pairs.append(pair)
+            found.append(here)
+    assert abs(np.mean(pairs) - 0.5) < 4 * np.sqrt(0.25 / len(pairs))
+    # Each document has its rows in each epoch, as many as it has windows.
+    rows = {i: max(n // window, 1) for i, n in enumerate(LENGTHS) if n >= 8}
+    epoch = found[: sum(rows.values())]
+    assert {i: epoch.count(i) for i in set(epoch)} == rows
+
+
+def made_before(data, question, seq_len):
+    """The fingerprint of data whose segments ran over the ends of documents."""
+    frame = Frame([data.tokenizer.end_id], [data.tokenizer.end_id], [data.tokenizer.end_id], True)
+    size = data.tokenizer.vocab_size
+    mask = Mask(seq_len, data.tokenizer.end_id, size, size, 0.15)
+    corpus = data.fingerprint.split()[0]
+    return f"{corpus} SegmentPairs(mask={mask!r}, frame={frame!r}, question={question!r}, window={seq_len - 3})"
+
+
+@pytest.mark.parametrize("question", ["order", "follow"])
+def test_rows_of_documents_are_functions_of_their_number(documents, question):
+    data = tokens.make(**documents, seq_len=40, objective=question, batch_size=8, seed=3)
+    again = tokens.make(**documents, seq_len=40, objective=question, batch_size=8, seed=3)
+    held = data.evals("validation", 3)
+    assert held.num_batches == 1  # two windows of 90 words
+    for one, other, steps in ((data.train, again.train, (7, 0, 2)), (held, again.evals("validation", 3), (0, 1))):
+        for step in steps:
+            whole = one.batch_at(step)
+            for rows in (slice(None), slice(1, None, 2), np.array([2, 0, 0])):
+                part = other.batch_at(step, rows)
+                for key in ("tokens", "token_types", "valid"):
+                    np.testing.assert_array_equal(part["inputs"][key], whole["inputs"][key][rows])
+                np.testing.assert_array_equal(part["weights"], whole["weights"][rows])
+                np.testing.assert_array_equal(part["targets"]["pair"], whole["targets"]["pair"][rows])
+    batch = held.batch_at(0)
+    assert (batch["weights"].sum(axis=1) > 0).tolist() == [True, True, False]
+    # One document alone has no stranger.
+    assert question == "order" or not batch["targets"]["pair"].any()
+    # The windows of an epoch begin elsewhere than those of another one.
+    rows = data.train.laid.training
+    begins = set()
+    for epoch in range(6):
+        batches = [data.train.batch_at(step) for step in range(epoch * rows // 8, (epoch + 1) * rows // 8)]
+        words = [segments(data, batch, row)[0] for batch in batches for row in range(8)]
+        begins.add(min((at for part in words for document, at in part if document == 4), default=None))
+    assert len(begins) > 2
+
+
+def test_documents_that_give_no_pairs(documents, tmp_path):
+    asked = dict(documents, seq_len=40, batch_size=8)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a b c d e f g h"}) + "\n")
+    assert tokens.make(**asked, objective="order").train.batch_at(0)["weights"].shape == (8, 40)
+    with says(
+        "data.objective='follow' needs documents that do not follow each other: data.source="
+        f"{documents['source']!r} has one for training. Take 'order'."
+    ):
+        tokens.make(**asked, objective="follow")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a b c d e f g"}) + "\n")
+    with says("Segments of one document need 8 tokens of it; no document of this split has them."):
+        tokens.make(**asked, objective="order")
+
+
+def test_a_tokenizer_that_was_trained_here_has_segments(documents):
+    """Its only mark stands around them."""
+    data = tokens.make(**dict(documents, tokenizer="wordpiece:60"), seq_len=40, objective="follow", batch_size=8)
+    row, end = data.train.batch_at(0)["targets"]["tokens"][0], data.tokenizer.end_id
+    assert (
+        row[0] == end
+        and sorted(set(row[row == end])) == [end]
+        and set(data.train.batch_at(0)["inputs"])
+        == {
+            "tokens",
+            "token_types",
+            "valid",
+        }
+    )

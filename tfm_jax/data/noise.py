@@ -5,8 +5,10 @@ B rows, W window (tokens a row takes from the stream), S encoder length, T targe
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,13 +30,14 @@ class Objective(Protocol):
 
     @property
     def elsewhere(self) -> int:
-        """Tokens of another place of the stream, drawn for each row, that it is given behind its own W + 1."""
+        """Tokens of another document, drawn for each row, that it is given behind its own W + 1, which are then of one document
+        themselves; 0 where rows run on over the ends of documents."""
 
     def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
         """A batch from `tokens` (B, W + 1 + elsewhere) int32, the window and the token after it first.
 
         Args:
-          known: of the same shape, bool, False past the stream's end.
+          known: of the same shape, bool, False past the end of the stream, or of a document where rows are of one.
           seeds: (B,) uint64; equal seeds give equal rows, in whatever batch they stand.
         """
 
@@ -92,6 +95,29 @@ def cuts(seeds: np.ndarray, seq_len: int) -> np.ndarray:
     return 1 + (uniform(seeds, 1, 1) * (seq_len - 1)).astype(np.int64)
 
 
+GOES_ON_BEHIND_LETTERS, GOES_ON = 1, 2
+AS_BEFORE = 2
+
+
+class Words(NamedTuple):
+    """Where words begin in a row of ids, by a byte of each id of the vocabulary (V,) for its first and its last character."""
+
+    first: bytes
+    """`GOES_ON_BEHIND_LETTERS` (or digits) with the word before, `GOES_ON` with it behind whatever stands there, or 0."""
+    last: bytes
+    """1 for a letter or digit, 0 for another; `AS_BEFORE` where it says nothing but the middle of the piece before's."""
+
+    def begin(self, tokens: np.ndarray) -> np.ndarray:
+        """(B, T) bool, for `tokens` (B, T); a row begins a word."""
+        first, last = (np.frombuffer(table, np.uint8)[tokens] for table in self)
+        says = np.maximum.accumulate(np.where(last == AS_BEFORE, 0, np.arange(tokens.shape[1])[None]), axis=1)
+        behind = np.take_along_axis(last, says, axis=1)[:, :-1]
+        out = first == 0
+        out[:, 1:] |= (first[:, 1:] == GOES_ON_BEHIND_LETTERS) & (behind != 1)
+        out[:, 0] = True
+        return out
+
+
 @dataclass(frozen=True)
 class Mask:
     """Some tokens hidden, each to be told from all others (Devlin et al. 2019, section 3.1 and appendix A.1).
@@ -106,8 +132,8 @@ class Mask:
     mask_id: int
     vocab_size: int
     rate: float
-    starts: tuple[bool, ...] = field(default=(), repr=False)
-    """Which ids begin a word, where words are hidden as wholes (Cui et al. 2019)."""
+    words: Words | None = field(default=None, repr=False)
+    """How words are told, where they are hidden as wholes (Cui et al. 2019)."""
     elsewhere: int = 0
 
     @property
@@ -131,9 +157,8 @@ class Mask:
         """(B, T) tokens as they are shown, and which of them were chosen among those that may be."""
         length = tokens.shape[1]
         draws = uniform(seeds, length, 1)
-        if self.starts:
-            begins = np.array([*self.starts, *[True] * self.added])[tokens] | (tokens == self.end_id)
-            begins[:, 0] = True
+        if self.words is not None:
+            begins = self.words.begin(tokens) | (tokens == self.end_id)
             draws = np.take_along_axis(draws, np.cumsum(begins, axis=1) - 1, axis=1)
         chosen = (draws < self.rate) & (tokens != self.end_id) & may
         fate = uniform(seeds, length, 2)
@@ -215,10 +240,15 @@ def _segments(items: int, count: int, noise: np.ndarray) -> np.ndarray:
     return np.diff(edges, axis=1)
 
 
+# A full stop and what closes behind it: straight quotes, brackets, and in UTF-8 the right quotes, single, double and angled. The
+# second of two straight quotes opens what follows, where WordPiece has left out the space between them.
+_STOP = re.compile(rb"""[.!?]+(?:(?<!")"|(?<!')'|[)\]}]|\xe2\x80[\x99\x9d]|\xc2\xbb)*""")
+
+
 @dataclass(frozen=True)
 class Denoise:
     """The text from itself with stretches hidden behind one mask each (Lewis et al. 2020, "text infilling"), of some rows with
-    its sentences in a drawn order ("sentence permutation").
+    the sentences of each document in a drawn order ("sentence permutation").
 
     Stretches of Poisson(`length`) tokens, until `rate` of them are hidden; a stretch of none inserts a mask. The
     source is padded to S, which leaves room for such masks; `valid` says where it is.
@@ -233,8 +263,8 @@ class Denoise:
     length: float
     shuffled: float = 0.0
     """The share of the rows whose sentences are permuted."""
-    stops: tuple[int, ...] = field(default=(), repr=False)
-    """The ids that end a sentence, besides the end mark."""
+    spelled: tuple[bytes, ...] = field(default=(), repr=False)
+    """What each id adds to a text, in UTF-8, where sentences are permuted."""
     elsewhere: int = 0
 
     @property
@@ -253,18 +283,30 @@ class Denoise:
             rng = np.random.Generator(np.random.Philox(key=int(seed)))
             text = targets[row]
             if self.shuffled and rng.random() < self.shuffled:
-                text = self._permuted(text, rng)
+                text = self.permuted(text, rng)
             found = self._source(text, rng)
             source[row, : len(found)], valid[row, : len(found)] = found, True
         weights = np.broadcast_to(whole[:, None], targets.shape).astype(np.float32)
         inputs = {"tokens": source, "valid": valid, "decoder_tokens": _shifted(self.start_id, targets)}
         return {"inputs": inputs, "targets": targets, "weights": weights}
 
-    def _permuted(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The row's sentences, whole or cut by its edges, in a drawn order."""
-        ends = np.flatnonzero(np.isin(tokens, [*self.stops, self.end_id])) + 1
-        sentences = np.split(tokens, ends[ends < len(tokens)])
-        return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
+    def permuted(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A row (T,) with each document's sentences, whole or cut by the row's edges, in a drawn order; end marks stay."""
+        out = tokens.copy()
+        edges = [-1, *np.flatnonzero(tokens == self.end_id), len(tokens)]
+        for before, after in itertools.pairwise(edges):
+            text = tokens[before + 1 : after]
+            sentences = np.split(text, self._ends(text))
+            out[before + 1 : after] = np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
+        return out
+
+    def _ends(self, tokens: np.ndarray) -> np.ndarray:
+        """Behind which tokens of a text a sentence ends: the last that ends in a full stop or what closes behind it."""
+        spelled = [self.spelled[i] for i in tokens]
+        places = np.cumsum([len(text) for text in spelled])
+        found = np.array([stop.span() for stop in _STOP.finditer(b"".join(spelled))], np.int64).reshape(-1, 2)
+        least, most = np.searchsorted(places, found[:, 0] + 1), np.searchsorted(places, found[:, 1], side="right") - 1
+        return most[most >= least] + 1
 
     def _source(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         budget = max(1, round(self.rate * len(tokens)))

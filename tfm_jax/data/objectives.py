@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
-from tfm_jax.data.noise import Continue, Denoise, Mask, Next, Objective, Prefix, PrefixNext, Span, span_sizes
+from tfm_jax.data.noise import (
+    AS_BEFORE,
+    GOES_ON,
+    GOES_ON_BEHIND_LETTERS,
+    Continue,
+    Denoise,
+    Mask,
+    Next,
+    Objective,
+    Prefix,
+    PrefixNext,
+    Span,
+    Words,
+    span_sizes,
+)
 from tfm_jax.data.segment_pairs import Question, SegmentPairs
 from tfm_jax.data.types import Tokenizer
+from tfm_jax.data.vocabularies import byte_tokenizer
 from tfm_jax.errors import UserError
 
 Name = Literal["next", "mask", "span", "denoise", "continue", "prefix", "prefix_lm", "order", "follow"]
@@ -61,13 +78,13 @@ def make(
         return Prefix(seq_len, tokenizer.end_id, start)
     mask = next((found for mark in MASKS if (found := tokenizer.token_id(mark)) is not None), None)
     if name in _MASKED:
-        starts = word_starts(tokenizer.pieces()) if mask_unit == "word" else ()
-        made = Mask(seq_len, tokenizer.end_id, first if mask is None else mask, first, mask_rate or 0.15, starts)
+        words = word_parts(tokenizer.pieces()) if mask_unit == "word" else None
+        made = Mask(seq_len, tokenizer.end_id, first if mask is None else mask, first, mask_rate or 0.15, words)
         question = next((question for question in _QUESTIONS if question == name), None)
         return made if question is None else SegmentPairs.of(made, tokenizer.frame(), question)
     if name == "denoise":
         mask = first if mask is None else mask
-        stops = sentence_stops(tokenizer.pieces()) if shuffle_sentences else ()
+        texts = spelled(tokenizer.pieces()) if shuffle_sentences else ()
         return Denoise(
             seq_len,
             tokenizer.end_id,
@@ -77,7 +94,7 @@ def make(
             mask_rate or 0.3,
             span_length or 3.0,
             shuffle_sentences,
-            stops,
+            texts,
         )
     window, noise, spans = span_sizes(seq_len, mask_rate or 0.15, span_length or 3.0)
     sentinels = [tokenizer.token_id(f"<extra_id_{i}>") for i in range(spans)]
@@ -91,37 +108,100 @@ def make(
     return Span(window, noise, tuple(marks), tokenizer.end_id, start, first)
 
 
+def fingerprint(objective: Objective) -> str:
+    """Of the rows that an objective makes: what it is, and a digest of what its text does not show of the vocabulary."""
+    words: Words | None = getattr(getattr(objective, "mask", objective), "words", None)
+    # WordPiece's words are those of its own marks, now as in runs from before this digest.
+    tables = [*words] if words and any(words.last) else []
+    if texts := getattr(objective, "spelled", ()):
+        tables.append(b"\n".join(texts))
+    return " ".join([repr(objective), *(hashlib.sha256(table).hexdigest() for table in tables)])
+
+
 # Objectives that hide nothing of what they show, and those of masked tokens.
 _WHOLE = ("next", "continue", "prefix", "prefix_lm")
 _QUESTIONS: tuple[Question, ...] = ("order", "follow")
 _MASKED = ("mask", *_QUESTIONS)
 
 
-def word_starts(pieces: Sequence[str]) -> tuple[bool, ...]:
-    """Whether each piece of a vocabulary begins a word: WordPiece marks those that do not, others those that do.
+def word_parts(pieces: Sequence[str]) -> Words:
+    """How the words of a text are told from its pieces: runs of letters and digits, whatever else stands between them.
 
-    What is neither letter nor digit is a word of its own.
+    WordPiece marks the pieces that go on with a word. The others mark spaces alone, so that whether a piece begins a word is
+    also of the piece before it: behind a quote or the end of a line there is no space.
     """
-    if any(piece.startswith("##") for piece in pieces):
-        return tuple(not piece.startswith("##") for piece in pieces)
-    marks = tuple(mark for mark in _SPACES if any(len(piece) > 1 and piece.startswith(mark) for piece in pieces))
-    if not marks:
+    mark = _mark(pieces)
+    if mark is None:
         raise UserError("data.mask_unit='word': this tokenizer does not say where words begin.")
-    return tuple(piece.startswith(marks) or not piece[:1].isalnum() for piece in pieces)
+    if mark == _INSIDE:
+        return Words(bytes(GOES_ON if piece.startswith(mark) else 0 for piece in pieces), bytes(len(pieces)))
+    spelled = [_spelled(piece, mark) for piece in pieces]
+    return Words(bytes(map(_first, spelled)), bytes(map(_last, spelled)))
 
 
-# A space as byte-level BPE and SentencePiece write it.
-_SPACES = ("\u0120", "\u2581")
+# A space as byte-level BPE and SentencePiece write it, and what WordPiece writes where there is none.
+_BYTES, _SPACE, _INSIDE = "\u0120", "\u2581", "##"
+_BYTE_OF = {piece: bytes([byte]) for byte, piece in enumerate(byte_tokenizer().pieces()[:256])}
+_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def sentence_stops(pieces: Sequence[str]) -> tuple[int, ...]:
-    """The pieces that end a sentence: nothing but marks, of which the last is a full stop, `!` or `?`."""
-    found = tuple(
-        i for i, piece in enumerate(pieces) if (bare := piece.strip("".join(_SPACES) + "#")) and _STOP.fullmatch(bare)
-    )
-    if not found:
+def _mark(pieces: Sequence[str]) -> str | None:
+    """The one that most pieces begin with: GPT-2 has a few that begin with two hashes, which are headings."""
+    counts = {
+        mark: sum(len(p) > len(mark) and p.startswith(mark) for p in pieces) for mark in (_BYTES, _SPACE, _INSIDE)
+    }
+    found = max(counts, key=lambda mark: counts[mark])
+    return found if counts[found] else None
+
+
+def _spelled(piece: str, mark: str | None) -> bytes:
+    """What a piece adds to a text, in UTF-8, of which it may begin or end in the middle of a character."""
+    if mark == _BYTES:
+        return b"".join(_BYTE_OF.get(character, character.encode()) for character in piece)
+    if mark == _SPACE:
+        byte = _FALLBACK.fullmatch(piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace(mark, " ").encode()
+    return piece.removeprefix(mark or "").encode()
+
+
+def _first(text: bytes) -> int:
+    if text and _is_middle(text[0]):
+        return GOES_ON
+    return GOES_ON_BEHIND_LETTERS if _is_letter(_characters(text)[:1]) else 0
+
+
+def _last(text: bytes) -> int:
+    if all(map(_is_middle, text)):
+        return AS_BEFORE
+    return int(_is_letter(_characters(text)[-1:]))
+
+
+def _is_middle(byte: int) -> bool:
+    """Whether a character does not begin here, in UTF-8."""
+    return byte & 0xC0 == 0x80
+
+
+def _is_letter(character: str) -> bool:
+    """Or a digit, or what is written over, under or around one."""
+    return character.isalnum() or (bool(character) and unicodedata.category(character).startswith("M"))
+
+
+def _characters(text: bytes) -> str:
+    """From the first character that begins in it. One that is cut off is guessed: its first bytes say its block, all but always."""
+    while text and _is_middle(text[0]):
+        text = text[1:]
+    for rest in (b"", *(byte * count for byte in (b"\x9f", b"\xa0") for count in (1, 2, 3))):
+        try:
+            return (text + rest).decode()
+        except UnicodeDecodeError:
+            continue
+    return text.decode(errors="replace")
+
+
+def spelled(pieces: Sequence[str]) -> tuple[bytes, ...]:
+    """What each piece adds to a text, in UTF-8; WordPiece's are without the spaces between them."""
+    mark = _mark(pieces)
+    found = tuple(_spelled(piece, mark) for piece in pieces)
+    if not any(text.endswith((b".", b"!", b"?")) for text in found):
         raise UserError("data.shuffle_sentences: this tokenizer has no piece for a full stop.")
     return found
-
-
-_STOP = re.compile(r"[^\w\s]*[.!?]")

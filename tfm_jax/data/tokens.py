@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from tfm_jax.data.build import TokenStream
 from tfm_jax.data.corpus import open_corpus, without_bytes
 from tfm_jax.data.index import epoch_records, hash_ints
 from tfm_jax.data.noise import Objective
+from tfm_jax.data.segment_pairs import Documents
 from tfm_jax.data.types import Batch, Data, Rows
 from tfm_jax.errors import UserError
 
@@ -45,8 +47,8 @@ def make(
       seq_len: T, tokens a row; of an encoder's input where there are two sequences.
       objective: what is predicted: the `next` token, tokens behind a `mask`, a `span` behind a sentinel (T5), the whole
         text from one with holes (`denoise`, BART), how a text goes on after its first half (`continue`) or any place
-        (`prefix`; `prefix_lm` for models without an encoder), or masked tokens of two segments and whether they stand in their `order` (ALBERT) or `follow` each other
-        (BERT), for `task.name=masked_pairs`; see `data.objectives`.
+        (`prefix`; `prefix_lm` for models without an encoder), or masked tokens of two segments and whether they stand in their
+        `order` (ALBERT) or `follow` each other (BERT) in one document, for `task.name=masked_pairs`; see `data.objectives`.
       mask_rate: share of the tokens that are hidden; 0.15, and 0.3 for `denoise`, if None.
       decoder_start: the id that a decoder begins with; the end mark if None.
       span_length: mean length of hidden stretches for `span` and `denoise`; 3 if None.
@@ -88,21 +90,27 @@ def make(
         mask_unit=mask_unit,
         shuffle_sentences=shuffle_sentences,
     )
-    if stream.size < made.window + 1:
+    train = Training(stream, made, batch_size, seed)
+    if not train.laid.training:
         raise UserError(
             f"data.source={source!r} has {stream.size} training tokens, too few for one row of"
             f" data.seq_len={seq_len} and the token after it."
         )
+    if objective == "follow" and isinstance(train.laid, Documents) and len(train.laid.sizes) < 2:
+        raise UserError(
+            f"data.objective='follow' needs documents that do not follow each other: data.source={source!r} has one for training."
+            " Take 'order'."
+        )
 
     plain = objective == "next"
     return Data(
-        train=Training(stream, made, batch_size, seed),
+        train=train,
         evals=lambda name, rows: Pass(corpus.stream(name), made, rows or batch_size),
         vocab_size=codec.vocab_size + made.added,
         tokenizer=codec,
         # Rates in bytes mean something only where every token is predicted from those before it.
         facts=corpus.told() if plain else without_bytes(corpus.facts),
-        fingerprint=corpus.fingerprint if plain else f"{corpus.fingerprint} {made!r}",
+        fingerprint=corpus.fingerprint if plain else f"{corpus.fingerprint} {objectives.fingerprint(made)}",
     )
 
 
@@ -110,8 +118,8 @@ def make(
 class Training:
     """Endless rows of a window's tokens, as the objective has them.
 
-    In each epoch the stream is cut into windows at an offset drawn from (seed, epoch), and the windows come in an order
-    drawn from it too, so that several epochs over a small corpus do not see the same rows.
+    In each epoch the stream, or each document, is cut into windows at an offset drawn from (seed, epoch), and the windows come
+    in an order drawn from it too, so that several epochs over a small corpus do not see the same rows.
     """
 
     stream: TokenStream
@@ -120,15 +128,13 @@ class Training:
     seed: int
     num_batches: None = None
 
+    @cached_property
+    def laid(self) -> Windows | Documents:
+        return laid(self.stream, self.objective)
+
     def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        # An offset below `room` leaves the last window, and the token after it, inside the stream.
-        window = self.objective.window
-        room = min(window, self.stream.size - window)
-        windows = (self.stream.size - room) // window
-        epoch, index = epoch_records(step, self.batch_size, windows, self.seed, rows)
-        offset = (hash_ints(self.seed, 1, epoch) % np.uint64(room)).astype(np.int64)
-        seeds = hash_ints(self.seed, 2, epoch, index)
-        return _batch(self.stream, index * window + offset, self.objective, seeds)
+        epoch, index = epoch_records(step, self.batch_size, self.laid.training, self.seed, rows)
+        return self.laid.batch(index, hash_ints(self.seed, 1, epoch), hash_ints(self.seed, 2, epoch, index))
 
 
 @dataclass(frozen=True)
@@ -139,22 +145,48 @@ class Pass:
     objective: Objective
     batch_size: int
 
+    @cached_property
+    def laid(self) -> Windows | Documents:
+        return laid(self.stream, self.objective)
+
     @property
     def num_batches(self) -> int:
-        windows = -(-(self.stream.size - 1) // self.objective.window)
-        return -(-windows // self.batch_size)
+        return -(-self.laid.once // self.batch_size)
 
     def batch_at(self, step: int, rows: Rows = slice(None)) -> Batch:
-        window = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
-        return _batch(self.stream, window * self.objective.window, self.objective, hash_ints(0, 3, window))
+        index = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
+        return self.laid.batch(index, np.zeros(index.shape, np.uint64), hash_ints(0, 3, index))
 
 
-def _batch(stream: TokenStream, start: np.ndarray, objective: Objective, seeds: np.ndarray) -> Batch:
-    place = start[:, None] + np.arange(objective.window + 1, dtype=np.int64)[None, :]
-    if objective.elsewhere:
-        # Another place of the stream for each row, drawn from the row's seed.
-        far = (hash_ints(seeds.view(np.int64), 4) % np.uint64(max(stream.size - objective.elsewhere, 1))).astype(
-            np.int64
-        )
-        place = np.concatenate([place, far[:, None] + np.arange(objective.elsewhere)[None, :]], axis=1)
-    return objective.batch(stream.at(np.minimum(place, stream.size - 1)), place < stream.size, seeds)
+def laid(stream: TokenStream, objective: Objective) -> Windows | Documents:
+    return Documents.of(stream, objective) if objective.elsewhere else Windows(stream, objective)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Rows that lie one behind the other in the stream, over the ends of documents."""
+
+    stream: TokenStream
+    objective: Objective
+
+    @property
+    def training(self) -> int:
+        """Rows of an epoch, at any shift."""
+        return (self.stream.size - self._room) // self.objective.window
+
+    @property
+    def once(self) -> int:
+        """Rows of a pass, without a shift; the last one may be cut off."""
+        return -(-(self.stream.size - 1) // self.objective.window)
+
+    @property
+    def _room(self) -> int:
+        # A shift below it leaves the last window, and the token after it, inside the stream.
+        return max(min(self.objective.window, self.stream.size - self.objective.window), 1)
+
+    def batch(self, index: np.ndarray, shift: np.ndarray, seeds: np.ndarray) -> Batch:
+        """Rows by their number (B,) int64; `shift` (B,) uint64, of which a remainder is how much later they all begin."""
+        start = index * self.objective.window + (shift % np.uint64(self._room)).astype(np.int64)
+        place = start[:, None] + np.arange(self.objective.window + 1, dtype=np.int64)[None]
+        found = self.stream.at(np.minimum(place, self.stream.size - 1))
+        return self.objective.batch(found, place < self.stream.size, seeds)
