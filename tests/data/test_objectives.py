@@ -13,7 +13,8 @@ from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from tests.errors import says
 from tfm_jax.data import tokens
 from tfm_jax.data.noise import Denoise, Mask
-from tfm_jax.data.objectives import fingerprint, make, spelled, word_parts
+from tfm_jax.data.objectives import fingerprint, make
+from tfm_jax.data.spelling import spelled, word_parts
 from tfm_jax.data.tokenizers import JsonTokenizer
 from tfm_jax.data.types import Frame
 from tfm_jax.data.vocabularies import byte_tokenizer, train_tokenizer

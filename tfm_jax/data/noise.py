@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from tfm_jax.data.index import hash_ints
+from tfm_jax.data.spelling import Words
 from tfm_jax.data.types import Batch
 from tfm_jax.errors import UserError
 
@@ -93,29 +94,6 @@ class PrefixNext:
 def cuts(seeds: np.ndarray, seq_len: int) -> np.ndarray:
     """(B, 1) int64, places uniform from 1 to `seq_len` - 1."""
     return 1 + (uniform(seeds, 1, 1) * (seq_len - 1)).astype(np.int64)
-
-
-GOES_ON_BEHIND_LETTERS, GOES_ON = 1, 2
-AS_BEFORE = 2
-
-
-class Words(NamedTuple):
-    """Where words begin in a row of ids, by a byte of each id of the vocabulary (V,) for its first and its last character."""
-
-    first: bytes
-    """`GOES_ON_BEHIND_LETTERS` (or digits) with the word before, `GOES_ON` with it behind whatever stands there, or 0."""
-    last: bytes
-    """1 for a letter or digit, 0 for another; `AS_BEFORE` where it says nothing but the middle of the piece before's."""
-
-    def begin(self, tokens: np.ndarray) -> np.ndarray:
-        """(B, T) bool, for `tokens` (B, T); a row begins a word."""
-        first, last = (np.frombuffer(table, np.uint8)[tokens] for table in self)
-        says = np.maximum.accumulate(np.where(last == AS_BEFORE, 0, np.arange(tokens.shape[1])[None]), axis=1)
-        behind = np.take_along_axis(last, says, axis=1)[:, :-1]
-        out = first == 0
-        out[:, 1:] |= (first[:, 1:] == GOES_ON_BEHIND_LETTERS) & (behind != 1)
-        out[:, 0] = True
-        return out
 
 
 @dataclass(frozen=True)
