@@ -78,7 +78,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             "name": arguments,
             "rank": 4,
             # AdaLoRA's P and Q have length 1: its s alone, at the same rate, has to carry what LoRA's whole B does.
-            "alpha": 16.0 if arguments == "lora" else 64.0,
+            "alpha": 16.0 if arguments == "lora" else 128.0,
             # All of them: rank 8 of queries and values alone, with the pooler trained too, has 87.0 % after as many steps.
             "pattern": r"(attention/(query|key|value|out)|mlp/(up|down)|pooler/dense)/kernel$",
             "train": ("class_head/", "norm/", r"(attention|mlp|pooler)/.*bias$"),
