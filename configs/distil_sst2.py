@@ -4,7 +4,8 @@
     python -m experiments.train --config=configs/distil_sst2.py --config.data.manual_dir=path/to/data --workdir=runs/distil_sst2
 
 Soft targets at a temperature of 2, and hidden states matched layer by layer. 20 minutes on two CPU cores that another run shares;
-90.1 % from a teacher with 89.7 %, that of `minilm_sst2` in an older order of the examples, the student alone 88.0 %. `:alone` is the same student without the teacher.
+90.1 % from a teacher with 89.7 %, that of `minilm_sst2` in an older order of the examples, the student alone 88.0 %. `:alone` is
+the same student without the teacher.
 `:smoke` is a tiny one, in seconds; give it a source, a teacher and its tokenizer (`--config.task.teacher=RUN
 --config.data.tokenizer=run:RUN`).
 

@@ -27,6 +27,7 @@ HIDDEN = {
     "data": ("tokenizer_dir",),
     "adapter": ("task", "steps"),
 }
+_UNIONS = (types.UnionType, typing.Union)
 DEFAULT_NAMES = {"task": "token_prediction", "data": "tokens", "adapter": "lora"}
 
 
@@ -111,15 +112,14 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         value = {k: v for k, v in value.items()}
     probe = tuple(value) if isinstance(value, list) else value
     options = typing.get_args(hint) or (hint,)
+    fitting: Any = hint
     if isinstance(value, str):
         # To Python a string is a sequence of strings, but nobody means its letters.
-        kinds = options if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        kinds = options if typing.get_origin(hint) in _UNIONS else (hint,)
         others = [kind for kind in kinds if typing.get_origin(kind) is not Sequence]
         if not {*others} - {types.NoneType}:
             raise UserError(f"config: {key}={value!r} has the wrong type; expected a list, for instance ({value!r},).")
-        fitting: Any = functools.reduce(operator.or_, others)
-    else:
-        fitting = hint
+        fitting = functools.reduce(operator.or_, others)
     if isinstance(value, bool) and bool not in options and hint is not Any:
         raise UserError(f"config: {key}={value!r} has the wrong type; expected {_describe(hint)}.")
     try:
@@ -150,7 +150,7 @@ def _describe(hint: Any) -> str:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(repr, inside))
-    if origin in (types.UnionType, typing.Union):
+    if origin in _UNIONS:
         return ", or ".join(map(_describe, inside))
     if origin is Sequence and typing.get_origin(inside[0]) is typing.Literal:
         return f"a list, each {_describe(inside[0])}"

@@ -63,7 +63,8 @@ def make(
       names: the classes in their order, each once; those of the train split, sorted, if None, and kept with the run. Labels
         may be their places in it instead, from 0, where no name is a number itself.
       predictions: a `.npy` of what a teacher predicts for each example of the train split, in its order, (N, C) float, as
-        `python -m experiments.predict` writes it, and beside it a `.names.json` with its classes; a training batch then has it as `teacher`.
+        `python -m experiments.predict` writes it, and beside it a `.names.json` with its classes; a training batch
+        then has it as `teacher`.
       kind: `class`, whose names or numbers are those of the train split, or a finite `number`.
       tokenizer: as for `data.tokens`.
       seq_len: longest row, marks included; of longer examples the longer text is cut at its end.

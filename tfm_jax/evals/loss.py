@@ -28,8 +28,8 @@ def make(
     Returns:
       A function from a `TrainState` to `loss` (a mean over the task's units), each other metric of the task, and the
       number of units (`tokens`, `examples`). For a task of tokens also `perplexity`, and `bits_per_byte` where the data
-      set knows its bytes and its tokens say all of the text, by the first 20,000 characters that are held out: loss / ln 2 times predicted tokens a byte of the whole split, so
-      exact without `max_batches` and an estimate with it.
+      set knows its bytes and its tokens say all of the text, by the first 20,000 characters that are held out:
+      loss / ln 2 times predicted tokens a byte of the whole split, so exact without `max_batches` and an estimate with it.
     """
     if max_batches is not None and max_batches < 1:
         raise UserError(f"evals: max_batches={max_batches}: must be at least 1, or None for the whole split.")

@@ -48,6 +48,7 @@ def save(run: Path, folder: Path, step: int | None = None) -> dict[str, Any]:
     trained, averages = load_trained(run, step), config["train"]["ema"] is not None
     config["train"]["ema"] = None
     task = build_task(config)
+    # A teacher has done its work: the student is evaluated by the task inside, and what the wrapper has added is no base's.
     config["task"] = config["task"].get("task", config["task"])
     added = [re.compile(pattern) for pattern in task.own]
     leaves = {p: x for p, x in flatten(trained.params).items() if not any(regex.search(p) for regex in added)}
