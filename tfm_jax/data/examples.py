@@ -145,6 +145,11 @@ def make(
     )
 
 
+def same_classes(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    """Whether two list the same names in the same order, but for their case."""
+    return [str(name).casefold() for name in ours] == [str(name).casefold() for name in theirs]
+
+
 def _told(path: str, examples: int, classes: Sequence[Any]) -> np.ndarray:
     """A teacher's predictions for the train split, (N, C) float32, of the same classes as far as it has told them."""
     file = Path(path).expanduser()
@@ -162,7 +167,7 @@ def _told(path: str, examples: int, classes: Sequence[Any]) -> np.ndarray:
         raise UserError(f"data.predictions={path!r}: row {wrong[0]} has a number that is not finite.")
     said = file.with_suffix(".names.json")
     names = json.loads(said.read_text())["names"] if said.is_file() else classes
-    if classes and [str(name).casefold() for name in names] != [str(name).casefold() for name in classes]:
+    if classes and not same_classes(names, classes):
         raise UserError(
             f"data.predictions={path!r} is of the classes {names}, as {said.name} says, and here they are {[*classes]}: set"
             " data.names in the teacher's order."

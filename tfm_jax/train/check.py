@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 
 from tfm_jax import config as configs
+from tfm_jax.data.examples import same_classes
 from tfm_jax.data.tokenizers import reads_others
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.metrics import goal_of
@@ -169,7 +170,7 @@ def check_donors(config: configs.Config, task: Task, data: Any) -> None:
         known = _class_names(there["data"])
         for setting, names in _class_names(config["data"]).items():
             theirs = known.get(setting, names)
-            if [name.casefold() for name in names] != [name.casefold() for name in theirs]:
+            if not same_classes(names, theirs):
                 raise UserError(
                     f"{run} has {setting}={theirs}, and here it is {names}: set {setting} in the teacher's order."
                 )
