@@ -10,6 +10,7 @@
               without a GPU.
 `allocator`   training steps whose process keeps its memory between them (`cli.FAST`) beside those of one that gives it back.
               `not measured` without glibc.
+`products`    training steps whose products take bfloat16 (`model.matmul_dtype`) beside those that take float32.
 `overhead`    the whole loop (logging, prefetch, checkpoints due) beside the bare compiled step, and the data wait.
 `checkpoint`  how long a save of 124 M parameters with Adam's moments blocks the loop, asynchronous beside synchronous.
 `memory`      bytes of the optimizer's state and of kept activations by the settings that change them; of shapes.
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     parts: dict[str, Callable[[Any], dict[str, Any]]] = {
         "step": _steps, "families": _families, "generate": _generate, "beam": _beam, "student": _student, "gpu": _gpu,
-        "allocator": _allocator, "overhead": _overhead, "checkpoint": _checkpoint, "memory": _memory, "startup": _startup,
+        "allocator": _allocator, "products": _products, "overhead": _overhead, "checkpoint": _checkpoint, "memory": _memory, "startup": _startup,
     }  # fmt: skip
     made.add_argument("--only", nargs="+", default=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
     made.add_argument("--families", action="store_const", dest="only", const=["families"], help="only that part")
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in flags.only:
         found = parts[name](flags)
         config: dict[str, Any] = {"rounds": flags.rounds}
-        if name in ("step", "allocator"):
+        if name in ("step", "allocator", "products"):
             config["rounds"] = {shape: flags.rounds or ROUNDS[shape] for shape in flags.shapes}
             config["shapes"] = {shape: SHAPES[shape] for shape in flags.shapes}
         write_result(f"benchmark-{name}", found, config=config, folder=flags.workdir)
@@ -140,6 +141,7 @@ def our_step(
     batch: int,
     vocab: int,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    matmul_dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Callable[[], float]:
     """A training step of the library, as `train` compiles it: a function that runs one and returns its loss."""
     import jax
@@ -151,7 +153,7 @@ def our_step(
     from tfm_jax.train.state import initialiser
     from tfm_jax.train.step import make_train_step
 
-    spec = BlockSpec(width=width, heads=heads, bias="none", activation="gelu", dtype=dtype)
+    spec = BlockSpec(width=width, heads=heads, bias="none", activation="gelu", dtype=dtype, matmul_dtype=matmul_dtype)
     model = Model(block=spec, vocab_size=vocab, max_len=length, layers=layers)
     random = np.random.default_rng(0)
     tokens, targets = (random.integers(0, vocab, (batch, length), dtype=np.int32) for _ in range(2))
@@ -260,7 +262,7 @@ def _gpu(flags: Any) -> dict[str, Any]:
                     "pytorch_mfu": mfu[1], "speed_ratio": mine / other}}  # fmt: skip
 
 
-# ---- the allocator -------------------------------------------------------------------------------------------------
+# ---- one setting beside another ------------------------------------------------------------------------------------
 
 
 def _allocator(flags: Any) -> dict[str, Any]:
@@ -268,17 +270,41 @@ def _allocator(flags: Any) -> dict[str, Any]:
     if platform.libc_ver()[0] != "glibc":
         print("the allocator: not measured, for it is glibc's that listens.")
         return {"allocator": "not measured"}
-    out: dict[str, Any] = {}
-    rows = [("shape", "keeping ms", "giving back ms", "speed ratio")]
-    for shape in flags.shapes:
+
+    def sides(shape: str) -> tuple[Worker, Worker]:
         kept, given = (
             Worker("experiments.benchmark:our_step", *SHAPES[shape], environment=cli.untold() | more)
             for more in ({"GLIBC_TUNABLES": cli.FAST}, {})
         )
-        fast, slow = in_turns(kept, given, flags.rounds or ROUNDS[shape], STEPS_A_TURN)
-        ratio = _ratio(fast, slow)
-        times = [1e3 * statistics.median(x) for x in (fast, slow)]
-        out[f"allocator/{shape}"] = {"keeping_ms": times[0], "giving_back_ms": times[1], "speed_ratio": ratio}
+        return kept, given
+
+    return _by_shape(flags, "allocator", ("keeping", "giving_back"), sides)
+
+
+def _products(flags: Any) -> dict[str, Any]:
+    """Two processes of the same step, in turns."""
+
+    def sides(shape: str) -> tuple[Worker, Worker]:
+        narrow, wide = (
+            Worker("experiments.benchmark:our_step", *SHAPES[shape], "float32", dtype)
+            for dtype in ("bfloat16", "float32")
+        )
+        return narrow, wide
+
+    return _by_shape(flags, "products", ("bfloat16", "float32"), sides)
+
+
+def _by_shape(
+    flags: Any, part: str, names: tuple[str, str], sides: Callable[[str], tuple[Worker, Worker]]
+) -> dict[str, Any]:
+    """How much faster the first of two sides is, for each shape."""
+    out: dict[str, Any] = {}
+    rows = [("shape", *(f"{name.replace('_', ' ')} ms" for name in names), "speed ratio")]
+    for shape in flags.shapes:
+        first, second = in_turns(*sides(shape), flags.rounds or ROUNDS[shape], STEPS_A_TURN)
+        ratio = _ratio(first, second)
+        times = [1e3 * statistics.median(x) for x in (first, second)]
+        out[f"{part}/{shape}"] = {f"{n}_ms": t for n, t in zip(names, times, strict=True)} | {"speed_ratio": ratio}
         rows.append((shape, *(f"{x:.1f}" for x in times), f"{ratio:.2f}"))
     print(cli.table(rows))
     return out

@@ -14,6 +14,8 @@ from tfm_jax.models.gpt import RULES, VARIANTS, Model
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.paths import flatten
 from tfm_jax.sections import build_model, section_fields
+from tfm_jax.tasks import token_prediction
+from tfm_jax.tasks.base import bind
 
 V, T = 61, 12
 TOKENS = jax.random.randint(jax.random.key(0), (2, T), 0, V)
@@ -126,6 +128,33 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(name):
 
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, TOKENS)["logits"] ** 2)))(params_of(model))
     assert {g.dtype for g in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_products_of_bfloat16_between_float32_activations(name):
+    """The loss and its gradients are about those of float32, and no product with a kernel or a table is left in it."""
+    task = token_prediction.make()
+    batch = {"inputs": {"tokens": TOKENS}, "targets": TOKENS[:, ::-1], "weights": jnp.ones(TOKENS.shape)}
+
+    def losses(model):
+        def loss(params):
+            return task.loss(bind(model, {}), params, {}, batch, None, True).total
+
+        return jax.jit(jax.value_and_grad(loss)), params_of(TINY[name])
+
+    model = TINY[name].clone(block=dataclasses.replace(TINY[name].block, matmul_dtype="bfloat16"))
+    assert applied(model)(TOKENS)["logits"].dtype == jnp.float32
+    (value, gradient), (exact, exact_gradient) = (f(p) for f, p in (losses(model), losses(TINY[name])))
+    assert value != exact and abs(value / exact - 1) < 1e-3
+    for path, g in flatten(exact_gradient).items():
+        found = flatten(gradient)[path]
+        assert found.dtype == jnp.float32
+        assert np.linalg.norm(found - g) < 0.03 * np.linalg.norm(g) + 1e-4, path
+    program = losses(model)[0].lower(params_of(TINY[name])).as_text()
+    products = re.findall(r"stablehlo.dot_general .*: \((.*?), (.*?)\) -> (.*)", program)
+    # Attention's, which have batches of rows and heads, are four-dimensional.
+    plain = [types for types in products if max(t.count("x") for t in types[:2]) < 4]
+    assert len(plain) > 20 and all("bf16" in a and "bf16" in b and "f32" in c for a, b, c in plain)
 
 
 @pytest.mark.parametrize("name", TINY)

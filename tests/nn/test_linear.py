@@ -55,6 +55,27 @@ def test_gradients_of_kernels_in_float32():
     assert f"float32[{D},{F}]" in wide_products and not any(p.startswith("float32") for p in products)
 
 
+def test_products_of_bfloat16_in_a_float32_model():
+    """Exact products of rounded operands, forward and for both gradients; what stays as it was is told by the dtypes."""
+    narrow = jnp.dtype("bfloat16")
+    x, out = (jax.random.normal(jax.random.key(i), (4, 128, n)) for i, n in ((4, D), (5, F)))
+    kernel = jax.random.normal(jax.random.key(6), (D, F))
+
+    def both(x, w):
+        return jax.value_and_grad(lambda x, w: jnp.sum(matmul(x, w, None, narrow) * out), argnums=(0, 1))(x, w)
+
+    def rounded(a):
+        return np.asarray(a.astype(narrow), np.float64)
+
+    y, (d_x, d_kernel) = matmul(x, kernel, None, narrow), both(x, kernel)[1]
+    assert (y.dtype, d_x.dtype, d_kernel.dtype) == (jnp.float32,) * 3
+    np.testing.assert_allclose(y, rounded(x) @ rounded(kernel), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_x, rounded(out) @ rounded(kernel).T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_kernel, np.einsum("btd,btf->df", rounded(x), rounded(out)), rtol=1e-5, atol=1e-4)
+    program = str(jax.make_jaxpr(both)(x, kernel))
+    assert program.count("dot_general") == 3 == program.count("preferred_element_type=float32")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dense_computes_in_its_dtype_and_keeps_float32_parameters(dtype):
     dense = Dense(F, "all", jnp.dtype(dtype), NORMAL)

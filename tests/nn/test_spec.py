@@ -47,6 +47,14 @@ def test_a_spec_is_frozen_and_hashable():
             "model.gradient_dtype='bfloat16': products in model.dtype='float32' give gradients in it or in float32.",
         ),
         (
+            dict(dtype="bfloat16", matmul_dtype="float32"),
+            "model.matmul_dtype='float32': operands of products are in model.dtype='bfloat16' or in bfloat16.",
+        ),
+        (
+            dict(matmul_dtype="bfloat16", experts=2, bias="none"),
+            "model.matmul_dtype='bfloat16': products of experts are in model.dtype='float32'.",
+        ),
+        (
             dict(dtype="bfloat16", gradient_dtype="float32", experts=2, bias="none"),
             "model.gradient_dtype='float32': the gradients of experts are added up in model.dtype='bfloat16'.",
         ),

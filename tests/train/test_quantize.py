@@ -107,6 +107,14 @@ def test_experts_are_no_plain_products(make_config):
         build(make_config(changes))
 
 
+def test_operands_in_another_dtype(make_config):
+    changes = {"model.matmul_dtype": "bfloat16", "train.quantize": "(('mlp', 'int8'),)"}
+    with says(
+        "model.matmul_dtype='bfloat16': what products in 8 bits (train.quantize) round is in model.dtype='float32'. Leave it out."
+    ):
+        build(make_config(changes))
+
+
 def test_gradients_in_another_dtype(make_config):
     changes = {"model.dtype": "bfloat16", "model.gradient_dtype": "float32", "train.quantize": "(('mlp', 'int8'),)"}
     with says(

@@ -6,6 +6,7 @@ N positions, in as many dimensions as one likes, D width, V vocabulary, C chunk 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def linear_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of `hidden @ unembedding.T`, and whether the target has the largest logit.
 
-    With `chunk=0` the logits are made once, in the dtype of `hidden`, and kept for the backward pass. With `chunk=C`
+    With `chunk=0` the logits are made once, in the dtype of `hidden` (on CPUs float32), and kept for the backward pass. With `chunk=C`
     at most (N, C) of them exist at a time: a running log-sum-exp over the vocabulary (Milakov and Gimelshein 2018),
     and once more in the backward pass, which costs a third more arithmetic in this layer.
 
@@ -73,7 +74,7 @@ def _combine(lse: jax.Array, target: jax.Array, mean: jax.Array, label_smoothing
 
 
 def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(hidden, table.astype(hidden.dtype), (((hidden.ndim - 1,), (1,)), ((), ())))
+    return _product(hidden, table.astype(hidden.dtype), [hidden.ndim - 1], [1], hidden.dtype)
 
 
 def _split(table_VD: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -144,14 +145,14 @@ def _backward(
 
     if chunk == 0:
         d_logits = logit_gradient(kept, _one_hot(targets, vocab), None)
-        d_hidden = _times(d_logits, table.astype(hidden.dtype))
-        return d_hidden, _outer(d_logits, hidden), None
+        d_hidden = _times(d_logits, table.astype(hidden.dtype), hidden.dtype)
+        return d_hidden.astype(hidden.dtype), _outer(d_logits, hidden), None
 
     def body(d_hidden: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
         rows, ids = xs
         ids = _last(ids, targets.ndim)
         d_logits = logit_gradient(_logits(hidden, rows), ids == targets[..., None], ids >= 0)
-        d_hidden = d_hidden + _times(d_logits, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        d_hidden = d_hidden + _times(d_logits, rows.astype(hidden.dtype), jnp.dtype(jnp.float32))
         return d_hidden, _outer(d_logits, hidden)
 
     start = jnp.zeros(hidden.shape, jnp.float32)
@@ -161,12 +162,18 @@ def _backward(
 
 
 def _outer(d_logits: jax.Array, hidden: jax.Array) -> jax.Array:
-    over = tuple(range(hidden.ndim - 1))
-    return jax.lax.dot_general(d_logits, hidden, ((over, over), ((), ())), preferred_element_type=jnp.float32)
+    over = range(hidden.ndim - 1)
+    return _product(d_logits, hidden, over, over, jnp.dtype(jnp.float32))
 
 
-def _times(d_logits: jax.Array, table: jax.Array, **options: Any) -> jax.Array:
-    return jax.lax.dot_general(d_logits, table, (((d_logits.ndim - 1,), (0,)), ((), ())), **options)
+def _times(d_logits: jax.Array, table: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return _product(d_logits, table, [d_logits.ndim - 1], [0], dtype)
+
+
+def _product(a: jax.Array, b: jax.Array, of_a: Sequence[int], of_b: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    # For a result in anything else XLA's CPU backend widens the operands, even where the hardware could take them as they are.
+    given = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=given)
 
 
 def _last(ids_C: jax.Array, ndim: int) -> jax.Array:

@@ -182,7 +182,7 @@ class Model(nn.Module):
         else:
             free = Embedding(self.vocab_size, spec.width, spec.compute_dtype, spec.init_std, name="unembedding")
             unembedding = free.embedding
-        out = unembed(hidden, unembedding)
+        out = unembed(spec, hidden, unembedding)
         return out if caches is None else out | {"caches": caches}
 
     @property

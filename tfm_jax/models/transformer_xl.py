@@ -131,7 +131,7 @@ class Model(nn.Module):
             self.param("position_bias", init, shape, jnp.float32),
         )
         hidden, caches = self.stack(name="stack")(x, Context(mask, shared), caches, train=train)
-        out = unembed(drop(hidden), table.embedding)
+        out = unembed(spec, drop(hidden), table.embedding)
         if decoding:
             return out | {"caches": caches}
         if caches is None:

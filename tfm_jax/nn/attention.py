@@ -340,7 +340,8 @@ def dense(spec: BlockSpec, features: int, role: Role, fan_in: int, layers: int, 
     """A projection of a block, initialised as its spec says."""
     std = spec.std(role, fan_in, features, layers)
     gradient_dtype = None if spec.gradient_dtype is None else jnp.dtype(spec.gradient_dtype)
-    return Dense(features, spec.bias, spec.compute_dtype, nn.initializers.normal(std), gradient_dtype, name=name)
+    init = nn.initializers.normal(std)
+    return Dense(features, spec.bias, spec.compute_dtype, init, gradient_dtype, spec.operand_dtype, name=name)
 
 
 class Attention(nn.Module):

@@ -110,7 +110,7 @@ class EncoderDecoder(nn.Module):
         context = Context(mask, source=source, source_mask=Mask(key_valid=valid))
         x = entered("decoder", decoder_tokens, places)
         hidden, caches = self.stack("decoder", name="decoder")(x, context, caches, train=train)
-        out = unembed(*self.predicted(drop_last(hidden), table.embedding))
+        out = unembed(self.block, *self.predicted(drop_last(hidden), table.embedding))
         return out if caches is None else out | {"caches": caches}
 
     def embedded(self, side: Side, x: jax.Array, places: jax.Array) -> jax.Array:

@@ -101,10 +101,12 @@ def sentence_embedding(x: jax.Array, valid: jax.Array | None) -> jax.Array:
     return one * jax.lax.rsqrt(jnp.maximum(jnp.sum(one**2, axis=-1, keepdims=True), 1e-24))
 
 
-def unembed(hidden: jax.Array, unembedding: jax.Array) -> dict[str, Any]:
-    """The outputs that losses over a vocabulary read: `hidden`, `unembedding` and their product `logits` in float32."""
-    logits = matmul(hidden, unembedding.astype(hidden.dtype).T).astype(jnp.float32)
-    return {"hidden": hidden, "unembedding": unembedding, "logits": constrain(logits, ("rows", "length", "vocab"))}
+def unembed(spec: BlockSpec, hidden: jax.Array, unembedding: jax.Array) -> dict[str, Any]:
+    """The outputs that losses over a vocabulary read: `hidden` in the dtype of products' operands, `unembedding` in float32 and
+    their product `logits` in float32."""
+    logits = matmul(hidden, unembedding.T, operand_dtype=spec.operand_dtype).astype(jnp.float32)
+    logits = constrain(logits, ("rows", "length", "vocab"))
+    return {"hidden": hidden.astype(spec.operand_dtype), "unembedding": unembedding, "logits": logits}
 
 
 def with_bias(hidden: jax.Array, unembedding: jax.Array, bias_V: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +128,7 @@ class TokenHead(nn.Module):
         x = Dense(table_VE.shape[1], spec.bias, spec.compute_dtype, init, name="transform")(x)
         x = Norm(spec, name="norm")(ACTIVATIONS[spec.activation](x))
         bias = self.param("bias", nn.initializers.zeros_init(), (table_VE.shape[0],), jnp.float32)
-        return unembed(*with_bias(x, table_VE, bias))
+        return unembed(spec, *with_bias(x, table_VE, bias))
 
 
 class Pooler(nn.Module):

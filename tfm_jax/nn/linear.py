@@ -23,7 +23,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def matmul(x: jax.Array, kernel_DF: jax.Array, gradient_dtype: jnp.dtype | None = None) -> jax.Array:
+def matmul(
+    x: jax.Array,
+    kernel_DF: jax.Array,
+    gradient_dtype: jnp.dtype | None = None,
+    operand_dtype: jnp.dtype | None = None,
+) -> jax.Array:
     """`x @ kernel` over the last dimension, (..., D) x (D, F) -> (..., F), in the dtype of x.
 
     Leading dimensions are merged first: with them apart, XLA's CPU backend transposes the kernel's gradient, and a
@@ -31,39 +36,50 @@ def matmul(x: jax.Array, kernel_DF: jax.Array, gradient_dtype: jnp.dtype | None 
 
     Args:
       gradient_dtype: in which the product for the kernel's gradient is given, and so summed over devices; that of x if None.
+      operand_dtype: what this product and its gradients' take their operands in, where sums and results stay as they are; that
+        of x if None.
     """
-    rows = merged(x)
-    if gradient_dtype is None or gradient_dtype == x.dtype:
-        y = _dot(rows, kernel_DF.astype(x.dtype), [rows.ndim - 1], [0])
-    else:
-        y = _wide(rows, kernel_DF, gradient_dtype)
-    return y.reshape(*x.shape[:-1], kernel_DF.shape[-1])
+    operands, gradient = operand_dtype or x.dtype, gradient_dtype or x.dtype
+    if operands == x.dtype:
+        rows = merged(x)
+        if gradient == x.dtype:
+            y = dot(rows, kernel_DF.astype(x.dtype), [rows.ndim - 1], [0])
+        else:
+            y = _mixed(rows, kernel_DF, operands, gradient)
+        return y.reshape(*x.shape[:-1], kernel_DF.shape[-1])
+    # Rows and positions stay apart: of bfloat16 it is the kernel's gradient over one dimension that XLA's CPU backend is slow at.
+    return _mixed(x, kernel_DF, operands, gradient)
 
 
-def _dot(
+def dot(
     a: jax.Array, b: jax.Array, of_a: Sequence[int], of_b: Sequence[int], dtype: jnp.dtype | None = None
 ) -> jax.Array:
+    """`a @ b` over the dimensions `of_a` and `of_b`, in `dtype`."""
     # By this name, and not as `jax.lax.dot`, quantisation finds it: `train.quantize`.
     return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _wide(x: jax.Array, kernel_DF: jax.Array, gradient_dtype: jnp.dtype) -> jax.Array:
-    return _dot(x, kernel_DF.astype(x.dtype), [x.ndim - 1], [0])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _mixed(x: jax.Array, kernel_DF: jax.Array, operands: jnp.dtype, gradient: jnp.dtype) -> jax.Array:
+    return _mixed_forward(x, kernel_DF, operands, gradient)[0]
 
 
-def _wide_forward(x: jax.Array, kernel_DF: jax.Array, gradient_dtype: jnp.dtype) -> tuple[jax.Array, Any]:
-    return _wide(x, kernel_DF, gradient_dtype), (x, kernel_DF)
+def _mixed_forward(
+    x: jax.Array, kernel_DF: jax.Array, operands: jnp.dtype, gradient: jnp.dtype
+) -> tuple[jax.Array, Any]:
+    given = x.astype(operands)
+    y = dot(given, kernel_DF.astype(operands), [x.ndim - 1], [0], x.dtype)
+    return y, (given, kernel_DF)
 
 
-def _wide_backward(gradient_dtype: jnp.dtype, kept: Any, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _mixed_backward(operands: jnp.dtype, gradient: jnp.dtype, kept: Any, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel_DF = kept
-    rows = range(x.ndim - 1)
-    d_kernel = _dot(x, d_y, rows, rows, gradient_dtype)
-    return _dot(d_y, kernel_DF.astype(x.dtype), [x.ndim - 1], [1]), d_kernel.astype(kernel_DF.dtype)
+    rows, given = range(x.ndim - 1), d_y.astype(operands)
+    d_kernel = dot(x, given, rows, rows, gradient)
+    return dot(given, kernel_DF.astype(operands), [x.ndim - 1], [1], d_y.dtype), d_kernel.astype(kernel_DF.dtype)
 
 
-_wide.defvjp(_wide_forward, _wide_backward)
+_mixed.defvjp(_mixed_forward, _mixed_backward)
 
 
 class Dense(nn.Module):
@@ -77,11 +93,12 @@ class Dense(nn.Module):
     dtype: jnp.dtype
     kernel_init: Init
     gradient_dtype: jnp.dtype | None = None
+    operand_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = matmul(x.astype(self.dtype), kernel, self.gradient_dtype)
+        y = matmul(x.astype(self.dtype), kernel, self.gradient_dtype, self.operand_dtype)
         if self.bias == "all":
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -56,6 +56,9 @@ class BlockSpec:
       mlp_dropout: on the MLP's hidden values.
       attention_dropout: on the attention weights; needs the materialised `xla` attention.
       dtype: of activations and matrix products; parameters, norms, softmax and losses stay in float32.
+      matmul_dtype: in which the products with the layers' kernels and with the table that makes logits take their operands, where
+        sums and activations are in `dtype`; `dtype` if None. bfloat16 beside float32 is what a TPU does by itself, and
+        faster on a CPU that has it in hardware (AMX). Attention's products stay in `dtype`.
       gradient_dtype: in which devices add up the gradients of the layers' kernels: `dtype` if None, or float32, which doubles
         what bfloat16 sends. Embeddings' are float32, and microbatches' are added up in float32, either way.
       attention: implementation, see `nn.attention.IMPLEMENTATIONS`; `auto` chooses by platform and says what.
@@ -88,6 +91,7 @@ class BlockSpec:
     mlp_dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: DType = "float32"
+    matmul_dtype: DType | None = None
     gradient_dtype: DType | None = None
     attention: str = "auto"
     init: Literal["gpt2", "normal", "fan_in", "xavier"] = "gpt2"
@@ -111,6 +115,10 @@ class BlockSpec:
                 f"model.gradient_dtype={self.gradient_dtype!r}: products in model.dtype={self.dtype!r} give gradients in it or in"
                 " float32."
             )
+        if self.matmul_dtype not in (None, "bfloat16", self.dtype):
+            raise UserError(
+                f"model.matmul_dtype={self.matmul_dtype!r}: operands of products are in model.dtype={self.dtype!r} or in bfloat16."
+            )
         for name in ("dropout", "mlp_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: a probability in [0, 1).")
@@ -133,6 +141,11 @@ class BlockSpec:
                 f"model.gradient_dtype={self.gradient_dtype!r}: the gradients of experts are added up in model.dtype={self.dtype!r}."
             )
 
+        if self.experts and self.matmul_dtype not in (None, self.dtype):
+            raise UserError(
+                f"model.matmul_dtype={self.matmul_dtype!r}: products of experts are in model.dtype={self.dtype!r}."
+            )
+
     @property
     def groups(self) -> int:
         return self.heads if self.kv_heads is None else self.kv_heads
@@ -152,6 +165,10 @@ class BlockSpec:
         if self.init == "fan_in":
             return (fan_in * (self.key_size if role == "query" and self.attention_scale == "none" else 1)) ** -0.5
         return (2 / (fan_in + fan_out)) ** 0.5 if self.init == "xavier" else self.init_std
+
+    @property
+    def operand_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.matmul_dtype or self.dtype)
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -66,6 +66,11 @@ def check(config: configs.Config, layout: Layout) -> None:
             raise UserError(
                 f"mesh.stage={sizes['stage']}: products on stages cannot be in 8 bits (train.quantize). Leave one out."
             )
+        if config["train"].get("quantize") and block.operand_dtype != block.compute_dtype:
+            raise UserError(
+                f"model.matmul_dtype={block.matmul_dtype!r}: what products in 8 bits (train.quantize) round is in"
+                f" model.dtype={block.dtype!r}. Leave it out."
+            )
         if config["train"].get("quantize") and block.gradient_dtype not in (None, block.dtype):
             raise UserError(
                 f"model.gradient_dtype={block.gradient_dtype!r}: gradients of products in 8 bits (train.quantize) are in"
