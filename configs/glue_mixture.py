@@ -5,7 +5,7 @@
 
 Batches come from the three in proportion to the fifth root of their sizes. `:sst2`, `:cola` and `:stsb` are each of them
 alone, for as many of its own batches: 20, 15 and 19 minutes on one CPU core. 54 minutes and 88.9, 31.7 and 81.7 in one run;
-alone 88.7, 32.9 and 83.3, of which the last two are more than a point away (`make results`). `:smoke` is a tiny one on sources of your
+alone 88.6, 32.9 and 83.2, of which the last two are more than a point away (`make results`). `:smoke` is a tiny one on sources of your
 own, in seconds.
 """
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         const=4,
         default=0,
         metavar="N",
-        help="try other meshes, microbatches and rematerialisation, compile the N best (4), and plan the fastest",
+        help="try other sizes of data, fsdp, tensor and expert, train.accum and model.remat, compile the N best (4), and plan the fastest",
     )
     made.add_argument("--write", type=Path, metavar="FILE.py", help="with --search: the fastest as a config of its own")
     made.add_argument(

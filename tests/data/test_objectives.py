@@ -413,7 +413,7 @@ def test_segment_pairs_against_a_slow_version(question):
     codec = wordpieces()
     objective = make(question, 40, codec, mask_rate=0.3, span_length=None)
     window = 37
-    assert objective.window == objective.elsewhere == window
+    assert objective.window == window and objective.elsewhere == (window if question == "follow" else 0)
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 205, (B, window + 1 + objective.elsewhere)).astype(np.int32)
     batch = objective.batch(tokens, np.ones(tokens.shape, bool), np.arange(B, dtype=np.uint64))
@@ -424,6 +424,7 @@ def test_segment_pairs_against_a_slow_version(question):
         middle = int(np.flatnonzero(types[row])[0]) - 1
         first, second = text[1:middle], text[middle + 1 : -1]
         assert (text[0], text[middle], text[-1]) == (2, 3, 3) and len(first) + len(second) == window
+        assert types[row].tolist() == [int(place > middle) for place in range(40)]
         own, other = tokens[row, :window], tokens[row, window + 1 :]
         if question == "order":
             np.testing.assert_array_equal(np.concatenate([second, first] if pair else [first, second]), own)
@@ -451,12 +452,12 @@ LENGTHS = [3, 30, 7, 8, 200, 9, 21, 5, 40, 61, 14, 22, 23, 100]
 
 @pytest.fixture
 def documents(tmp_path):
-    """Arguments of data whose words say which document they are of, and where: `4x17`. Held out is one document."""
+    """Arguments of data whose words say which document they are of, and where: `4x17`. Held out are two."""
 
     def text(document, length):
         return " ".join(f"{document}x{i}" for i in range(length))
 
-    for name, lengths in (("train", dict(enumerate(LENGTHS))), ("valid", {77: 90})):
+    for name, lengths in (("train", dict(enumerate(LENGTHS))), ("valid", {77: 60, 78: 12})):
         lines = [json.dumps({"text": text(document, length)}) + "\n" for document, length in lengths.items()]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     return dict(source=f"jsonl:{tmp_path}/*.jsonl", tokenizer="words", cache_dir=str(tmp_path / "cache"), workers=1)
@@ -466,10 +467,10 @@ def segments(data, batch, row):
     """The words of a row's two segments as (document, place); checks that nothing but marks is around them."""
     end, pieces = data.tokenizer.end_id, data.tokenizer.pieces()
     tokens, valid = batch["targets"]["tokens"][row], batch["inputs"]["valid"][row]
-    types, length = batch["inputs"]["token_types"][row], int(valid.sum())
+    length = int(valid.sum())
     marks = np.flatnonzero(tokens[:length] == end)
     assert marks[0] == 0 and len(marks) == 3 and marks[-1] == length - 1 and (tokens[length:] == end).all()
-    assert valid[:length].all() and types.tolist() == [marks[1] < at < length for at in range(len(tokens))]
+    assert valid[:length].all()
     assert not batch["weights"][row][tokens == end].any()
     parts = (tokens[marks[0] + 1 : marks[1]], tokens[marks[1] + 1 : marks[2]])
     return [[tuple(map(int, pieces[i].split("x"))) for i in part] for part in parts]
@@ -487,7 +488,7 @@ def in_one_piece(words):
 def test_segments_are_of_one_document_each(documents, question, seq_len):
     data = tokens.make(**documents, seq_len=seq_len, objective=question, batch_size=32)
     assert data.fingerprint != made_before(data, question, seq_len)
-    window, pairs, found = seq_len - 3, [], []
+    window, pairs, found, shapes = seq_len - 3, [], [], ([], [])
     for step in range(20):
         batch = data.train.batch_at(step)
         for row in range(32):
@@ -500,15 +501,18 @@ def test_segments_are_of_one_document_each(documents, question, seq_len):
             else:
                 assert (here != there) == pair
                 assert pair or in_one_piece(first + second) == here
-                # Cut at the same share, so that how long a segment is does not say whose it is.
                 size = min(LENGTHS[here], window)
-                other = min(LENGTHS[there], window)
-                assert size // 4 <= len(first) <= size - size // 4 and other // 4 <= len(second) <= other - other // 4
-                assert pair or len(first) + len(second) == size
+                assert size // 4 <= len(first) <= size - size // 4 and len(first) + len(second) <= size
+                shape = (size, len(first), len(second))
+                shapes[pair].append(shape)
             assert size == min(LENGTHS[here], window) >= 8
             pairs.append(pair)
             found.append(here)
     assert abs(np.mean(pairs) - 0.5) < 4 * np.sqrt(0.25 / len(pairs))
+    # How long segments are does not say whose they are: the same lengths come as often beside strangers.
+    for size, first, second in {*shapes[0], *shapes[1]}:
+        counts = [one.count((size, first, second)) for one in shapes]
+        assert abs(counts[0] - counts[1]) < 5 * np.sqrt(sum(counts) + 1)
     # Each document has its rows in each epoch, as many as it has windows.
     rows = {i: max(n // window, 1) for i, n in enumerate(LENGTHS) if n >= 8}
     epoch = found[: sum(rows.values())]
@@ -529,20 +533,18 @@ def test_rows_of_documents_are_functions_of_their_number(documents, question):
     data = tokens.make(**documents, seq_len=40, objective=question, batch_size=8, seed=3)
     again = tokens.make(**documents, seq_len=40, objective=question, batch_size=8, seed=3)
     held = data.evals("validation", 3)
-    assert held.num_batches == 1  # two windows of 90 words
+    assert held.num_batches == 1  # a window of each
     for one, other, steps in ((data.train, again.train, (7, 0, 2)), (held, again.evals("validation", 3), (0, 1))):
         for step in steps:
             whole = one.batch_at(step)
             for rows in (slice(None), slice(1, None, 2), np.array([2, 0, 0])):
                 part = other.batch_at(step, rows)
-                for key in ("tokens", "token_types", "valid"):
+                for key in ("tokens", "valid"):
                     np.testing.assert_array_equal(part["inputs"][key], whole["inputs"][key][rows])
                 np.testing.assert_array_equal(part["weights"], whole["weights"][rows])
                 np.testing.assert_array_equal(part["targets"]["pair"], whole["targets"]["pair"][rows])
     batch = held.batch_at(0)
     assert (batch["weights"].sum(axis=1) > 0).tolist() == [True, True, False]
-    # One document alone has no stranger.
-    assert question == "order" or not batch["targets"]["pair"].any()
     # The windows of an epoch begin elsewhere than those of another one.
     rows = data.train.laid.training
     begins = set()
@@ -559,25 +561,32 @@ def test_documents_that_give_no_pairs(documents, tmp_path):
     assert tokens.make(**asked, objective="order").train.batch_at(0)["weights"].shape == (8, 40)
     with says(
         "data.objective='follow' needs documents that do not follow each other: data.source="
-        f"{documents['source']!r} has one for training. Take 'order'."
+        f"{documents['source']!r} has one in the split 'train'. Take 'order'."
     ):
         tokens.make(**asked, objective="follow")
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a b c d e f g"}) + "\n")
-    with says("Segments of one document need 8 tokens of it; no document of this split has them."):
+    with says(
+        f"data.source={documents['source']!r}: segments of one document need 8 tokens of it; none of the split 'train' has them."
+    ):
         tokens.make(**asked, objective="order")
 
 
+def test_a_held_out_document_alone_has_no_strangers(documents, tmp_path):
+    (tmp_path / "valid.jsonl").write_text(json.dumps({"text": " ".join(f"77x{i}" for i in range(90))}) + "\n")
+    asked = dict(documents, seq_len=40, batch_size=8)
+    assert tokens.make(**asked, objective="order").evals("validation", 3).num_batches == 1
+    with says(
+        "data.objective='follow' needs documents that do not follow each other: data.source="
+        f"{documents['source']!r} has one in the split 'validation'. Take 'order'."
+    ):
+        tokens.make(**asked, objective="follow").evals("validation", 3)
+
+
 def test_a_tokenizer_that_was_trained_here_has_segments(documents):
-    """Its only mark stands around them."""
+    """Its only mark stands around them and between them; its texts have no types, as when a run is fine-tuned."""
     data = tokens.make(**dict(documents, tokenizer="wordpiece:60"), seq_len=40, objective="follow", batch_size=8)
-    row, end = data.train.batch_at(0)["targets"]["tokens"][0], data.tokenizer.end_id
-    assert (
-        row[0] == end
-        and sorted(set(row[row == end])) == [end]
-        and set(data.train.batch_at(0)["inputs"])
-        == {
-            "tokens",
-            "token_types",
-            "valid",
-        }
-    )
+    batch, end = data.train.batch_at(0), data.tokenizer.end_id
+    assert not data.tokenizer.frame().types and set(batch["inputs"]) == {"tokens", "valid"}
+    for row, valid in zip(batch["targets"]["tokens"], batch["inputs"]["valid"], strict=True):
+        first, middle, last = np.flatnonzero(row[valid] == end)
+        assert first == 0 and 1 < middle < last - 1 and last == valid.sum() - 1

@@ -116,6 +116,29 @@ def sizes(jaxpr):
                 yield from sizes(inner)
 
 
+@pytest.mark.parametrize("chunk", [0, 10])
+def test_a_bfloat16_table_under_float32_states(chunk):
+    """Operands are rounded and nothing else: loss, logits' gradient and that of the states are float32's of rounded numbers."""
+    narrow = TABLE.astype(jnp.bfloat16)
+    rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (HIDDEN, TABLE)]
+
+    def run(h, w):
+        def total(h, w):
+            loss, _ = linear_cross_entropy(h, w, TARGETS, chunk=chunk, label_smoothing=0.1)
+            return jnp.sum(WEIGHTS * loss), loss
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(h, w)
+
+    (_, loss), (d_hidden, d_table) = run(HIDDEN, narrow)
+    (_, exact), exact_gradients = run(*rounded)
+    np.testing.assert_allclose(loss, exact, rtol=1e-6, atol=1e-6)
+    assert (d_hidden.dtype, d_table.dtype) == (jnp.float32, jnp.bfloat16)
+    for got, want in zip((d_hidden, d_table), exact_gradients, strict=True):
+        np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.01 * float(jnp.max(jnp.abs(want))))
+    # Not of what bfloat16 can say alone.
+    assert np.any(np.asarray(d_hidden) != np.asarray(d_hidden.astype(jnp.bfloat16).astype(jnp.float32)))
+
+
 @pytest.mark.parametrize(("chunk", "whole"), [(0, True), (10, False), (1, False)])
 def test_chunks_never_make_the_logits(chunk, whole):
     """No array of N * V elements, neither traced nor compiled, forward or backward."""

@@ -97,7 +97,7 @@ def test_padding_and_other_documents_do_not_matter():
 
 def test_a_bias_in_the_table_is_a_bias_of_the_logits():
     hidden, table, bias = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 3, 4), (7, 4), (7,)]))
-    got = unembed(*with_bias(hidden, table, bias))["logits"]
+    got = unembed(BlockSpec(width=4, heads=1), *with_bias(hidden, table, bias))["logits"]
     np.testing.assert_allclose(got, np.asarray(hidden) @ np.asarray(table).T + np.asarray(bias), atol=1e-5)
 
 

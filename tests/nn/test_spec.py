@@ -48,7 +48,7 @@ def test_a_spec_is_frozen_and_hashable():
         ),
         (
             dict(dtype="bfloat16", matmul_dtype="float32"),
-            "model.matmul_dtype='float32': operands of products are in model.dtype='bfloat16' or in bfloat16.",
+            "model.matmul_dtype='float32': operands of products are in model.dtype='bfloat16', or those of float32 in bfloat16.",
         ),
         (
             dict(matmul_dtype="bfloat16", experts=2, bias="none"),

@@ -1,5 +1,7 @@
 """Masked tokens and pairs of segments: the sum against slow numpy, and a run that learns which order is right."""
 
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,7 +76,10 @@ def tokenizer(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize("objective", ["order", "follow"])
 def test_a_run(corpus, tokenizer, tmp_path, objective):
-    result = train(config(corpus, tokenizer, objective), tmp_path).result
+    # A document alone has no strangers to follow it.
+    folder = shutil.copytree(corpus, tmp_path / "corpus")
+    shutil.copy(folder / "valid.txt", folder / "more_valid.txt")
+    result = train(config(folder, tokenizer, objective), tmp_path / "run").result
     assert 0 <= result["eval/validation/pair_accuracy"] <= 1 and np.isfinite(result["eval/validation/token_loss"])
 
 

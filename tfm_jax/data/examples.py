@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,9 +235,10 @@ def _targets(
                 )
         return np.asarray(labels, np.float32)
     number: dict[Any, int] = {name: i for i, name in enumerate(classes)}
-    if not any(isinstance(name, int | float) for name in classes):
-        # Among names that are numbers a place would be another class's name, or hide a label that is none.
-        number |= {i: i for i in range(len(classes))}
+    values = [_value(name) for name in classes]
+    # Among names that are numbers, or write one, a place would be another class's name, or hide a label that is none.
+    numbered = {value: i for i, value in enumerate(values) if value is not None}
+    number = (numbered or {i: i for i in range(len(classes))}) | number
     for i, value in enumerate(labels):
         if value not in number:
             hint = nearest(str(value), [str(name) for name in classes])
@@ -246,6 +248,15 @@ def _targets(
                 f" data.names.{hint}"
             )
     return np.asarray([number[value] for value in labels], np.int32)
+
+
+def _value(name: Any) -> float | None:
+    """The number that a class's name is or writes."""
+    try:
+        found = float(name)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 @dataclass(frozen=True, eq=False)

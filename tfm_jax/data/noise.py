@@ -31,8 +31,7 @@ class Objective(Protocol):
 
     @property
     def elsewhere(self) -> int:
-        """Tokens of another document, drawn for each row, that it is given behind its own W + 1, which are then of one document
-        themselves; 0 where rows run on over the ends of documents."""
+        """Tokens of another document, drawn for each row, that it is given behind its own W + 1."""
 
     def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
         """A batch from `tokens` (B, W + 1 + elsewhere) int32, the window and the token after it first.

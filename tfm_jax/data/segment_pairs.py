@@ -24,8 +24,9 @@ class SegmentPairs:
     a drawn place of the middle half.
 
     `order`: half of the rows have their segments swapped (Lan et al. 2020, section 3.1). `follow`: in half of the rows the
-    second one is of another document, cut at the same share of its own stretch (Devlin et al. 2019, section 3.1). The tokens
-    between the marks are masked as by `Mask`; `valid` says where the row is. Targets are `tokens` (B, T), the original at every
+    second one is of another document, cut at the same share of its own stretch (Devlin et al. 2019, section 3.1); it is as long as
+    both documents have tokens for, so that its length does not tell whose it is. The tokens between the marks are masked as by
+    `Mask`; `valid` says where the row is, and `token_types` which segment where the tokenizer's texts have types. Targets are `tokens` (B, T), the original at every
     position, and `pair` (B,), 1 where the segments are swapped or strangers; weights (B, T) are above 0 at the masked tokens.
     """
 
@@ -56,7 +57,7 @@ class SegmentPairs:
 
     @property
     def elsewhere(self) -> int:
-        return self.window
+        return self.window if self.question == "follow" else 0
 
     def batch(self, tokens: np.ndarray, known: np.ndarray, seeds: np.ndarray) -> Batch:
         size, there = known[:, : self.window].sum(axis=1)[:, None], known[:, self.window + 1 :].sum(axis=1)[:, None]
@@ -67,12 +68,9 @@ class SegmentPairs:
             first, first_size = np.where(changed, cut, 0), np.where(changed, size - cut, cut)
             second, second_size = np.where(changed, 0, cut), np.where(changed, cut, size - cut)
         else:
-            # A split of one document has no strangers.
-            changed = changed & (there >= self.shortest)
             far = _cut(there, draws[:, :1])
             first, first_size = np.zeros_like(cut), cut
-            second = np.where(changed, self.window + 1 + far, cut)
-            second_size = np.where(changed, there - far, size - cut)
+            second, second_size = np.where(changed, self.window + 1 + far, cut), np.minimum(size - cut, there - far)
         around = (self.frame.before, self.frame.between, self.frame.after)
         before, between, after = (len(marks) for marks in around)
         at = np.arange(self.mask.seq_len)[None]
@@ -87,8 +85,9 @@ class SegmentPairs:
                 row = np.where(at == begin + i, mark, row)
         row = row.astype(np.int32)
         shown, chosen = self.mask.hidden(row, seeds, is_first | is_second)
+        types = {"token_types": ((at >= other) & valid).astype(np.int32)} if self.frame.types else {}
         return {
-            "inputs": {"tokens": shown, "token_types": ((at >= other) & valid).astype(np.int32), "valid": valid},
+            "inputs": {"tokens": shown, **types, "valid": valid},
             "targets": {"tokens": row, "pair": changed[:, 0].astype(np.int32)},
             "weights": (chosen & (size >= self.shortest)).astype(np.float32),
         }
@@ -121,10 +120,6 @@ class Documents:
         edges = stream.places(int(stream.at(np.zeros(1, np.int64))[0]))
         sizes = np.diff(edges) - 1
         long = sizes >= SHORTEST
-        if not np.any(long):
-            raise UserError(
-                f"Segments of one document need {SHORTEST} tokens of it; no document of this split has them."
-            )
         rows = np.concatenate([[0], np.cumsum(np.maximum(sizes[long] // objective.window, 1))])
         return cls(stream, objective, edges[:-1][long] + 1, sizes[long], rows)
 
@@ -141,13 +136,13 @@ class Documents:
         row = np.minimum(index, total - 1)
         document = self._document(row)
         start, size = self._stretch(row, shift)
-        # A row of any other document.
+        # A row of any other document; of a single one, which nothing is asked about, its own.
         own, after = self.rows[document], self.rows[document + 1]
-        others = total - (after - own)
-        far = (hash_ints(seeds.view(np.int64), 4) % np.maximum(others, 1).astype(np.uint64)).astype(np.int64)
-        far = np.where(others > 0, np.where(far >= own, far + (after - own), far), 0)
+        others = np.maximum(total - (after - own), 1)
+        far = (hash_ints(seeds.view(np.int64), 4) % others.astype(np.uint64)).astype(np.int64)
+        far = np.where(far >= own, np.minimum(far + (after - own), total - 1), far)
         far_start, far_size = self._stretch(far, shift)
-        size, far_size = np.where(index < total, size, 0), np.where(others > 0, far_size, 0)
+        size = np.where(index < total, size, 0)
         along, elsewhere = np.arange(window + 1)[None], np.arange(self.objective.elsewhere)[None]
         place = np.concatenate([start[:, None] + along, far_start[:, None] + elsewhere], axis=1)
         known = np.concatenate([along < size[:, None], elsewhere < far_size[:, None]], axis=1)

@@ -57,7 +57,10 @@ _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _mark(pieces: Sequence[str]) -> str | None:
-    """The one that most pieces begin with: GPT-2 has a few that begin with two hashes, which are headings."""
+    """The one that most pieces begin with: GPT-2 has a few that begin with two hashes, which are headings. Bytes alone have no
+    piece that is longer than their space."""
+    if _BYTE_OF.keys() <= {*pieces}:
+        return _BYTES
     counts = {
         mark: sum(len(p) > len(mark) and p.startswith(mark) for p in pieces) for mark in (_BYTES, _SPACE, _INSIDE)
     }

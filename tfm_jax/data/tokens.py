@@ -12,7 +12,7 @@ from tfm_jax.data.build import TokenStream
 from tfm_jax.data.corpus import open_corpus, without_bytes
 from tfm_jax.data.index import epoch_records, hash_ints
 from tfm_jax.data.noise import Objective
-from tfm_jax.data.segment_pairs import Documents
+from tfm_jax.data.segment_pairs import SHORTEST, Documents, SegmentPairs
 from tfm_jax.data.types import Batch, Data, Rows
 from tfm_jax.errors import UserError
 
@@ -58,7 +58,7 @@ def make(
       seed: of the order of the rows.
       feature: which field of a record is the text, where there are several.
       manual_dir: the folder of files that a TFDS builder wants you to have.
-      split: how files become train and validation: `auto`, `names`, `hash` or `tail`; see `data.sources`.
+      split: how files become train and validation: `auto`, `names`, `hash`, `tail` or `all`; see `data.sources`.
       valid_fraction: how much `hash` and `tail` hold out; their own default if None.
       cache_dir: where prepared data goes; see `corpus.cache_root`.
       workers: processes that tokenize; 0 for one a core.
@@ -91,27 +91,43 @@ def make(
         shuffle_sentences=shuffle_sentences,
     )
     train = Training(stream, made, batch_size, seed)
+    _check_documents(train.laid, source, "train")
     if not train.laid.training:
         raise UserError(
             f"data.source={source!r} has {stream.size} training tokens, too few for one row of"
             f" data.seq_len={seq_len} and the token after it."
         )
-    if objective == "follow" and isinstance(train.laid, Documents) and len(train.laid.sizes) < 2:
-        raise UserError(
-            f"data.objective='follow' needs documents that do not follow each other: data.source={source!r} has one for training."
-            " Take 'order'."
-        )
+
+    def evals(name: str, rows: int | None) -> Pass:
+        found = Pass(corpus.stream(name), made, rows or batch_size)
+        _check_documents(found.laid, source, name)
+        return found
 
     plain = objective == "next"
     return Data(
         train=train,
-        evals=lambda name, rows: Pass(corpus.stream(name), made, rows or batch_size),
+        evals=evals,
         vocab_size=codec.vocab_size + made.added,
         tokenizer=codec,
         # Rates in bytes mean something only where every token is predicted from those before it.
         facts=corpus.told() if plain else without_bytes(corpus.facts),
         fingerprint=corpus.fingerprint if plain else f"{corpus.fingerprint} {objectives.fingerprint(made)}",
     )
+
+
+def _check_documents(laid: Windows | Documents, source: str, split: str) -> None:
+    """Refuse documents that give no pairs of segments: none is long enough, or one alone has no strangers."""
+    if not isinstance(laid, Documents):
+        return
+    if not len(laid.sizes):
+        raise UserError(
+            f"data.source={source!r}: segments of one document need {SHORTEST} tokens of it; none of the split {split!r} has them."
+        )
+    if laid.objective.elsewhere and len(laid.sizes) < 2:
+        raise UserError(
+            f"data.objective='follow' needs documents that do not follow each other: data.source={source!r} has one in the split"
+            f" {split!r}. Take 'order'."
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,8 @@ class Pass:
 
 
 def laid(stream: TokenStream, objective: Objective) -> Windows | Documents:
-    return Documents.of(stream, objective) if objective.elsewhere else Windows(stream, objective)
+    """Segments belong together in one document; other rows run on over the ends of documents."""
+    return Documents.of(stream, objective) if isinstance(objective, SegmentPairs) else Windows(stream, objective)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A JobSet for Kubernetes, written into the run directory and applied."""
+"""A JobSet for Kubernetes, written to a file and applied."""
 
 from __future__ import annotations
 

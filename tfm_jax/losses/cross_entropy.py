@@ -41,13 +41,13 @@ def linear_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of `hidden @ unembedding.T`, and whether the target has the largest logit.
 
-    With `chunk=0` the logits are made once, in the dtype of `hidden` (on CPUs float32), and kept for the backward pass. With `chunk=C`
+    With `chunk=0` the logits are made once, in the dtype of `hidden`, and kept for the backward pass. With `chunk=C`
     at most (N, C) of them exist at a time: a running log-sum-exp over the vocabulary (Milakov and Gimelshein 2018),
     and once more in the backward pass, which costs a third more arithmetic in this layer.
 
     Args:
-      hidden_ND: (..., D); its dtype is that of the matrix products; sums are float32.
-      unembedding_VD: float32 table.
+      hidden_ND: (..., D); its dtype is that of the logits and of its gradient; sums are float32.
+      unembedding_VD: the table. Products take their operands in its dtype or in that of `hidden`, whichever is narrower.
       targets_N: (...) int ids in [0, V).
       chunk: C, or 0 for the whole vocabulary.
       label_smoothing, z_loss: as in `cross_entropy`.
@@ -74,7 +74,7 @@ def _combine(lse: jax.Array, target: jax.Array, mean: jax.Array, label_smoothing
 
 
 def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
-    return _product(hidden, table.astype(hidden.dtype), [hidden.ndim - 1], [1], hidden.dtype)
+    return _product(hidden, table, [hidden.ndim - 1], [1], hidden.dtype)
 
 
 def _split(table_VD: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -141,24 +141,23 @@ def _backward(
     def logit_gradient(logits: jax.Array, hit: jax.Array, real: jax.Array | None) -> jax.Array:
         p = jnp.exp(logits.astype(jnp.float32) - lse[..., None]) * (1 + 2 * z_loss * lse)[..., None]
         gradient = (p - (1 - label_smoothing) * hit - label_smoothing / vocab) * scale
-        return (gradient if real is None else jnp.where(real, gradient, 0.0)).astype(hidden.dtype)
+        return (gradient if real is None else jnp.where(real, gradient, 0.0)).astype(_narrower(hidden, table))
 
     if chunk == 0:
         d_logits = logit_gradient(kept, _one_hot(targets, vocab), None)
-        d_hidden = _times(d_logits, table.astype(hidden.dtype), hidden.dtype)
-        return d_hidden.astype(hidden.dtype), _outer(d_logits, hidden), None
+        return _times(d_logits, table, hidden.dtype), _outer(d_logits, hidden).astype(table.dtype), None
 
     def body(d_hidden: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
         rows, ids = xs
         ids = _last(ids, targets.ndim)
         d_logits = logit_gradient(_logits(hidden, rows), ids == targets[..., None], ids >= 0)
-        d_hidden = d_hidden + _times(d_logits, rows.astype(hidden.dtype), jnp.dtype(jnp.float32))
+        d_hidden = d_hidden + _times(d_logits, rows, jnp.dtype(jnp.float32))
         return d_hidden, _outer(d_logits, hidden)
 
     start = jnp.zeros(hidden.shape, jnp.float32)
     d_hidden, d_chunks = jax.lax.scan(body, start, _split(table, chunk))
     d_table = d_chunks.swapaxes(0, 1).reshape(-1, table.shape[1])[:vocab]
-    return d_hidden.astype(hidden.dtype), d_table, None
+    return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), None
 
 
 def _outer(d_logits: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -171,9 +170,13 @@ def _times(d_logits: jax.Array, table: jax.Array, dtype: jnp.dtype) -> jax.Array
 
 
 def _product(a: jax.Array, b: jax.Array, of_a: Sequence[int], of_b: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    # For a result in anything else XLA's CPU backend widens the operands, even where the hardware could take them as they are.
-    given = jnp.float32 if jax.default_backend() == "cpu" else dtype
-    return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=given)
+    operands = _narrower(a, b)
+    sums = ((of_a, of_b), ((), ()))
+    return jax.lax.dot_general(a.astype(operands), b.astype(operands), sums, preferred_element_type=dtype)
+
+
+def _narrower(a: jax.Array, b: jax.Array) -> jnp.dtype:
+    return min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def _last(ids_C: jax.Array, ndim: int) -> jax.Array:

@@ -151,7 +151,7 @@ class Model(nn.Module):
           train: dropout on; needs an rng named `dropout` if a rate is above 0.
 
         Returns:
-          `hidden` (B, T, D) in the compute dtype, `unembedding` (V, D) float32, `logits` (B, T, V) float32, and
+          `hidden` (B, T, D) in the compute dtype, `unembedding` (V, D), `logits` (B, T, V) float32, and
           `caches` if any were given.
         """
         spec, length = self.block, tokens.shape[1]

@@ -97,7 +97,7 @@ class Model(nn.Module):
           train: dropout on; needs an rng named `dropout` if a rate is above 0.
 
         Returns:
-          `hidden` (B, T, D) in the compute dtype, `unembedding` (V, D) float32, `logits` (B, T, V) float32, and
+          `hidden` (B, T, D) in the compute dtype, `unembedding` (V, D), `logits` (B, T, V) float32, and
           `memory` if `mem_len` is above 0, or `caches` if any were given.
         """
         spec, (batch, length) = self.block, tokens.shape

@@ -102,11 +102,12 @@ def sentence_embedding(x: jax.Array, valid: jax.Array | None) -> jax.Array:
 
 
 def unembed(spec: BlockSpec, hidden: jax.Array, unembedding: jax.Array) -> dict[str, Any]:
-    """The outputs that losses over a vocabulary read: `hidden` in the dtype of products' operands, `unembedding` in float32 and
-    their product `logits` in float32."""
+    """The outputs that losses over a vocabulary read: `hidden` in the compute dtype, `unembedding` in float32, or in
+    `matmul_dtype` where that is another, to which its gradient from a loss is rounded then, and their product `logits` in
+    float32."""
     logits = matmul(hidden, unembedding.T, operand_dtype=spec.operand_dtype).astype(jnp.float32)
-    logits = constrain(logits, ("rows", "length", "vocab"))
-    return {"hidden": hidden.astype(spec.operand_dtype), "unembedding": unembedding, "logits": logits}
+    table = unembedding if spec.operand_dtype == spec.compute_dtype else unembedding.astype(spec.operand_dtype)
+    return {"hidden": hidden, "unembedding": table, "logits": constrain(logits, ("rows", "length", "vocab"))}
 
 
 def with_bias(hidden: jax.Array, unembedding: jax.Array, bias_V: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -31,8 +31,9 @@ def matmul(
 ) -> jax.Array:
     """`x @ kernel` over the last dimension, (..., D) x (D, F) -> (..., F), in the dtype of x.
 
-    Leading dimensions are merged first: with them apart, XLA's CPU backend transposes the kernel's gradient, and a
-    whole train step takes 1.1 to 1.4 times as long (`experiments/benchmark.py` has the shapes).
+    Leading dimensions are merged first: with them apart, XLA's CPU backend transposes the kernel's gradient, and a whole train
+    step takes 1.1 to 1.4 times as long (`experiments/benchmark.py` has the shapes). Of other operands it is the merged one for
+    which that backend has no fast product.
 
     Args:
       gradient_dtype: in which the product for the kernel's gradient is given, and so summed over devices; that of x if None.
@@ -43,18 +44,16 @@ def matmul(
     if operands == x.dtype:
         rows = merged(x)
         if gradient == x.dtype:
-            y = dot(rows, kernel_DF.astype(x.dtype), [rows.ndim - 1], [0])
+            y = _dot(rows, kernel_DF.astype(x.dtype), [rows.ndim - 1], [0])
         else:
             y = _mixed(rows, kernel_DF, operands, gradient)
         return y.reshape(*x.shape[:-1], kernel_DF.shape[-1])
-    # Rows and positions stay apart: of bfloat16 it is the kernel's gradient over one dimension that XLA's CPU backend is slow at.
     return _mixed(x, kernel_DF, operands, gradient)
 
 
-def dot(
+def _dot(
     a: jax.Array, b: jax.Array, of_a: Sequence[int], of_b: Sequence[int], dtype: jnp.dtype | None = None
 ) -> jax.Array:
-    """`a @ b` over the dimensions `of_a` and `of_b`, in `dtype`."""
     # By this name, and not as `jax.lax.dot`, quantisation finds it: `train.quantize`.
     return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=dtype)
 
@@ -68,15 +67,15 @@ def _mixed_forward(
     x: jax.Array, kernel_DF: jax.Array, operands: jnp.dtype, gradient: jnp.dtype
 ) -> tuple[jax.Array, Any]:
     given = x.astype(operands)
-    y = dot(given, kernel_DF.astype(operands), [x.ndim - 1], [0], x.dtype)
+    y = _dot(given, kernel_DF.astype(operands), [x.ndim - 1], [0], x.dtype)
     return y, (given, kernel_DF)
 
 
 def _mixed_backward(operands: jnp.dtype, gradient: jnp.dtype, kept: Any, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel_DF = kept
     rows, given = range(x.ndim - 1), d_y.astype(operands)
-    d_kernel = dot(x, given, rows, rows, gradient)
-    return dot(given, kernel_DF.astype(operands), [x.ndim - 1], [1], d_y.dtype), d_kernel.astype(kernel_DF.dtype)
+    d_kernel = _dot(x, given, rows, rows, gradient)
+    return _dot(given, kernel_DF.astype(operands), [x.ndim - 1], [1], d_y.dtype), d_kernel.astype(kernel_DF.dtype)
 
 
 _mixed.defvjp(_mixed_forward, _mixed_backward)

@@ -56,9 +56,10 @@ class BlockSpec:
       mlp_dropout: on the MLP's hidden values.
       attention_dropout: on the attention weights; needs the materialised `xla` attention.
       dtype: of activations and matrix products; parameters, norms, softmax and losses stay in float32.
-      matmul_dtype: in which the products with the layers' kernels and with the table that makes logits take their operands, where
-        sums and activations are in `dtype`; `dtype` if None. bfloat16 beside float32 is what a TPU does by itself, and
-        faster on a CPU that has it in hardware (AMX). Attention's products stay in `dtype`.
+      matmul_dtype: in which the products with the stack's kernels and with the table that makes a vocabulary's logits take their
+        operands, where sums and activations are in `dtype`; `dtype` if None. bfloat16 beside float32 is what a TPU does by
+        itself, and faster on a CPU that has it in hardware (AMX). Attention's own products, and the kernels of embeddings and
+        heads, stay in `dtype`.
       gradient_dtype: in which devices add up the gradients of the layers' kernels: `dtype` if None, or float32, which doubles
         what bfloat16 sends. Embeddings' are float32, and microbatches' are added up in float32, either way.
       attention: implementation, see `nn.attention.IMPLEMENTATIONS`; `auto` chooses by platform and says what.
@@ -115,9 +116,10 @@ class BlockSpec:
                 f"model.gradient_dtype={self.gradient_dtype!r}: products in model.dtype={self.dtype!r} give gradients in it or in"
                 " float32."
             )
-        if self.matmul_dtype not in (None, "bfloat16", self.dtype):
+        if self.matmul_dtype not in (None, self.dtype) and (self.dtype, self.matmul_dtype) != ("float32", "bfloat16"):
             raise UserError(
-                f"model.matmul_dtype={self.matmul_dtype!r}: operands of products are in model.dtype={self.dtype!r} or in bfloat16."
+                f"model.matmul_dtype={self.matmul_dtype!r}: operands of products are in model.dtype={self.dtype!r}, or those of"
+                " float32 in bfloat16."
             )
         for name in ("dropout", "mlp_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:

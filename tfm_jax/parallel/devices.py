@@ -39,8 +39,8 @@ def has_host_memory(device: jax.Device) -> bool:
 
 
 @functools.cache
-def peak_flops() -> float | None:
-    """FLOP/s of one device: the data sheet's, on CPU the measured rate of a float32 product, None if unknown.
+def peak_flops(operands: str = "float32") -> float | None:
+    """FLOP/s of one device: the data sheet's, on CPU the measured rate of a product of such operands in float32, None if unknown.
 
     CPUs have no data sheet figure that a program can reach, so there the question is how close the whole step comes to
     a plain matrix product on the same cores; the devices of one simulated mesh share them.
@@ -50,8 +50,8 @@ def peak_flops() -> float | None:
         return next((peak for name, peak in PEAK.items() if name.lower() in device.device_kind.lower()), None)
     size = 1024
     with jax.default_device(device):
-        x = jnp.ones((size, size), jnp.float32)
-        product = jax.jit(jnp.dot)
+        x = jnp.ones((size, size), operands)
+        product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
         product(x, x).block_until_ready()
         best = min(_timed(product, x) for _ in range(5))
     return 2 * size**3 / best / len(jax.local_devices())

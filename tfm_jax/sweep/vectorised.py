@@ -49,7 +49,7 @@ def starter(resolved: Callable[[Trial], configs.Config], examples: Sequence[Tria
     devices = jax.local_devices()
     # On CPU a mapped step has more of a member's time than a step alone, on accelerators small products wait for their launch.
     shared = [Shared(in_turn(TURNS) if device.platform == "cpu" else Together) for device in devices]
-    peak_flops()  # measured while nothing else runs
+    peak_flops(resolved(examples[0])["model"].get("matmul_dtype") or "float32")  # measured while nothing else runs
     for one, device in zip(shared, devices, strict=True):
         _learn(one, resolved, examples, device)
 

@@ -21,6 +21,7 @@ from tfm_jax.names import resolve
 from tfm_jax.nn import remat
 from tfm_jax.nn.pipeline import Pipeline
 from tfm_jax.parallel import mesh
+from tfm_jax.parallel.devices import peak_flops
 from tfm_jax.parallel.multihost import global_batch
 from tfm_jax.parallel.sharding import Layout
 from tfm_jax.sections import build_model, family, fill, make_named, section_fields
@@ -128,6 +129,11 @@ class Experiment:
         """Model FLOPs of a training token, for models that say so and data of a fixed length."""
         flops, length = getattr(self.model, "train_flops_per_token", None), self.config["data"].get("seq_len")
         return None if flops is None or length is None else float(flops(length))
+
+    @property
+    def peak_flops(self) -> float | None:
+        """What a device can do at best with the operands of the model's products."""
+        return peak_flops(self.config["model"].get("matmul_dtype") or "float32")
 
     @property
     def parameter_count(self) -> int:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tfm_jax.data.prefetch import Prefetcher
-from tfm_jax.parallel.devices import peak_flops
 from tfm_jax.train.build import Experiment
 from tfm_jax.train.log import Metrics
 
@@ -101,7 +100,7 @@ class Meter:
         }
         if self.experiment.pipeline is not None:
             out["perf/bubble_frac"] = self.experiment.pipeline.bubble
-        peak = peak_flops()
+        peak = self.experiment.peak_flops
         flops = self.experiment.flops_per_token
         if flops is not None and peak is not None:
             out["perf/mfu"] = per_device * flops / peak

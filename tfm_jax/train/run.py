@@ -24,7 +24,6 @@ from tfm_jax.errors import UserError, nearest
 from tfm_jax.evals.base import Evaluate
 from tfm_jax.files import write_atomic, write_status
 from tfm_jax.parallel import multihost, watchdog
-from tfm_jax.parallel.devices import peak_flops
 from tfm_jax.train import rundir
 from tfm_jax.train.build import Experiment, build
 from tfm_jax.train.checkpoint import Checkpointer, Restored
@@ -156,7 +155,7 @@ class _Loop:
         self.watched = _watched(experiment, run, start.step)
         self.total = start.step if experiment.train.stale(self.watched) else experiment.train.steps
         self.evaluators = evaluators
-        peak_flops()  # measured while nothing else runs
+        _ = experiment.peak_flops  # measured while nothing else runs
         self.meter = Meter(
             experiment,
             seconds=float(start.meta.get("train_seconds", 0.0)),
