@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(str(__doc__), EXAMPLES)
     parts: dict[str, Callable[[Any], dict[str, Any]]] = {
         "step": _steps, "families": _families, "generate": _generate, "beam": _beam, "student": _student, "gpu": _gpu,
-        "allocator": _allocator, "products": _products, "overhead": _overhead, "checkpoint": _checkpoint, "memory": _memory, "startup": _startup,
+        "allocator": _allocator, "products": _products, "overhead": _overhead, "checkpoint": _checkpoint, "memory": _memory,
+        "startup": _startup,
     }  # fmt: skip
     made.add_argument("--only", nargs="+", default=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
     made.add_argument("--families", action="store_const", dest="only", const=["families"], help="only that part")

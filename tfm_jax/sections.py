@@ -205,9 +205,8 @@ def _hashable(value: Any) -> Any:
 
 # Fields of a model, or of its blocks, that do not change what it computes with its parameters.
 _IDLE = (
-    "parent", "name", "block", "layer_loop", "remat", "pipeline", "dtype", "matmul_dtype", "gradient_dtype", "attention", "init", "init_std",
-    "max_global", "dropout",
-    "attention_dropout", "mlp_dropout",
+    "parent", "name", "block", "layer_loop", "remat", "pipeline", "dtype", "matmul_dtype", "gradient_dtype", "attention", "init",
+    "init_std", "max_global", "dropout", "attention_dropout", "mlp_dropout",
 )  # fmt: skip
 
 

@@ -26,8 +26,9 @@ class SegmentPairs:
     `order`: half of the rows have their segments swapped (Lan et al. 2020, section 3.1). `follow`: in half of the rows the
     second one is of another document, cut at the same share of its own stretch (Devlin et al. 2019, section 3.1); it is as long as
     both documents have tokens for, so that its length does not tell whose it is. The tokens between the marks are masked as by
-    `Mask`; `valid` says where the row is, and `token_types` which segment where the tokenizer's texts have types. Targets are `tokens` (B, T), the original at every
-    position, and `pair` (B,), 1 where the segments are swapped or strangers; weights (B, T) are above 0 at the masked tokens.
+    `Mask`; `valid` says where the row is, and `token_types` which segment where the tokenizer's texts have types. Targets are
+    `tokens` (B, T), the original at every position, and `pair` (B,), 1 where the segments are swapped or strangers; weights (B, T)
+    are above 0 at the masked tokens.
     """
 
     mask: Mask
@@ -94,8 +95,7 @@ class SegmentPairs:
 
 
 def _cut(size: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """A place of the middle half. Both sides of it grow with the size, so that two of stretches of up to W tokens at one share
-    are W tokens at most."""
+    """A place of the middle half, at a share of it in [0, 1)."""
     quarter = size // 4
     place: np.ndarray = quarter + (share * (size - 2 * quarter + 1)).astype(np.int64)
     return place

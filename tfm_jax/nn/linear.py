@@ -41,14 +41,12 @@ def matmul(
         of x if None.
     """
     operands, gradient = operand_dtype or x.dtype, gradient_dtype or x.dtype
-    if operands == x.dtype:
-        rows = merged(x)
-        if gradient == x.dtype:
-            y = _dot(rows, kernel_DF.astype(x.dtype), [rows.ndim - 1], [0])
-        else:
-            y = _mixed(rows, kernel_DF, operands, gradient)
-        return y.reshape(*x.shape[:-1], kernel_DF.shape[-1])
-    return _mixed(x, kernel_DF, operands, gradient)
+    rows = merged(x) if operands == x.dtype else x
+    if operands == gradient == x.dtype:
+        y = _dot(rows, kernel_DF.astype(x.dtype), [rows.ndim - 1], [0])
+    else:
+        y = _mixed(rows, kernel_DF, operands, gradient)
+    return y.reshape(*x.shape[:-1], kernel_DF.shape[-1])
 
 
 def _dot(
@@ -67,8 +65,7 @@ def _mixed_forward(
     x: jax.Array, kernel_DF: jax.Array, operands: jnp.dtype, gradient: jnp.dtype
 ) -> tuple[jax.Array, Any]:
     given = x.astype(operands)
-    y = _dot(given, kernel_DF.astype(operands), [x.ndim - 1], [0], x.dtype)
-    return y, (given, kernel_DF)
+    return _dot(given, kernel_DF.astype(operands), [x.ndim - 1], [0], x.dtype), (given, kernel_DF)
 
 
 def _mixed_backward(operands: jnp.dtype, gradient: jnp.dtype, kept: Any, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -56,8 +56,8 @@ class BlockSpec:
       mlp_dropout: on the MLP's hidden values.
       attention_dropout: on the attention weights; needs the materialised `xla` attention.
       dtype: of activations and matrix products; parameters, norms, softmax and losses stay in float32.
-      matmul_dtype: in which the products with the stack's kernels and with the table that makes a vocabulary's logits take their
-        operands, where sums and activations are in `dtype`; `dtype` if None. bfloat16 beside float32 is what a TPU does by
+      matmul_dtype: in which the products with the stack's kernels and with the table that makes a vocabulary's logits, its bias
+        if it has one, take their operands, where sums and activations are in `dtype`; `dtype` if None. bfloat16 beside float32 is what a TPU does by
         itself, and faster on a CPU that has it in hardware (AMX). Attention's own products, and the kernels of embeddings and
         heads, stay in `dtype`.
       gradient_dtype: in which devices add up the gradients of the layers' kernels: `dtype` if None, or float32, which doubles
@@ -142,7 +142,6 @@ class BlockSpec:
             raise UserError(
                 f"model.gradient_dtype={self.gradient_dtype!r}: the gradients of experts are added up in model.dtype={self.dtype!r}."
             )
-
         if self.experts and self.matmul_dtype not in (None, self.dtype):
             raise UserError(
                 f"model.matmul_dtype={self.matmul_dtype!r}: products of experts are in model.dtype={self.dtype!r}."

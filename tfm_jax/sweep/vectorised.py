@@ -21,7 +21,6 @@ import jax
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 from tfm_jax.launch.job import FAILED, FINISHED, MISTAKE, PREEMPTED
-from tfm_jax.parallel.devices import peak_flops
 from tfm_jax.sweep.programs import Shared, in_turn
 from tfm_jax.sweep.runner import Running, Start
 from tfm_jax.sweep.space import Trial
@@ -49,7 +48,6 @@ def starter(resolved: Callable[[Trial], configs.Config], examples: Sequence[Tria
     devices = jax.local_devices()
     # On CPU a mapped step has more of a member's time than a step alone, on accelerators small products wait for their launch.
     shared = [Shared(in_turn(TURNS) if device.platform == "cpu" else Together) for device in devices]
-    peak_flops(resolved(examples[0])["model"].get("matmul_dtype") or "float32")  # measured while nothing else runs
     for one, device in zip(shared, devices, strict=True):
         _learn(one, resolved, examples, device)
 
@@ -74,6 +72,7 @@ def _learn(
             continue
         covered |= new
         experiment = build(resolved(trial), devices=[device], jit=shared)
+        experiment.peak_flops()  # measured while nothing else runs
         with jax.set_mesh(experiment.layout.mesh):
             experiment.jitted_init().lower()
             state = experiment.abstract_state()

@@ -130,7 +130,6 @@ class Experiment:
         flops, length = getattr(self.model, "train_flops_per_token", None), self.config["data"].get("seq_len")
         return None if flops is None or length is None else float(flops(length))
 
-    @property
     def peak_flops(self) -> float | None:
         """What a device can do at best with the operands of the model's products."""
         return peak_flops(self.config["model"].get("matmul_dtype") or "float32")

@@ -100,7 +100,7 @@ class Meter:
         }
         if self.experiment.pipeline is not None:
             out["perf/bubble_frac"] = self.experiment.pipeline.bubble
-        peak = self.experiment.peak_flops
+        peak = self.experiment.peak_flops()
         flops = self.experiment.flops_per_token
         if flops is not None and peak is not None:
             out["perf/mfu"] = per_device * flops / peak

@@ -155,7 +155,7 @@ class _Loop:
         self.watched = _watched(experiment, run, start.step)
         self.total = start.step if experiment.train.stale(self.watched) else experiment.train.steps
         self.evaluators = evaluators
-        _ = experiment.peak_flops  # measured while nothing else runs
+        experiment.peak_flops()  # measured while nothing else runs
         self.meter = Meter(
             experiment,
             seconds=float(start.meta.get("train_seconds", 0.0)),
