@@ -319,8 +319,14 @@ def test_names_that_are_numbers_are_no_places(tmp_path):
         return data.evals("validation", len(labels)).batch_at(0)["targets"].tolist()
 
     assert targets([3, 1, 2], (1, 2, 3)) == [2, 0, 1] and targets([1, -1, 1.0], (-1, 1)) == [1, 0, 1]
+    assert targets([3, 1, 2, "1"], ("1", "2", "3")) == [2, 0, 1, 0] and targets([1, "nan"], ("good", "nan")) == [1, 1]
     assert targets(["b", 0, 1], ("a", "b")) == [1, 0, 1] and targets([1, 0], (0, 1)) == [1, 0]
-    for names, hint in (((1, 2, 3), "1, 2, 3"), ((-1, 1), "-1, 1"), (("low", 2), "2, low")):
+    for names, hint in (
+        ((1, 2, 3), "1, 2, 3"),
+        (("1", "2", "3"), "1, 2, 3"),
+        ((-1, 1), "-1, 1"),
+        (("low", 2), "2, low"),
+    ):
         with says(
             f"{tmp_path}/train.jsonl, line 2: 0 in the field 'label' is none of the classes, which are the train split's or"
             f" data.names. Valid: {hint}."

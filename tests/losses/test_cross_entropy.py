@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.jaxprs import equations
 from tfm_jax.losses.cross_entropy import cross_entropy, linear_cross_entropy
 
 N, D, V = 14, 8, 37
@@ -106,16 +107,6 @@ def test_bfloat16_products_with_float32_losses(chunk):
     np.testing.assert_allclose(d_table, d_w, atol=0.1)
 
 
-def sizes(jaxpr):
-    """Every intermediate array's shape, those inside loops and calls too."""
-    for equation in jaxpr.eqns:
-        yield from (tuple(v.aval.shape) for v in equation.outvars)
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
-
-
 @pytest.mark.parametrize("chunk", [0, 10])
 def test_a_bfloat16_table_under_float32_states(chunk):
     """Operands are rounded and nothing else: loss, logits' gradient and that of the states are float32's of rounded numbers."""
@@ -146,7 +137,8 @@ def test_chunks_never_make_the_logits(chunk, whole):
     def gradient(h, w):
         return jax.grad(lambda h, w: jnp.sum(linear_cross_entropy(h, w, TARGETS, chunk=chunk)[0]), argnums=(0, 1))(h, w)
 
-    made = list(sizes(jax.make_jaxpr(gradient)(HIDDEN, TABLE).jaxpr))
+    traced = equations(jax.make_jaxpr(gradient)(HIDDEN, TABLE).jaxpr)
+    made = [tuple(v.aval.shape) for equation in traced for v in equation.outvars]
     assert any("scan" in str(e.primitive) for e in jax.make_jaxpr(gradient)(HIDDEN, TABLE).eqns) != whole
     assert (max(int(np.prod(shape)) for shape in made) >= N * V) == whole
     text = jax.jit(gradient).lower(HIDDEN, TABLE).compile().as_text()

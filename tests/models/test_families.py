@@ -6,23 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.jaxprs import equations
 from tfm_jax.paths import flatten
 from tfm_jax.sections import build_model, section_fields
 
 FAMILIES = (
     "gpt", "bert", "albert", "electra", "encdec", "bart", "t5", "transformer_xl", "longformer", "vit", "deit"
 )  # fmt: skip
-
-
-def dots(jaxpr):
-    """The dtypes of both operands and the result of each product, of those inside loops and calls too."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield tuple(str(v.aval.dtype) for v in (*equation.invars, *equation.outvars))
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from dots(inner)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -33,8 +23,10 @@ def test_products_with_the_stacks_kernels_take_bfloat16(name):
     inputs = model.example()
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))["params"]
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    found = list(dots(jax.make_jaxpr(lambda p: model.apply({"params": p}, **inputs))(params).jaxpr))
-    narrow = [types for types in found if "bfloat16" in types]
+    traced = equations(jax.make_jaxpr(lambda p: model.apply({"params": p}, **inputs))(params).jaxpr)
+    products = [e for e in traced if e.primitive.name == "dot_general"]
+    types = [tuple(str(v.aval.dtype) for v in (*product.invars, *product.outvars)) for product in products]
+    narrow = [one for one in types if "bfloat16" in one]
     assert set(narrow) == {("bfloat16", "bfloat16", "float32")}
     kernels = [path for path in flatten(params) if re.search(r"block(_\d+)?/.*kernel$", path)]
     logits = int("unembedding" in jax.eval_shape(lambda p: model.apply({"params": p}, **inputs), params))
