@@ -31,6 +31,9 @@ _TASKS = {
     "cola": {"name": "classification"},
     "stsb": {"name": "regression", "scale": 5.0},
 }
+# Squares of errors on a scale of 1 are a twentieth of the cross-entropies, and their gradients a tenth; Adam's steps are of its
+# moments, which are those of the larger.
+_WEIGHTS = {"sst2": 1.0, "cola": 1.0, "stsb": 8.0}
 _SCORES = {"sst2": ("accuracy",), "cola": ("matthews",), "stsb": ("spearman",)}
 # Batches of each in 4,500, about in proportion to the fifth root of its examples.
 _STEPS = {"sst2": 1980, "cola": 1310, "stsb": 1210}
@@ -77,7 +80,11 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "dropout": 0.1,
                 "attention_dropout": 0.1,
             },
-            "task": {"name": "mixture", "tasks": {name: _TASKS[name] for name in names}},
+            "task": {
+                "name": "mixture",
+                "tasks": {name: _TASKS[name] for name in names},
+                "weights": {name: _WEIGHTS[name] for name in names} if len(names) > 1 else None,
+            },
             "data": {
                 "name": "mixture",
                 "parts": {name: _PARTS[name] for name in names},
