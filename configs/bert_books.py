@@ -24,7 +24,14 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(
         {
             # With the published norms behind and normal(0.02) it learns the words' frequencies and no more in as many steps.
-            "model": {"name": "bert", "variant": "mini", "norm_position": "pre", "init_std": 256**-0.5, "max_len": 64},
+            "model": {
+                "name": "bert",
+                "variant": "mini",
+                "norm_position": "pre",
+                "init_std": 256**-0.5,
+                "max_len": 64,
+                "matmul_dtype": "bfloat16",
+            },
             "data": {
                 "source": "tfds:experiments.reproduce.datasets:Books19c",
                 "feature": "text",
@@ -36,8 +43,15 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "seq_len": 32,
                 "batch_size": 64,
             },
-            "optim": {"name": "muon", "lr": 1e-2, "schedule": "linear", "end_factor": 0.02, "warmup_steps": 50},
-            "train": {"steps": 2500, "eval_every": 1250},
+            "optim": {
+                "name": "muon",
+                "lr": 1e-2,
+                "schedule": "linear",
+                "end_factor": 0.02,
+                "warmup_steps": 50,
+                "options": {"preconditioning": "aol", "ns_steps": 4},
+            },
+            "train": {"steps": 6000, "eval_every": 3000},
             "checkpoint": {"every": 250},
             "evals": {"validation": {"split": "validation"}},
         }
