@@ -101,6 +101,14 @@ def test_a_teacher_that_has_spoken_beforehand(reviews, trained, tmp_path):
         build(configs.resolve(apart, [("data.names", "('good', 'bad')")]))
     with says(f"data.predictions='{file}' is (600, 2), and the train split has 60 examples."):
         build(configs.resolve(apart, [("data.source", reviews.replace("*", "valid")), ("data.split", "all")]))
+    with says("task.teacher and data.predictions are both set: a student learns from one of them."):
+        build(configs.resolve(config, [("data.predictions", str(file))]))
+    alone = configs.load(f"{FOLDER}/minilm_sst2.py:smoke")
+    with says(
+        "data.predictions is what a teacher has said, which task.name='classification' does not read. Set"
+        " task.name='distillation', or leave it out."
+    ):
+        build(configs.resolve(alone, [("data.source", reviews), ("data.predictions", str(file))]))
     with says("task.hidden and task.attention need the teacher itself: task.teacher=RUN."):
         build(configs.resolve(apart, [("task.hidden", "((1, 1),)")]))
 

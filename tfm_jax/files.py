@@ -27,6 +27,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def path_id(path: Path) -> str:
     """16 letters that stand for a path, and for no other."""
     return hashlib.sha256(bytes(path.resolve())).hexdigest()[:16]

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 
 from tfm_jax.data.splits import Keep
 from tfm_jax.errors import UserError
+from tfm_jax.files import digest
 
 Rows = Iterator[dict[str, Any]]
 
@@ -36,10 +37,14 @@ class _Files(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(dict(self.columns))
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        about = tfds.core.MetadataDict()
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True, metadata=about)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         folder = Path(dl_manager.manual_dir)
+        found = {_found(folder, name) for names, _, _ in self.files.values() for name in names}
+        # By these `tfm_jax.data.records` tells when the files are others.
+        self.info.metadata["files"] = {str(path.relative_to(folder)): digest(path) for path in sorted(found)}
         return {split: self._generate_examples(folder, *how) for split, how in self.files.items()}
 
     def _generate_examples(
@@ -52,11 +57,16 @@ class _Files(tfds.core.GeneratorBasedBuilder):
 
 def read_text(folder: Path, name: str) -> str:
     """A file below the folder, gzipped or not."""
+    path = _found(folder, name)
+    content = path.read_bytes()
+    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+
+
+def _found(folder: Path, name: str) -> Path:
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise UserError(f"data.manual_dir={str(folder)!r} has no {name}, and no {name}.gz.")
-    content = path.read_bytes()
-    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    return path
 
 
 def _all(place: str) -> bool:
@@ -79,7 +89,8 @@ def _sst2(text: str) -> Rows:
 class Sst2(_Files):
     """SST-2 as in GLUE (Socher et al. 2013, Wang et al. 2019).
 
-    `test` is GLUE's dev set, whose labels are public; `validation` is 2 % of the training set, to choose settings by.
+    `test` is GLUE's dev set, whose labels are public; `validation` is 2 % of the training set, to choose settings by. Most of that
+    set are phrases of sentences that are in it too, so what is held out is not unseen, and scores of it are higher.
     """
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "sst2/train.tsv and sst2/dev.tsv of GLUE: sentence and label, with a header."

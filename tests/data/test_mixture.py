@@ -14,8 +14,9 @@ from tfm_jax import config as configs
 from tfm_jax.data import examples, mixture
 from tfm_jax.errors import UserError
 from tfm_jax.evals.squad import normal
-from tfm_jax.tasks.base import bind
+from tfm_jax.tasks.base import LossOut, Task, bind
 from tfm_jax.tasks.distillation import divergence
+from tfm_jax.tasks.mixture import make
 from tfm_jax.train import rundir
 from tfm_jax.train.build import build
 from tfm_jax.train.run import train
@@ -101,6 +102,21 @@ def test_two_tasks_are_learnt_on_one_trunk(sources, tmp_path):
     result = train(configs.resolve(raw, [("log.tensorboard", "False"), ("log.every", "50")]), tmp_path).result
     assert result["eval/sst2/accuracy"] > 0.9 and result["eval/stsb/spearman"] > 0.8
     assert {"train/loss", "train/sst2_loss", "train/stsb_absolute_error"} <= set(result)
+
+
+def test_a_weight_is_a_factor_of_its_parts_loss():
+    part = Task(loss=lambda apply, params, extra, batch, rng, train: LossOut(
+        jnp.float32(5.0), jnp.float32(4.0), {"loss": (jnp.float32(5.0), jnp.float32(4.0))}, None))  # fmt: skip
+
+    def loss(name, train=True, **weights):
+        task = make(build=lambda section: part, tasks={"tone": {}, "count": {}}, weights=weights)
+        return task.loss(lambda params: {}, {}, {}, {"part": {name: ()}}, None, train)
+
+    found = loss("count", count=8.0)
+    assert (found.total, found.weight) == (40.0, 4.0) and found.metrics["loss"] == (40.0, 4.0)
+    assert found.metrics["count_loss"] == (5.0, 4.0)
+    assert loss("tone", count=8.0).total == 5.0 and loss("count").total == 5.0
+    assert loss("count", train=False, count=8.0).metrics["loss"] == (5.0, 4.0)
 
 
 def test_bad_input(sources):

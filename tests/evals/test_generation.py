@@ -117,6 +117,19 @@ def test_bad_input(make_config):
         generation.make(context)
 
 
+def test_a_search_that_cannot_be_is_found_before_training(config):
+    built = build(config)
+    context = Context(built.task, built.model, built.layout, built.data, 8)
+    limit = built.model.max_len
+    with says(
+        f"A prompt of 1 token and max_new={limit} need {limit + 1} positions, but model.max_len={limit}. Ask for at most"
+        f" {limit - 1} new tokens, or shorten the prompt."
+    ):
+        generation.make(context, max_new=limit)
+    with says("beams=0: must be at least 1."):
+        generation.make(context, beams=0)
+
+
 def test_rouge_and_several_references():
     """ROUGE-1 of 2 shared words of 3 and 4 is 4/7; the better reference counts."""
     pytest.importorskip("rouge_score")

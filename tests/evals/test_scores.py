@@ -67,6 +67,11 @@ def test_bad_input(make_config):
     data = type("Data", (), {"evals": staticmethod(lambda split, rows: numbers)})
     with says("evals: matthews is a score of classes, and this data has numbers: pearson, spearman."):
         scores.make(Context(task, built.model, built.layout, data, 8), metrics=("spearman", "matthews"))
+    classes = type("Data", (), {"evals": staticmethod(lambda split, rows: Passes())})
+    with says("evals: spearman is a score of numbers, and this data has classes: accuracy, f1, macro_f1, matthews."):
+        scores.make(Context(task, built.model, built.layout, classes, 8), metrics=("accuracy", "spearman"))
+    with says("evals: pearson is a score of numbers, and this task predicts classes."):
+        scores.scored("pearson", np.zeros(3), np.zeros((3, 2)))
     with says("evals: metrics is empty: give for instance ('matthews',)."):
         scores.make(context, metrics=())
     with says("evals: matthews is a score of classes, and this task predicts numbers."):

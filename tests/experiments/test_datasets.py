@@ -1,6 +1,7 @@
 """The builders of published data sets, on files of their form."""
 
 import gzip
+import shutil
 
 import pytest
 import tensorflow_datasets as tfds
@@ -50,6 +51,31 @@ def test_stsb(files, tmp_path):
     batch = data.evals("test", 2).batch_at(0)
     assert batch["targets"].tolist() == [0.0, 2.5]
     assert data.tokenizer.decode(batch["inputs"]["tokens"][1][batch["inputs"]["valid"][1]]) == "one, twothree"
+
+
+def test_files_that_are_others_than_those_it_was_prepared_from(tmp_path, monkeypatch):
+    """Of the same length, as labels that were put right have: the name, sizes and numbers that TFDS keeps are the same."""
+    name, manual = "experiments.reproduce.datasets:Stsb", tmp_path / "manual"
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
+    (manual / "stsb").mkdir(parents=True)
+
+    def fingerprint(score, split="train"):
+        for one in ("train", "dev", "test"):
+            (manual / "stsb" / f"stsb-en-{one}.csv").write_text(f"one,two,{score if one == split else 2.5}\n")
+        folder = tfds_folder(name, str(manual))
+        return folder, make(source=f"tfds:{folder}", text="sentence1", label="score", kind="number", tokenizer="bytes",
+                            seq_len=64, cache_dir=str(tmp_path / "cache")).fingerprint  # fmt: skip
+
+    folder, before = fingerprint(2.5)
+    assert fingerprint(2.5) == (folder, before)
+    with says(
+        f"data.manual_dir='{manual}': stsb/stsb-en-train.csv is not the one that {folder} was prepared from. Delete that folder, and"
+        " it is prepared anew."
+    ):
+        fingerprint(4.5)
+    shutil.rmtree(folder)
+    assert fingerprint(4.5)[1] != before
 
 
 def test_files_that_one_must_have(monkeypatch, tmp_path):

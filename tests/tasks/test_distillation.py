@@ -301,8 +301,6 @@ def test_bad_pairs():
     t5 = T5Model(BlockSpec(width=8, heads=2), vocab_size=9, encoder_layers=1, decoder_layers=1)
     with says("task.teacher='x' reads decoder_tokens, which this data has not."):
         tried(other=t5)
-    with says("task.teacher and data.predictions are both set: a student learns from one of them."):
-        tried(batch={**batch, "teacher": jnp.zeros((1, 6, 9))})
     with says("task.hidden: 3 is not a pair (layer of the student, layer of the teacher)."):
         tried(hidden=(3,))
     with says("task.hidden: the teacher has no layer 2; its last is 1."):

@@ -112,6 +112,12 @@ def test_bad_input(make_config):
         == "train.adapter.pattern='token_embedding' matches token_embedding/embedding, which is no kernel."
     )
     with pytest.raises(UserError) as error:
+        build(with_(pattern="(query|down)/kernel", train=["block_0/mlp/"]))
+    assert str(error.value) == (
+        "train.adapter.train: 'block_0/mlp/' matches stack/block_0/mlp/down/kernel, which"
+        " train.adapter.pattern='(query|down)/kernel' adapts. Trained as it is, it needs no adapter: let one of them leave it out."
+    )
+    with pytest.raises(UserError) as error:
         build(with_(rank=17))
     assert str(error.value) == "train.adapter.rank=17: stack/block_0/attention/query/kernel is only 16 x 16."
 
@@ -153,10 +159,13 @@ def test_what_a_task_adds_is_trained_without_being_named():
         token_prediction.make(), init_params=lambda params, key: {**params, "bridge": {"kernel": jnp.ones((2, 3))}},
         own=("^bridge/",),
     )  # fmt: skip
-    wrapped = wrap(task, rank=2, pattern="query/kernel$")
+    wrapped = wrap(task, rank=2, pattern="kernel$")
     paths = flatten(wrapped.init_params(kernel, jax.random.key(0)))
     frozen = {path for path in paths if any(re.search(pattern, path) for pattern in wrapped.frozen)}
     assert frozen == {"attention/query/kernel"} and "bridge/kernel" in paths
+    assert {path.rpartition("/")[0] for path in paths if path.startswith("adapter/")} == {
+        "adapter/attention/query/kernel"
+    }
 
 
 def test_a_student_needs_no_teacher_when_its_adapters_are_put_on(trained, make_config, tmp_path):

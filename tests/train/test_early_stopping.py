@@ -65,6 +65,22 @@ def test_a_crash_before_the_end_is_written(make_config, tmp_path):
     assert again.result["step"] == done.result["step"] and again.result[METRIC] == done.result[METRIC]
 
 
+def test_an_evaluation_that_fails_at_the_end_loses_nothing(make_config, tmp_path, monkeypatch):
+    changes = {"train.steps": 4, "train.eval_every": 0, "checkpoint.every": 0}
+    config, run = make_config(changes), tmp_path / "run"
+
+    def fails(self, step):
+        raise UserError("no such thing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_evaluate", fails)
+        with says("no such thing"):
+            loop.train(config, run)
+    assert (run / "checkpoints" / "4").is_dir()
+    done = loop.train(config, run)
+    assert done.status == "finished" and METRIC in done.result
+
+
 def test_bad_input(make_config, tmp_path):
     with says("train.stop_metric='eval/validation/loss' is looked at when evaluating: set train.eval_every."):
         Train(steps=9, stop_metric=METRIC)

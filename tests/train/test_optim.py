@@ -113,7 +113,9 @@ def test_rates_decay_from_layer_to_layer(stacked):
     stack = {"blocks": {"w": jnp.zeros((3, 2))}} if stacked else {f"block_{i}": {"w": jnp.zeros(2)} for i in range(3)}
     heads = {"head": {"kernel": jnp.zeros(2)}, "unembedding": {"embedding": jnp.zeros(2)},
              "bridge": {"embeddings": {"kernel": jnp.zeros(2)}}}  # fmt: skip
-    params = {"token_embedding": {"embedding": jnp.zeros(2)}, "stack": stack, **heads}
+    # Of two of the layers alone, where they are apart.
+    beside = stack if stacked else {name: stack[name] for name in ("block_0", "block_1")}
+    params = {"token_embedding": {"embedding": jnp.zeros(2)}, "stack": stack, "adapter": {"stack": beside}, **heads}
     made = optim.make(params, **CONSTANT, weight_decay=0.0, layer_decay=0.5, clip_norm=None)
     grads = jax.tree.map(jnp.ones_like, params)
     update, _ = jax.jit(made.tx.update)(grads, made.tx.init(params), params)
@@ -122,6 +124,8 @@ def test_rates_decay_from_layer_to_layer(stacked):
     layers = found["stack/blocks/w"] if stacked else np.stack([found[f"stack/block_{i}/w"] for i in range(3)])
     np.testing.assert_allclose(layers, np.array([[0.125] * 2, [0.25] * 2, [0.5] * 2]), rtol=1e-5)
     np.testing.assert_allclose(found["token_embedding/embedding"], 0.0625, rtol=1e-5)
+    for path in flatten({"stack": beside}):
+        np.testing.assert_allclose(found[f"adapter/{path}"], found[path], err_msg=path)
     for path in flatten(heads):
         np.testing.assert_allclose(found[path], 1.0, rtol=1e-5, err_msg=path)
 

@@ -17,7 +17,7 @@ from tfm_jax.data.locks import locked
 from tfm_jax.data.splits import Keep, split_in_name
 from tfm_jax.data.types import Document
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.files import folders_beside
+from tfm_jax.files import digest, folders_beside
 
 
 class RecordSplit(NamedTuple):
@@ -107,7 +107,8 @@ def open_tfds(name: str, feature: str | None, manual_dir: str | None = None) -> 
 def tfds_folder(name: str, manual_dir: str | None = None) -> Path:
     """Where `my_ds/config` (registered or in the TFDS folder), `my_lab.data:Builder/config`, or a prepared folder's path is.
 
-    A data set that is not prepared yet is prepared first, from the files in `manual_dir` if its builder asks for any.
+    A data set that is not prepared yet is prepared first, from the files in `manual_dir` if its builder asks for any. One that is
+    must have been prepared from these, as far as its builder has told which they were.
     """
     import tensorflow_datasets as tfds
 
@@ -138,7 +139,25 @@ def tfds_folder(name: str, manual_dir: str | None = None) -> Path:
             if not builder.is_prepared():
                 download = tfds.download.DownloadConfig(manual_dir=_expanded(manual_dir))
                 builder.download_and_prepare(download_config=download)
+    elif manual_dir is not None:
+        _check_made_of(Path(builder.data_dir), Path(manual_dir).expanduser())
     return Path(builder.data_dir)
+
+
+def _made_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file that a prepared data set says it was made of, by name: `files` of its builder's metadata."""
+    about = folder / "metadata.json"
+    found: dict[str, str] = json.loads(about.read_text()).get("files", {}) if about.is_file() else {}
+    return found
+
+
+def _check_made_of(folder: Path, manual_dir: Path) -> None:
+    for name, told in _made_of(folder).items():
+        if (file := manual_dir / name).is_file() and digest(file) != told:
+            raise UserError(
+                f"data.manual_dir={str(manual_dir)!r}: {name} is not the one that {folder} was prepared from. Delete that folder,"
+                " and it is prepared anew."
+            )
 
 
 def _expanded(folder: str | None) -> str | None:
@@ -175,6 +194,7 @@ def open_tfds_folder(folder: Path, feature: str | None) -> RecordSet:
 def tfds_record_set(folder: Path, info: Any, feature: str) -> RecordSet:
     splits = tuple(RecordSplit(s.name, s.num_examples, s.num_bytes) for s in info.splits.values())
     facts = [info.full_name, [[s.name, s.num_bytes, s.shard_lengths] for s in info.splits.values()]]
+    facts += [made_of] if (made_of := _made_of(folder)) else []
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return RecordSet("tfds", str(folder), feature, splits, fingerprint)
 

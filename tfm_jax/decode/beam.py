@@ -69,12 +69,8 @@ def beam_search(
     Raises:
       UserError: fewer than one beam, or see `inputs.prepare`.
     """
-    if beams < 1:
-        raise UserError(f"beams={beams}: must be at least 1.")
-    vocab = min(x for x in (allowed, getattr(model, "vocab_size", None), 1 << 31) if x is not None)
     ends = ends_of(end_id)
-    if (1 + len(ends)) * beams > vocab:
-        raise UserError(f"beams={beams}: too many for the {vocab} tokens there are, of which {len(ends)} end a text.")
+    check_beams(model, beams, ends, allowed)
     inputs = prepare(model, prompts, sources, max_new, prefix)
     found, scores = _search(model, params, inputs, beams, max_new, length_penalty, stop, ends, allowed)
     out = []
@@ -82,6 +78,16 @@ def beam_search(
         kept = [(row, score) for row, score in zip(rows, row_scores, strict=True) if score > -np.inf]
         out.append([Hypothesis([int(t) for t in row if t >= 0], float(score)) for row, score in kept])
     return out
+
+
+def check_beams(model: nn.Module, beams: int, end_id: int | Sequence[int], allowed: int | None) -> None:
+    """Whether so many can be looked at; `beam_search` asks it too."""
+    if beams < 1:
+        raise UserError(f"beams={beams}: must be at least 1.")
+    vocab = min(x for x in (allowed, getattr(model, "vocab_size", None), 1 << 31) if x is not None)
+    ends = ends_of(end_id)
+    if (1 + len(ends)) * beams > vocab:
+        raise UserError(f"beams={beams}: too many for the {vocab} tokens there are, of which {len(ends)} end a text.")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6, 7, 8))

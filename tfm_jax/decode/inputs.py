@@ -60,8 +60,6 @@ def prepare(
     Raises:
       UserError: an empty prompt or source, an id outside the vocabulary, more positions than the model has.
     """
-    if max_new < 1:
-        raise UserError(f"max_new={max_new}: must be at least 1.")
     if not prompts or any(not p for p in prompts):
         raise UserError("The prompt is empty: give at least one token (the end mark starts a new document).")
     if sources is not None and any(not s for s in sources):
@@ -70,12 +68,7 @@ def prepare(
     for name, rows in (("prompt", prompts), ("source", sources or [[0]])):
         if vocab is not None and max(map(max, rows)) >= vocab:
             raise UserError(f"The {name} has the id {max(map(max, rows))}, but model.vocab_size={vocab}.")
-    longest = max(map(len, prompts))
-    if limit is not None and longest + max_new > limit:
-        raise UserError(
-            f"A prompt of {longest} tokens and max_new={max_new} need {longest + max_new} positions, but"
-            f" model.max_len={limit}. Ask for at most {max(limit - longest, 0)} new tokens, or shorten the prompt."
-        )
+    check_room(model, max(map(len, prompts)), max_new)
     if sources is not None and limit is not None and max(map(len, sources)) > limit:
         raise UserError(f"A source of {max(map(len, sources))} tokens is longer than model.max_len={limit}.")
     tokens, lengths = _padded(prompts, limit if limit is None else limit - max_new)
@@ -83,6 +76,18 @@ def prepare(
         return Inputs(tokens, lengths, None, None, lengths if prefix else None)
     source, sizes = _padded(sources, limit)
     return Inputs(tokens, lengths, source, np.arange(source.shape[1])[None] < sizes[:, None], None)
+
+
+def check_room(model: nn.Module, longest: int, max_new: int) -> None:
+    """Whether so many tokens fit behind the longest prompt; `prepare` asks it too."""
+    if max_new < 1:
+        raise UserError(f"max_new={max_new}: must be at least 1.")
+    limit = getattr(model, "max_len", None)
+    if limit is not None and longest + max_new > limit:
+        raise UserError(
+            f"A prompt of {longest} token{'s' * (longest != 1)} and max_new={max_new} need {longest + max_new} positions, but"
+            f" model.max_len={limit}. Ask for at most {max(limit - longest, 0)} new tokens, or shorten the prompt."
+        )
 
 
 def _padded(rows: Sequence[Sequence[int]], limit: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from tfm_jax.decode.beam import beam_search
+from tfm_jax.decode.beam import beam_search, check_beams
+from tfm_jax.decode.inputs import check_room
 from tfm_jax.errors import UserError
 from tfm_jax.evals.base import Context, Evaluate, needed
 
@@ -39,7 +40,8 @@ def make(
       A function from a `TrainState` to what `scored` gives, and `sentences`.
 
     Raises:
-      UserError: no metric is asked for, a library is not installed, or the data or model is not one that turns texts into texts.
+      UserError: no metric is asked for, a library is not installed, the data or model is not one that turns texts into texts, or
+        the search has no beam or more places than the model.
     """
     if not metrics:
         raise UserError("evals: metrics is empty: give for instance ('bleu',).")
@@ -50,6 +52,8 @@ def make(
         raise UserError("evals: generation needs data with reference texts: data.name=pairs.")
     if not hasattr(context.model, "init_caches"):
         raise UserError("evals: generation needs a model that decodes: it has no init_caches.")
+    check_beams(context.model, beams, context.data.tokenizer.end_id, context.data.tokenizer.vocab_size)
+    check_room(context.model, 1, max_new)
     count = min(dataset.num_batches, max_batches or dataset.num_batches)
     wanted = [texts for step in range(count) for texts in dataset.references(step)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -44,6 +44,9 @@ def make(
     for metric in metrics:
         if kind == "f" and metric not in NUMBERS:
             raise UserError(f"evals: {metric} is a score of classes, and this data has numbers: {', '.join(NUMBERS)}.")
+        if kind != "f" and metric in NUMBERS:
+            classes = ", ".join(name for name in get_args(Metric) if name not in NUMBERS)
+            raise UserError(f"evals: {metric} is a score of numbers, and this data has classes: {classes}.")
 
     def evaluate(state: Any) -> dict[str, float]:
         targets, found = list[np.ndarray](), list[np.ndarray]()
@@ -61,9 +64,10 @@ def scored(metric: str, wanted: np.ndarray, found: np.ndarray) -> float:
     """One score of predictions: logits (N, C) of classes (N,), or numbers (N,)."""
     if metric in NUMBERS:
         stats = needed("scipy.stats", "evals: scores")
-        numbers = found if found.ndim == 1 else found[:, -1]
+        if found.ndim != 1:
+            raise UserError(f"evals: {metric} is a score of numbers, and this task predicts classes.")
         which = stats.pearsonr if metric == "pearson" else stats.spearmanr
-        return float(which(wanted, numbers).statistic)
+        return float(which(wanted, found).statistic)
     if found.ndim != 2:
         raise UserError(f"evals: {metric} is a score of classes, and this task predicts numbers.")
     measures, chosen = needed("sklearn.metrics", "evals: scores"), np.argmax(found, axis=-1)

@@ -41,22 +41,33 @@ def adapted(
       change: (.., in, out) from a kernel's arrays.
 
     Raises:
-      UserError: at the model's making, a pattern that matches nothing, or not a kernel, or one that is too small.
+      UserError: at the model's making, a pattern that matches nothing, or not a kernel, or one that is too small, or that is
+        trained as it is.
     """
     if rank < 1:
         raise UserError(f"train.adapter.rank={rank}: must be at least 1.")
     (chosen,) = compile_patterns([pattern], setting="train.adapter.pattern")
     named = compile_patterns(list(train), setting="train.adapter.train")
-    trained = [*named, *(re.compile(pattern) for pattern in task.own)]
+    own = [re.compile(pattern) for pattern in task.own]
+    trained = [*named, *own]
 
     def init_params(params: Params, key: jax.Array) -> Params:
         leaves = flatten(params)
-        kernels = {path: x for path, x in leaves.items() if chosen.search(path)}
+        kernels = {
+            path: x
+            for path, x in leaves.items()
+            if chosen.search(path) and not any(regex.search(path) for regex in own)
+        }
         if not kernels:
             raise UserError(f"train.adapter.pattern={pattern!r} matches no parameter. There are: {_some(leaves)}.")
         for path, x in kernels.items():
             if not path.endswith("/kernel"):
                 raise UserError(f"train.adapter.pattern={pattern!r} matches {path}, which is no kernel.")
+            if whole := [regex.pattern for regex in named if regex.search(path)]:
+                raise UserError(
+                    f"train.adapter.train: {whole[0]!r} matches {path}, which train.adapter.pattern={pattern!r} adapts. Trained as it"
+                    " is, it needs no adapter: let one of them leave it out."
+                )
             if rank > min(x.shape[-2:]):
                 raise UserError(f"train.adapter.rank={rank}: {path} is only {x.shape[-2]} x {x.shape[-1]}.")
         for regex in named:

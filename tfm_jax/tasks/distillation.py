@@ -127,8 +127,6 @@ def make(
 
         hard = inner.loss(listened, plain(params), extra["inner"], batch, rng, train)
         if taught_by is not None:
-            if "teacher" in batch:
-                raise UserError("task.teacher and data.predictions are both set: a student learns from one of them.")
             if missing := _read(taught_by) - {*batch["inputs"]}:
                 raise UserError(
                     f"task.teacher={teacher!r} reads {', '.join(sorted(missing))}, which this data has not."

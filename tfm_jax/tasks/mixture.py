@@ -30,7 +30,8 @@ def make(
     Args:
       build: from a section to a task (not a config key).
       tasks: by part, the section of its task.
-      weights: by part; 1 where none is given.
+      weights: by part; 1 where none is given. Where a teacher is around the mixture, they are of the parts' own losses, and what is
+        learned from the teacher counts alike for all.
 
     Raises:
       UserError: weights or batches of parts without a task, a task that has a teacher or a memory, or two that mark spans.

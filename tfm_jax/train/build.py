@@ -108,7 +108,9 @@ class Experiment:
 
     def _other_data(self, setting: str, changes: Mapping[str, Any]) -> Any:
         """The run's data with some keys changed, by its own tokenizer and with its classes."""
-        section = {**self.config["data"], **changes}
+        # A teacher has spoken of the run's own examples, to learn from and not to be evaluated by.
+        untold = {"predictions": None} if "predictions" in self.config["data"] else {}
+        section = {**self.config["data"], **untold, **changes}
         section = fill(setting, section, section_fields("data", section, setting))
         with tempfile.TemporaryDirectory() as folder:
             if self.data.tokenizer is not None:

@@ -45,7 +45,7 @@ def check(config: configs.Config, layout: Layout) -> None:
         raise UserError(
             f"task.tasks.{idle[0]}: no part of the data is for it.{nearest(idle[0], parts)} See data.parts."
         )
-    _check_told(task, parts or {})
+    _check_told(task, config["data"])
     _check_watched(config)
     objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
     if objective is not None and fitting is not None and objective not in fitting:
@@ -115,23 +115,26 @@ def _check_watched(config: configs.Config) -> None:
         raise UserError(f"train.stop_metric={watched!r} is better the {better} it is: set train.stop_goal={better!r}.")
 
 
-def _check_told(task: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """A student learns all parts of a mixture from a teacher, or all from what one has said beforehand.
+def _check_told(task: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """A student learns from a teacher, or from what one has said beforehand, and so all parts of a mixture.
 
     A part that has neither would end the run at its own first batch, which may be long after others.
     """
-    if "teacher" not in task:
-        return
-    told = [name for name, part in parts.items() if part.get("predictions") is not None]
+    parts = data.get("parts")
+    sections = {"data": data} if parts is None else {f"data.parts.{name}": part for name, part in parts.items()}
+    told = [where for where, section in sections.items() if section.get("predictions") is not None]
     if not told:
         return
-    if task["teacher"] is not None:
+    if "teacher" not in task:
         raise UserError(
-            f"task.teacher and data.parts.{told[0]}.predictions are both set: a student learns from one of them."
+            f"{told[0]}.predictions is what a teacher has said, which task.name={task['name']!r} does not read. Set"
+            " task.name='distillation', or leave it out."
         )
-    if silent := [name for name in parts if name not in told]:
+    if task["teacher"] is not None:
+        raise UserError(f"task.teacher and {told[0]}.predictions are both set: a student learns from one of them.")
+    if silent := [where for where in sections if where not in told]:
         raise UserError(
-            f"data.parts.{silent[0]}.predictions is not set, and data.parts.{told[0]}.predictions is: a student learns every"
+            f"{silent[0]}.predictions is not set, and {told[0]}.predictions is: a student learns every"
             " part from a teacher. Set it for all parts, or task.teacher=RUN instead."
         )
 

@@ -14,6 +14,7 @@ from optax import contrib
 
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path, values_by_pattern
+from tfm_jax.tasks.adapters import KEY as ADAPTER
 from tfm_jax.tasks.distillation import BRIDGE
 from tfm_jax.train import schedules
 from tfm_jax.train.moments import Moments, stored
@@ -202,7 +203,10 @@ def layer_factors(params: Any, decay: float) -> dict[str, Any]:
     Of stacked layers a factor each, (L, 1, ..).
     """
     leaves, depth = flatten(params), dict[str, int]()
+    # An adapter is as deep as its kernel, whose path it has below its own branch.
+    places = {path: path.removeprefix(f"{ADAPTER}/") for path in leaves}
     for path, x in leaves.items():
+        path = places[path]
         if found := _BLOCK.match(path):
             depth[found[1]] = max(depth.get(found[1], 0), int(found[2]) + 1)
         elif found := _BLOCKS.match(path):
@@ -218,7 +222,7 @@ def layer_factors(params: Any, decay: float) -> dict[str, Any]:
             return decay ** np.arange(layers, 0, -1, dtype=np.float32).reshape(layers, *[1] * (len(x.shape) - 1))
         return decay ** (max(depth.values()) + 1) if "embedding" in path and not _HEAD.search(path) else 1.0
 
-    return {path: factor(path, x) for path, x in leaves.items()}
+    return {path: factor(places[path], x) for path, x in leaves.items()}
 
 
 def _scale_each(factors: Callable[[Any], Any]) -> optax.GradientTransformation:

@@ -296,15 +296,17 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
         # In one program, so that what is not made from the parameters (a memory) is born split too.
         shardings = jax.tree.map(lambda x: x.sharding, abstract.extra)
         extra = jax.jit(experiment.task.init_extra, out_shardings=shardings)(params)
-        return with_donors(state._replace(params=params, extra=extra), experiment.task.donors)
+        return state._replace(params=params, extra=extra)
 
     start, origin = first_state(
         checkpoints,
         abstract,
         resume=resume if settings.resume else None,
-        initialise=lambda: with_donors(experiment.fresh_state(), experiment.task.donors),
+        initialise=experiment.fresh_state,
         init_from=init_from if settings.init_from else None,
     )
+    if origin in ("initialised", "scratch"):
+        start = start._replace(state=with_donors(start.state, experiment.task.donors))
     saved = start.meta.get("data", experiment.data.fingerprint)
     if saved != experiment.data.fingerprint:
         raise UserError(

@@ -213,6 +213,7 @@ class _Loop:
                 self.meter.pause()
                 # A crash may have come between the last checkpoint and `result.json`.
                 recorded = read_step(self.run_dir, self.total) if self.first == self.total else {}
+                self._save(self.total)  # in front of an evaluation that may fail
                 if self.evaluated != self.total and not any(name.startswith("eval/") for name in recorded):
                     self._evaluate(self.total)
                 return self._finish(recorded)  # 10
@@ -294,7 +295,6 @@ class _Loop:
         return Outcome("preempted", {"step": step})
 
     def _finish(self, recorded: Metrics) -> Outcome:
-        self._save(self.total)
         self.checkpoints.wait()
         result: dict[str, Any] = {
             **recorded,
