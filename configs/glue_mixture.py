@@ -39,7 +39,7 @@ _SCORES = {"sst2": ("accuracy",), "cola": ("matthews",), "stsb": ("spearman",)}
 _STEPS = {"sst2": 1980, "cola": 1310, "stsb": 1210}
 _TITLES = {
     "sst2": "SST-2, accuracy on GLUE's dev set",
-    "cola": "CoLA, Matthews' correlation on the in-domain dev set",
+    "cola": "CoLA, Matthews' correlation on GLUE's dev set",
     "stsb": "STS Benchmark, Spearman's correlation on the test set",
 }
 _PUBLISHED = {"sst2": "0.935", "cola": "0.521", "stsb": "0.858"}
@@ -79,6 +79,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "outputs": ("classes",),
                 "dropout": 0.1,
                 "attention_dropout": 0.1,
+                "matmul_dtype": "bfloat16",
             },
             "task": {
                 "name": "mixture",

@@ -14,7 +14,7 @@ import ml_collections
 
 _PRETRAINED = "runs/bert_books-0"
 _SCORES = {"sst2": "eval/test/accuracy", "cola": "eval/test/matthews"}
-_TITLES = {"sst2": "SST-2, accuracy on GLUE's dev set", "cola": "CoLA, Matthews' correlation on the in-domain dev set"}
+_TITLES = {"sst2": "SST-2, accuracy on GLUE's dev set", "cola": "CoLA, Matthews' correlation on GLUE's dev set"}
 RECIPES = {
     f"{name}{ending}": {
         "title": f"{title}: the small BERT {how}",

@@ -103,19 +103,23 @@ class Sst2(_Files):
     columns = _sentence("negative", "positive")
 
 
-def _cola(text: str) -> Rows:
-    for row in csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE):
-        yield {"sentence": row[3], "label": int(row[1])}
+def _cola(*texts: str) -> Rows:
+    for text in texts:
+        for row in csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE):
+            yield {"sentence": row[3], "label": int(row[1])}
 
 
 class Cola(_Files):
-    """CoLA's public files (Warstadt et al. 2019); `test` is the in-domain dev set."""
+    """CoLA's public files (Warstadt et al. 2019); `test` is GLUE's dev set: the in-domain one and the out-of-domain one."""
 
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "cola/in_domain_train.tsv and cola/in_domain_dev.tsv of the authors' release."
+    VERSION = tfds.core.Version("1.1.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "cola/in_domain_train.tsv, in_domain_dev.tsv and out_of_domain_dev.tsv of the authors' release."
+    )
     files = {  # noqa: RUF012 - read only
         "train": (["cola/in_domain_train.tsv"], _cola, _NOT_HELD_OUT),
         "validation": (["cola/in_domain_train.tsv"], _cola, _HELD_OUT),
-        "test": (["cola/in_domain_dev.tsv"], _cola, _all),
+        "test": (["cola/in_domain_dev.tsv", "cola/out_of_domain_dev.tsv"], _cola, _all),
     }
 
     columns = _sentence("unacceptable", "acceptable")

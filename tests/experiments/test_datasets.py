@@ -20,7 +20,7 @@ def files(tmp_path_factory):
     rows = [f"film {i} is fine\t{i % 2}" for i in range(300)]
     (base / "sst2" / "train.tsv.gz").write_bytes(gzip.compress("\n".join(["sentence\tlabel", *rows]).encode()))
     (base / "sst2" / "dev.tsv").write_text('sentence\tlabel\nan " odd one\t1\nb\t0\n')
-    for name in ("in_domain_train", "in_domain_dev"):
+    for name in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
         (base / "cola" / f"{name}.tsv").write_text("".join(f"x\t{i % 2}\t*\tsentence {i}\n" for i in range(300)))
     for name in ("train", "dev", "test"):
         (base / "stsb" / f"stsb-en-{name}.csv").write_text('"one, two",three,2.5\nfour,five,0.0\n')
@@ -40,7 +40,7 @@ def test_sst2_and_cola(files, tmp_path):
         assert sizes["train"] + sizes["validation"] == 300 and 0 < sizes["validation"] < 20
         assert data.sizes == {"classes": 2}
         batch = data.evals("test", 1).batch_at(0)
-        assert sizes["test"] == (2 if builder is datasets.Sst2 else 300) and batch["targets"].tolist() == [0]
+        assert sizes["test"] == (2 if builder is datasets.Sst2 else 600) and batch["targets"].tolist() == [0]
 
 
 def test_stsb(files, tmp_path):
