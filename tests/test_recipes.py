@@ -99,6 +99,10 @@ def test_a_teacher_that_has_spoken_beforehand(reviews, trained, tmp_path):
         " set data.names in the teacher's order."
     ):
         build(configs.resolve(apart, [("data.names", "('good', 'bad')")]))
+    # Of the examples that a run learns from, and not of others that it is evaluated by.
+    elsewhere = {"name": "loss", "split": "train", "data": {"source": reviews.replace("*", "valid"), "split": "all"}}
+    other = build(configs.resolve({**apart, "evals": {"other": elsewhere}})).evaluation_data("other")
+    assert other.facts["train"]["examples"] == 60 and "teacher" not in other.train.batch_at(0)
     with says(f"data.predictions='{file}' is (600, 2), and the train split has 60 examples."):
         build(configs.resolve(apart, [("data.source", reviews.replace("*", "valid")), ("data.split", "all")]))
     with says("task.teacher and data.predictions are both set: a student learns from one of them."):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from tfm_jax.data.records import MADE_OF, found_file
 from tfm_jax.data.splits import Keep
 from tfm_jax.errors import UserError
 from tfm_jax.files import digest
@@ -42,9 +43,8 @@ class _Files(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         folder = Path(dl_manager.manual_dir)
-        found = {_found(folder, name) for names, _, _ in self.files.values() for name in names}
-        # By these `tfm_jax.data.records` tells when the files are others.
-        self.info.metadata["files"] = {str(path.relative_to(folder)): digest(path) for path in sorted(found)}
+        names = {name for names, _, _ in self.files.values() for name in names}
+        self.info.metadata[MADE_OF] = {name: digest(_found(folder, name)) for name in sorted(names)}
         return {split: self._generate_examples(folder, *how) for split, how in self.files.items()}
 
     def _generate_examples(
@@ -63,7 +63,7 @@ def read_text(folder: Path, name: str) -> str:
 
 
 def _found(folder: Path, name: str) -> Path:
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    path = found_file(folder, name)
     if path is None:
         raise UserError(f"data.manual_dir={str(folder)!r} has no {name}, and no {name}.gz.")
     return path

@@ -69,6 +69,18 @@ def test_files_that_are_others_than_those_it_was_prepared_from(tmp_path, monkeyp
 
     folder, before = fingerprint(2.5)
     assert fingerprint(2.5) == (folder, before)
+    dev = manual / "stsb" / "stsb-en-dev.csv"
+    zipped = dev.with_name(f"{dev.name}.gz")
+    zipped.write_bytes(gzip.compress(dev.read_bytes()))
+    dev.unlink()
+    assert str(tfds_folder(name, str(manual))) == str(folder)
+    zipped.write_bytes(gzip.compress(b"one,two,1.5\n"))
+    with says(
+        f"data.manual_dir='{manual}': stsb/stsb-en-dev.csv.gz is not the one that {folder} was prepared from. Delete that folder, and"
+        " it is prepared anew."
+    ):
+        tfds_folder(name, str(manual))
+    zipped.unlink()
     with says(
         f"data.manual_dir='{manual}': stsb/stsb-en-train.csv is not the one that {folder} was prepared from. Delete that folder, and"
         " it is prepared anew."

@@ -8,7 +8,7 @@ import pytest
 from tests.errors import says
 from tfm_jax.errors import UserError
 from tfm_jax.train import run as loop
-from tfm_jax.train.build import build
+from tfm_jax.train.build import Experiment, build
 from tfm_jax.train.settings import Train
 
 METRIC = "eval/validation/loss"
@@ -66,19 +66,31 @@ def test_a_crash_before_the_end_is_written(make_config, tmp_path):
 
 
 def test_an_evaluation_that_fails_at_the_end_loses_nothing(make_config, tmp_path, monkeypatch):
-    changes = {"train.steps": 4, "train.eval_every": 0, "checkpoint.every": 0}
-    config, run = make_config(changes), tmp_path / "run"
+    """Not the last steps, not what has been evaluated, and not what has not."""
+    changes = {"train.steps": 4, "train.eval_every": 0, "checkpoint.every": 0, "evals.other.name": "loss",
+               "evals.other.split": "train"}  # fmt: skip
+    config, run, seen = make_config(changes), tmp_path / "run", []
 
-    def fails(self, step):
-        raise UserError("no such thing")
+    def evaluators(self):
+        def watched(name, evaluate):
+            def evaluated(state):
+                seen.append(name)
+                if len(seen) == 2:
+                    raise UserError("no such thing")
+                return evaluate(state)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Loop, "_evaluate", fails)
-        with says("no such thing"):
-            loop.train(config, run)
+            return evaluated
+
+        return {name: watched(name, evaluate) for name, evaluate in made(self).items()}
+
+    made = Experiment.evaluators
+    monkeypatch.setattr(Experiment, "evaluators", evaluators)
+    with says("no such thing"):
+        loop.train(config, run)
     assert (run / "checkpoints" / "4").is_dir()
     done = loop.train(config, run)
-    assert done.status == "finished" and METRIC in done.result
+    assert done.status == "finished" and {METRIC, "eval/other/loss"} <= set(done.result)
+    assert sorted(seen[:2]) == ["other", "validation"] and seen[2:] == seen[1:2]
 
 
 def test_bad_input(make_config, tmp_path):

@@ -19,6 +19,9 @@ from tfm_jax.data.types import Document
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import digest, folders_beside
 
+MADE_OF = "made_of"
+"""The key of a builder's metadata that has `tfm_jax.files.digest` of each file it was made of, by name without `.gz`."""
+
 
 class RecordSplit(NamedTuple):
     name: str
@@ -145,17 +148,23 @@ def tfds_folder(name: str, manual_dir: str | None = None) -> Path:
 
 
 def _made_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file that a prepared data set says it was made of, by name: `files` of its builder's metadata."""
+    """The digest of each file that a prepared data set says it was made of, by name."""
     about = folder / "metadata.json"
-    found: dict[str, str] = json.loads(about.read_text()).get("files", {}) if about.is_file() else {}
+    found: dict[str, str] = json.loads(about.read_text()).get(MADE_OF, {}) if about.is_file() else {}
     return found
+
+
+def found_file(folder: Path, name: str) -> Path | None:
+    """A file below a folder, or the gzipped one of this name."""
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def _check_made_of(folder: Path, manual_dir: Path) -> None:
     for name, told in _made_of(folder).items():
-        if (file := manual_dir / name).is_file() and digest(file) != told:
+        file = found_file(manual_dir, name)
+        if file is not None and digest(file) != told:
             raise UserError(
-                f"data.manual_dir={str(manual_dir)!r}: {name} is not the one that {folder} was prepared from. Delete that folder,"
+                f"data.manual_dir={str(manual_dir)!r}: {file.relative_to(manual_dir)} is not the one that {folder} was prepared from. Delete that folder,"
                 " and it is prepared anew."
             )
 

@@ -31,7 +31,8 @@ def make(
       batch_size: rows at a time; the training batch if None.
 
     Raises:
-      UserError: no metric is asked for, a library is not installed, or the task predicts no classes or numbers.
+      UserError: no metric is asked for, a library is not installed, the task predicts no classes or numbers, or a score is not of
+        what the data has; when evaluating, a score that is not of what the task predicts.
     """
     if not metrics:
         raise UserError("evals: metrics is empty: give for instance ('matthews',).")

@@ -35,39 +35,35 @@ def adapted(
 
     Args:
       pattern: regex of the paths of the kernels to adapt.
-      train: regexes of the paths that are trained besides, as they are: a new head.
+      train: regexes of the paths that are trained besides, as they are and so without an adapter: a new head.
       rank: what a kernel must have room for.
       make: from a key and a kernel (.., in, out), its arrays, such that `change` is zero.
       change: (.., in, out) from a kernel's arrays.
 
     Raises:
-      UserError: at the model's making, a pattern that matches nothing, or not a kernel, or one that is too small, or that is
-        trained as it is.
+      UserError: at the model's making, a pattern that matches nothing, or not a kernel, or one that is too small.
     """
     if rank < 1:
         raise UserError(f"train.adapter.rank={rank}: must be at least 1.")
     (chosen,) = compile_patterns([pattern], setting="train.adapter.pattern")
     named = compile_patterns(list(train), setting="train.adapter.train")
-    own = [re.compile(pattern) for pattern in task.own]
-    trained = [*named, *own]
+    trained = [*named, *(re.compile(pattern) for pattern in task.own)]
 
     def init_params(params: Params, key: jax.Array) -> Params:
         leaves = flatten(params)
         kernels = {
             path: x
             for path, x in leaves.items()
-            if chosen.search(path) and not any(regex.search(path) for regex in own)
+            if chosen.search(path) and not any(regex.search(path) for regex in trained)
         }
         if not kernels:
-            raise UserError(f"train.adapter.pattern={pattern!r} matches no parameter. There are: {_some(leaves)}.")
+            others = " but those that are trained as they are" if any(map(chosen.search, leaves)) else ""
+            raise UserError(
+                f"train.adapter.pattern={pattern!r} matches no parameter{others}. There are: {_some(leaves)}."
+            )
         for path, x in kernels.items():
             if not path.endswith("/kernel"):
                 raise UserError(f"train.adapter.pattern={pattern!r} matches {path}, which is no kernel.")
-            if whole := [regex.pattern for regex in named if regex.search(path)]:
-                raise UserError(
-                    f"train.adapter.train: {whole[0]!r} matches {path}, which train.adapter.pattern={pattern!r} adapts. Trained as it"
-                    " is, it needs no adapter: let one of them leave it out."
-                )
             if rank > min(x.shape[-2:]):
                 raise UserError(f"train.adapter.rank={rank}: {path} is only {x.shape[-2]} x {x.shape[-1]}.")
         for regex in named:

@@ -28,7 +28,7 @@ from tfm_jax.sections import build_model, family, fill, make_named, section_fiel
 from tfm_jax.tasks.base import Task, with_auxiliary
 from tfm_jax.tasks.ema import with_ema
 from tfm_jax.train import mup, optim, quantize, settings
-from tfm_jax.train.check import check, check_batch, check_donors, check_inputs
+from tfm_jax.train.check import check, check_batch, check_donors, check_inputs, check_told
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.stages import pipeline_of
 from tfm_jax.train.state import TrainState, initialiser
@@ -108,9 +108,7 @@ class Experiment:
 
     def _other_data(self, setting: str, changes: Mapping[str, Any]) -> Any:
         """The run's data with some keys changed, by its own tokenizer and with its classes."""
-        # A teacher has spoken of the run's own examples, to learn from and not to be evaluated by.
-        untold = {"predictions": None} if "predictions" in self.config["data"] else {}
-        section = {**self.config["data"], **untold, **changes}
+        section = {**_untold(self.config["data"]), **changes}
         section = fill(setting, section, section_fields("data", section, setting))
         with tempfile.TemporaryDirectory() as folder:
             if self.data.tokenizer is not None:
@@ -167,6 +165,7 @@ def build(
     check(config, layout)
     if for_training:
         check_batch(config, layout)
+        check_told(config)
         quantize.check(train.quantize)
     pipeline = pipeline_of(config, layout)
     data = _open_data(config["data"], tokenizer_dir)
@@ -251,6 +250,14 @@ def build_task(config: configs.Config) -> Task:
     if train.adapter is not None:
         task = make_named("adapter", train.adapter, task=lambda _: task, steps=lambda _: train.steps)
     return task if train.ema is None else with_ema(task, train.ema)
+
+
+def _untold(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A data section without what a teacher has said of the run's own examples, which is to learn from."""
+    found = {key: None if key == "predictions" else value for key, value in section.items()}
+    return found | (
+        {"parts": {name: _untold(part) for name, part in section["parts"].items()}} if section.get("parts") else {}
+    )
 
 
 def _open_data(section: dict[str, Any], tokenizer_dir: Path | None) -> Any:

@@ -45,7 +45,6 @@ def check(config: configs.Config, layout: Layout) -> None:
         raise UserError(
             f"task.tasks.{idle[0]}: no part of the data is for it.{nearest(idle[0], parts)} See data.parts."
         )
-    _check_told(task, config["data"])
     _check_watched(config)
     objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
     if objective is not None and fitting is not None and objective not in fitting:
@@ -115,17 +114,20 @@ def _check_watched(config: configs.Config) -> None:
         raise UserError(f"train.stop_metric={watched!r} is better the {better} it is: set train.stop_goal={better!r}.")
 
 
-def _check_told(task: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+def check_told(config: configs.Config) -> None:
     """A student learns from a teacher, or from what one has said beforehand, and so all parts of a mixture.
 
     A part that has neither would end the run at its own first batch, which may be long after others.
     """
+    task, data = config["task"], config["data"]
     parts = data.get("parts")
     sections = {"data": data} if parts is None else {f"data.parts.{name}": part for name, part in parts.items()}
     told = [where for where, section in sections.items() if section.get("predictions") is not None]
     if not told:
         return
     if "teacher" not in task:
+        if ":" in task["name"]:  # of another package, and may read them
+            return
         raise UserError(
             f"{told[0]}.predictions is what a teacher has said, which task.name={task['name']!r} does not read. Set"
             " task.name='distillation', or leave it out."

@@ -3,7 +3,7 @@
  1. build, 2. agree across hosts, 3. restore; then, at each step,
  4. evaluate if due, and end if it says so, 5. save if due, 6. take the batch, 7. dispatch the update, 8. read the *previous* step's metrics
     (so the device never waits for the host), 9. log; at the end, or when told to stop,
-10. write what remains, in the order checkpoint, picture, result, status: a crash in between loses nothing.
+10. write what remains, in the order checkpoint, evaluation, picture, result, status: a crash in between loses nothing.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class _Loop:
                     if step > self.first:
                         if self._due(step, experiment.train.eval_every):
                             self._read()
-                            self._evaluate(step)  # 4
+                            self._evaluate(step, list(self.evaluators))  # 4
                             if experiment.train.stale(self.watched):
                                 self.total = step
                                 break
@@ -213,9 +213,10 @@ class _Loop:
                 self.meter.pause()
                 # A crash may have come between the last checkpoint and `result.json`.
                 recorded = read_step(self.run_dir, self.total) if self.first == self.total else {}
-                self._save(self.total)  # in front of an evaluation that may fail
-                if self.evaluated != self.total and not any(name.startswith("eval/") for name in recorded):
-                    self._evaluate(self.total)
+                self._save(self.total)
+                if self.evaluated != self.total:
+                    done = {key.split("/")[1] for key in recorded if key.startswith("eval/")}
+                    self._evaluate(self.total, [name for name in self.evaluators if name not in done])
                 return self._finish(recorded)  # 10
         finally:
             if self.writers is not None:
@@ -241,10 +242,10 @@ class _Loop:
             self._write(step, line)
             self.progress.report(step, line, self.meter.seconds_left(step))
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, names: Sequence[str]) -> None:
         with self.meter.paused():
-            for name, evaluate in self.evaluators.items():
-                found = {f"eval/{name}/{key}": value for key, value in evaluate(self.state).items()}
+            for name in names:
+                found = {f"eval/{name}/{key}": value for key, value in self.evaluators[name](self.state).items()}
                 self.finals |= found
                 self._write(step, found)
                 unit = self.experiment.task.unit
@@ -254,7 +255,7 @@ class _Loop:
                 self.progress.say(f"step {step}/{self.total}  eval {name}: {shown}")
         self.evaluated = step
         metric = self.experiment.train.stop_metric
-        if metric is not None:
+        if metric is not None and metric.split("/")[1] in names:
             if metric not in self.finals:
                 raise UserError(
                     f"train.stop_metric={metric!r} is none that is evaluated.{nearest(metric, self.finals)}"
