@@ -164,8 +164,8 @@ def _check_made_of(folder: Path, manual_dir: Path) -> None:
         file = found_file(manual_dir, name)
         if file is not None and digest(file) != told:
             raise UserError(
-                f"data.manual_dir={str(manual_dir)!r}: {file.relative_to(manual_dir)} is not the one that {folder} was prepared from. Delete that folder,"
-                " and it is prepared anew."
+                f"data.manual_dir={str(manual_dir)!r}: {file.relative_to(manual_dir)} is not the one that {folder} was prepared"
+                " from. Delete that folder, and it is prepared anew."
             )
 
 

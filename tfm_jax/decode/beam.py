@@ -69,10 +69,9 @@ def beam_search(
     Raises:
       UserError: fewer than one beam, or see `inputs.prepare`.
     """
-    ends = ends_of(end_id)
-    check_beams(model, beams, ends, allowed)
+    check_beams(model, beams, end_id, allowed)
     inputs = prepare(model, prompts, sources, max_new, prefix)
-    found, scores = _search(model, params, inputs, beams, max_new, length_penalty, stop, ends, allowed)
+    found, scores = _search(model, params, inputs, beams, max_new, length_penalty, stop, ends_of(end_id), allowed)
     out = []
     for rows, row_scores in zip(np.asarray(found), np.asarray(scores), strict=True):
         kept = [(row, score) for row, score in zip(rows, row_scores, strict=True) if score > -np.inf]

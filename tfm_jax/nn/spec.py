@@ -57,9 +57,9 @@ class BlockSpec:
       attention_dropout: on the attention weights; needs the materialised `xla` attention.
       dtype: of activations and matrix products; parameters, norms, softmax and losses stay in float32.
       matmul_dtype: in which the products with the stack's kernels and with the table that makes a vocabulary's logits, its bias
-        if it has one, take their operands, where sums and activations are in `dtype`; `dtype` if None. bfloat16 beside float32 is what a TPU does by
-        itself, and faster on a CPU that has it in hardware (AMX). Attention's own products, and the kernels of embeddings and
-        heads, stay in `dtype`.
+        if it has one, take their operands, where sums and activations are in `dtype`; `dtype` if None. bfloat16 beside
+        float32 is what a TPU does by itself, and faster on a CPU that has it in hardware (AMX). Attention's own products, and
+        the kernels of embeddings and heads, stay in `dtype`.
       gradient_dtype: in which devices add up the gradients of the layers' kernels: `dtype` if None, or float32, which doubles
         what bfloat16 sends. Embeddings' are float32, and microbatches' are added up in float32, either way.
       attention: implementation, see `nn.attention.IMPLEMENTATIONS`; `auto` chooses by platform and says what.

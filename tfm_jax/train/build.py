@@ -254,10 +254,10 @@ def build_task(config: configs.Config) -> Task:
 
 def _untold(section: Mapping[str, Any]) -> dict[str, Any]:
     """A data section without what a teacher has said of the run's own examples, which is to learn from."""
-    found = {key: None if key == "predictions" else value for key, value in section.items()}
-    return found | (
-        {"parts": {name: _untold(part) for name, part in section["parts"].items()}} if section.get("parts") else {}
-    )
+    found: dict[str, Any] = {key: None if key == "predictions" else value for key, value in section.items()}
+    if "parts" in found:
+        found["parts"] = {name: _untold(part) for name, part in found["parts"].items()}
+    return found
 
 
 def _open_data(section: dict[str, Any], tokenizer_dir: Path | None) -> Any:

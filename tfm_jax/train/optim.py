@@ -192,7 +192,8 @@ def flat_lookup(table: Mapping[str, Any]) -> Callable[[Any], Any]:
     return lambda tree: map_with_path(lambda path, _: table[path], tree)
 
 
-_BLOCK, _BLOCKS = re.compile(r"(.*?)block_(\d+)/"), re.compile(r"(.*?)blocks/")
+# An adapter is as deep as its kernel, whose path it has below its own branch.
+_BLOCK, _BLOCKS = (re.compile(rf"(?:{ADAPTER}/)?{path}") for path in (r"(.*?)block_(\d+)/", r"(.*?)blocks/"))
 # Named by embeddings, but at the other end: an output's own table, and what leads from a student's states to its teacher's.
 _HEAD = re.compile(rf"(^|/)unembedding/|^{BRIDGE}/")
 
@@ -203,10 +204,7 @@ def layer_factors(params: Any, decay: float) -> dict[str, Any]:
     Of stacked layers a factor each, (L, 1, ..).
     """
     leaves, depth = flatten(params), dict[str, int]()
-    # An adapter is as deep as its kernel, whose path it has below its own branch.
-    places = {path: path.removeprefix(f"{ADAPTER}/") for path in leaves}
     for path, x in leaves.items():
-        path = places[path]
         if found := _BLOCK.match(path):
             depth[found[1]] = max(depth.get(found[1], 0), int(found[2]) + 1)
         elif found := _BLOCKS.match(path):
@@ -222,7 +220,7 @@ def layer_factors(params: Any, decay: float) -> dict[str, Any]:
             return decay ** np.arange(layers, 0, -1, dtype=np.float32).reshape(layers, *[1] * (len(x.shape) - 1))
         return decay ** (max(depth.values()) + 1) if "embedding" in path and not _HEAD.search(path) else 1.0
 
-    return {path: factor(places[path], x) for path, x in leaves.items()}
+    return {path: factor(path, x) for path, x in leaves.items()}
 
 
 def _scale_each(factors: Callable[[Any], Any]) -> optax.GradientTransformation:
