@@ -116,6 +116,10 @@ def test_strangers_and_a_good_end_are_no_news(start, tmp_path):
         with socket.create_connection(("127.0.0.1", processes[0].facts["port"])) as stranger:
             stranger.sendall(said)
             time.sleep(0.1)
+    # One that only listens is told nothing, least of all the secret.
+    stranger = socket.create_connection(("127.0.0.1", processes[0].facts["port"]), timeout=0.5)
+    with stranger, pytest.raises(TimeoutError):
+        stranger.recv(1)
     processes[1].say("finish")
     assert processes[1].child.wait(5) == 0
     time.sleep(0.5)

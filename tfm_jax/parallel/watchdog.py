@@ -159,7 +159,9 @@ class _Loop:
             self.port: int = self.listener.getsockname()[1]
         else:
             self.port = hub[1]
-            self._add(_Line(socket.create_connection((hub[0], hub[1]), timeout), f"Process 0 ({hub[0]})"))
+            line = _Line(socket.create_connection((hub[0], hub[1]), timeout), f"Process 0 ({hub[0]})")
+            self.lines.append(line)
+            line.send(token=self.token, name=self.me)
 
     def watch(self) -> None:
         """Until the own process is over, or has to be."""
@@ -170,7 +172,7 @@ class _Loop:
             for line in [line for line in self.lines if line.connection in ready]:
                 self._hear(line)
             if self.listener is not None and self.listener in ready:
-                self._add(_Line(self.listener.accept()[0]))
+                self.lines.append(_Line(self.listener.accept()[0]))
             if pipe in ready:
                 *messages, rest = (rest + (data := os.read(pipe, 1 << 16))).split(b"\n")
                 for message in messages:
@@ -227,12 +229,20 @@ class _Loop:
             return self._lose(line, "died")
         for message in messages:
             if message.get("token") == self.token:
-                line.name = message["name"]
+                self._meet(line, message["name"])
             if not line.name or "bye" in message:
                 return self._drop(line)
             if "end" in message:
                 self._conclude(message["end"])
         return None
+
+    def _meet(self, line: _Line, name: str) -> None:
+        """The other one knows the secret; who connects says it first, so that a stranger never hears it."""
+        line.name = name
+        if self.listener is not None:
+            line.send(token=self.token, name=self.me)
+            if self.cause:
+                line.send(end=self.cause)
 
     def _lose(self, line: _Line, how: str) -> None:
         self._drop(line)
@@ -263,15 +273,10 @@ class _Loop:
         with contextlib.suppress(OSError):  # the own process is over
             print(json.dumps(message), flush=True)
 
-    def _add(self, line: _Line) -> None:
-        self.lines.append(line)
-        line.send(token=self.token, name=self.me)
-        if self.cause:
-            line.send(end=self.cause)
-
     def _tell_all(self, **message: str) -> None:
         for line in self.lines:
-            line.send(**message)
+            if line.name:
+                line.send(**message)
 
 
 def main() -> None:
