@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         begins=lambda text: run.inputs(text, 1)[0],
         end_id=run.end_id,
         max_len=getattr(run.model, "max_len", None) or LENGTH,
+        prefix=run.prefix,
         batch_size=flags.batch_size,
     )
     try:

@@ -118,6 +118,14 @@ def test_denoising_hides_what_it_says_and_keeps_the_order():
         assert np.all(source[i][~valid[i]] == END)
 
 
+def test_short_stretches_leave_no_token_without_a_place():
+    """Poisson(1) draws more empty stretches than a third of the rows has hidden tokens."""
+    objective = made("denoise", 128, span_length=1.0)
+    batch = objective.batch(*rows(objective))
+    source, valid = batch["inputs"]["tokens"], batch["inputs"]["valid"]
+    assert {int((row[shown] != FIRST).sum()) for row, shown in zip(source, valid, strict=True)} == {128 - 38}
+
+
 def test_continuing_predicts_the_second_half():
     objective = made("continue", 8)
     tokens, known, seeds = rows(objective, count=3)

@@ -200,6 +200,19 @@ def test_splits_of_other_names_are_left_alone():
     assert canonical_splits(data) == {"train": named[0], "validation": named[2], "test": named[3]}
 
 
+def test_several_splits_of_one_name():
+    """As GLUE's MNLI has them: which one is meant is not guessed."""
+    names = ("train", "train_hard", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+    named = [RecordSplit(name, 1, 1) for name in names]
+    data = RecordSet("tfds", "/nowhere", "text", tuple(named), "f")
+    with says(
+        "tfds:/nowhere has several splits for 'validation': validation_matched, validation_mismatched. Name the one to read"
+        " 'validation'."
+    ):
+        canonical_splits(data)
+    assert canonical_splits(data, ("train",)) == {"train": named[0]}
+
+
 @pytest.fixture
 def saved(tmp_path):
     datasets = pytest.importorskip("datasets", reason="needs the extra hf")
@@ -220,6 +233,9 @@ def test_hugging_face_folders(saved):
     held = [i for i in range(50) if Keep("validation", 0.3)(f"train:{i}")]
     assert texts(single, "validation") == [f"one {i} 日\n" for i in held] and held
     assert single.rule == "hash 0.3" and single.fingerprint != source.fingerprint
+    every = open_source(f"hf:{saved}/many", cache_dir=saved / "cache", split="all")
+    whole = [f"train {i} 日\n" for i in range(9)] + ["validation 0 日\n", "validation 1 日\n"]
+    assert texts(every, "train") == texts(every, "validation") == whole and every.rule == "all of train, validation"
 
 
 def test_wrong_hugging_face_folders(saved):

@@ -146,7 +146,8 @@ def test_a_size_below_the_characters_of_the_text(tmp_path, opened, books):
 
 
 def test_words_and_ends_of_lines():
-    codec = train_tokenizer("words", 0, [" the white <unk> \n \n", "a  whale\n"])
+    codec = train_tokenizer("words", 0, [" the white <unk> \n \n", "a  whale <|endoftext|>\n"])
     assert codec.vocab_size == 7 and codec.unk_id is not None
+    assert codec.encode_batch(["a <|endoftext|>"])[0].tolist() == [codec.token_id("a"), codec.unk_id]
     ids = codec.encode_batch(["the whale \n ship"])[0].tolist()
     assert ids == [codec.token_id("the"), codec.token_id("whale"), codec.token_id("\n"), codec.unk_id]

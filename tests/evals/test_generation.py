@@ -126,6 +126,8 @@ def test_a_search_that_cannot_be_is_found_before_training(config):
         f" {limit - 1} new tokens, or shorten the prompt."
     ):
         generation.make(context, max_new=limit)
+    with says("evals: max_batches=-1: must be at least 1, or None for the whole split."):
+        generation.make(context, max_batches=-1)
     with says("beams=0: must be at least 1."):
         generation.make(context, beams=0)
 

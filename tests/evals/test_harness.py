@@ -117,6 +117,42 @@ def test_answers_beside_contexts_that_leave_no_room(model, loaded, caplog):
     ]
 
 
+def test_a_question_asked_again_is_answered_anew(model):
+    """As tasks do that vote over answers: the same one in each row of each batch."""
+    asked = ("The ", {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 8})
+    made = model.generate_until(ask("generate_until", *[asked] * 6))
+    assert len(set(made)) == 6 and made == model.generate_until(ask("generate_until", *[asked] * 6))
+
+
+def test_a_context_that_is_read_both_ways(loaded, ids_of):
+    """A model of prefixes, of which each continuation is asked by itself, with its mask made by hand."""
+    model = Harness(
+        loaded.model, loaded.params, loaded.tokenizer, begins=lambda text: loaded.inputs(text, 1)[0], end_id=loaded.end_id,
+        max_len=LENGTH, prefix=True, batch_size=3,
+    )  # fmt: skip
+    questions = [("The sea ", "is"), ("The ", "ship")]
+    for (context, answer), (found, _) in zip(
+        questions, model.loglikelihood(ask("loglikelihood", *questions)), strict=True
+    ):
+        ids = [*loaded.inputs("", 1)[0], *ids_of(context + answer)]
+        count = len(ids_of(answer)) + 1  # the space is the answer's
+        seen = len(ids) - count
+        logits = loaded.model.apply(
+            {"params": loaded.params}, np.asarray([ids[:-1]]), train=False, prefix=np.asarray([seen], np.int32)
+        )["logits"][0]
+        known = jax.nn.log_softmax(np.asarray(logits, np.float64))[np.arange(len(ids) - 1), ids[1:]][-count:]
+        assert found == pytest.approx(float(known.sum()), rel=1e-4)
+        causal = loaded.model.apply({"params": loaded.params}, np.asarray([ids[:-1]]), train=False)["logits"][0]
+        assert not np.allclose(logits, causal, atol=1e-4)
+    drawn = {"until": [], "max_gen_toks": 4}
+    (text,) = model.generate_until(ask("generate_until", ("The sea ", drawn)))
+    (ids,) = generate(
+        loaded.model, loaded.params, [loaded.inputs("The sea ", 1)[0]], prefix=True, max_new=4, sampling=Sampling(0.0),
+        end_id=loaded.end_id, allowed=loaded.tokenizer.vocab_size,
+    )  # fmt: skip
+    assert text == loaded.tokenizer.decode(ids)
+
+
 def test_a_task_of_ones_own(run, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

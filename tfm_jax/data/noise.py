@@ -288,7 +288,8 @@ class Denoise:
     def _source(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         budget = max(1, round(self.rate * len(tokens)))
         drawn = rng.poisson(self.length, 4 * budget + 8)
-        count = int(np.searchsorted(np.cumsum(drawn), budget)) + 1
+        # With more stretches than tokens in them, as many short ones are drawn now and then, the source would not fit.
+        count = min(int(np.searchsorted(np.cumsum(drawn), budget)) + 1, budget)
         lengths = drawn[:count].copy()
         lengths[-1] -= lengths.sum() - budget
         rng.shuffle(lengths)
@@ -300,7 +301,7 @@ class Denoise:
         for start, size in zip(starts, lengths, strict=True):
             pieces += [tokens[before:start], np.array([self.mask_id], np.int32)]
             before = start + size
-        return np.concatenate([*pieces, tokens[before:]])[: len(tokens)]
+        return np.concatenate([*pieces, tokens[before:]])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,13 +79,36 @@ def record_pieces(data: RecordSet, split: RecordSplit, keep: Keep | None, piece_
     ]
 
 
-def canonical_splits(data: RecordSet) -> dict[str, RecordSplit]:
-    """The data set's own splits by canonical name; others (such as "unsupervised") are left alone."""
-    own = {split_in_name(split.name): split for split in data.splits}
-    if "train" not in own:
+def canonical_splits(
+    data: RecordSet, needed: Sequence[str] = ("train", "validation"), hint: str = ""
+) -> dict[str, RecordSplit]:
+    """The data set's own splits by canonical name; others (such as "unsupervised") are left alone.
+
+    Args:
+      needed: names that have to be one split's.
+      hint: what to do instead where one is several's.
+
+    Raises:
+      UserError: there is no train split; or several are for a name that is needed, and none of them has it.
+    """
+    found: dict[str, list[RecordSplit]] = {}
+    for split in data.splits:
+        if (name := split_in_name(split.name)) is not None:
+            found.setdefault(name, []).append(split)
+    if "train" not in found:
         names = ", ".join(split.name for split in data.splits)
         raise UserError(f"{data.kind}:{data.folder} has no train split; it has: {names}.")
-    return {name: split for name, split in own.items() if name}
+    own = dict[str, RecordSplit]()
+    for name, several in found.items():
+        exact = [split for split in several if split.name == name] or several
+        if len(exact) == 1:
+            own[name] = exact[0]
+        elif name in needed:
+            names = ", ".join(split.name for split in several)
+            raise UserError(
+                f"{data.kind}:{data.folder} has several splits for {name!r}: {names}. Name the one to read {name!r}.{hint}"
+            )
+    return own
 
 
 def _pick_feature(feature: str | None, texts: list[str], words: list[str], every: list[str], name: str) -> str:

@@ -218,21 +218,26 @@ def _jsonl_splits(
 def _record_source(source: str, data: records.RecordSet, rule: str, fraction: float | None, piece_bytes: int) -> Source:
     if rule == "tail":
         raise UserError(f"{source}: data.split=tail is for a single text; use hash or names.")
-    own = records.canonical_splits(data)
-    keeps: dict[str, Keep | None] = dict.fromkeys(own)
-    used = "names"
     if rule == "all":
-        own, used = {"train": own["train"], "validation": own["train"]}, "all"
-        keeps = dict.fromkeys(own)
-    elif rule == "hash" or "validation" not in own:
-        if rule == "names":
-            raise UserError(f"{source}: data.split=names, but it has no validation split of its own.")
-        held = HASH_FRACTION if fraction is None else fraction
-        own["validation"] = own["train"]
-        keeps |= {name: Keep(name, held) for name in ("train", "validation")}
-        used = f"hash {held}"
-    splits: dict[str, list[Piece]] = {
-        name: list(records.record_pieces(data, split, keeps[name], piece_bytes)) for name, split in own.items()
-    }
+        # Others are left alone, as always, unless there is nothing else.
+        read = [split for split in data.splits if split_in_name(split.name)] or data.splits
+        every = [piece for split in read for piece in records.record_pieces(data, split, None, piece_bytes)]
+        splits: dict[str, list[Piece]] = {"train": [*every], "validation": [*every]}
+        used = f"all of {', '.join(split.name for split in read)}"
+    else:
+        needed = ("train",) if rule == "hash" else ("train", "validation")
+        own = records.canonical_splits(data, needed, " Or set data.split=hash, to hold out of train.")
+        keeps: dict[str, Keep | None] = dict.fromkeys(own)
+        used = "names"
+        if rule == "hash" or "validation" not in own:
+            if rule == "names":
+                raise UserError(f"{source}: data.split=names, but it has no validation split of its own.")
+            held = HASH_FRACTION if fraction is None else fraction
+            own["validation"] = own["train"]
+            keeps |= {name: Keep(name, held) for name in ("train", "validation")}
+            used = f"hash {held}"
+        splits = {
+            name: list(records.record_pieces(data, split, keeps[name], piece_bytes)) for name, split in own.items()
+        }
     facts = [PLAN_VERSION, data.kind, data.feature, used, piece_bytes, data.fingerprint]
     return _logged(Source(source, used, _digest(facts), splits), rule)

@@ -142,7 +142,7 @@ def _words(size: int, texts: Iterable[str]) -> Engine:
     seen = {"\n"}
     for text in texts:
         seen.update(text.split())
-    vocab = {word: index for index, word in enumerate(["<unk>", *sorted(seen - {"<unk>"})])}
+    vocab = {word: index for index, word in enumerate(["<unk>", *sorted(seen - {"<unk>", END_MARK})])}
     engine = Engine(models.WordLevel(vocab=vocab, unk_token="<unk>"))
     engine.pre_tokenizer = splitter
     engine.add_special_tokens([END_MARK])

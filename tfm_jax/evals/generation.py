@@ -45,6 +45,8 @@ def make(
     """
     if not metrics:
         raise UserError("evals: metrics is empty: give for instance ('bleu',).")
+    if max_batches is not None and max_batches < 1:
+        raise UserError(f"evals: max_batches={max_batches}: must be at least 1, or None for the whole split.")
     for metric in metrics:
         needed("rouge_score" if metric == "rouge" else "sacrebleu", f"evals: {metric}")
     dataset: Any = context.data.evals(split, batch_size)

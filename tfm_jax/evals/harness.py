@@ -33,6 +33,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
       begins: from a text to the ids that the model is given for it, with the mark that a document begins with.
       end_id: the ids that end a document; the first one stands before a text that is scored from its first token.
       max_len: positions that the model has.
+      prefix: the model has learnt with `data.objective=prefix_lm`: a context's tokens see each other both ways.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class Harness(TemplateLM):  # type: ignore[misc]
         begins: Callable[[str], list[int]],
         end_id: Sequence[int],
         max_len: int,
+        prefix: bool = False,
         batch_size: int = 8,
     ) -> None:
         super().__init__()
         self._model, self._params, self._text = model, params, tokenizer
         self._begins, self._ends, self._rows = begins, list(end_id), batch_size
-        self.max_length = max_len
+        self.max_length, self._prefix = max_len, prefix
         self._score = jax.jit(self._scored)
 
     @property
@@ -65,9 +67,13 @@ class Harness(TemplateLM):  # type: ignore[misc]
             return [int(i) for i in self._text.encode_batch([string])[0]]
         return self._begins(string)
 
-    def _scored(self, params: Any, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The log-likelihood of each target (B, T) float32 nats, and whether it is the likeliest."""
-        logits = self._model.apply({"params": params}, tokens, train=False)["logits"].astype(jnp.float32)
+    def _scored(
+        self, params: Any, tokens: jax.Array, targets: jax.Array, prefix: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The log-likelihood of each target (B, T) float32 nats, and whether it is the likeliest; `prefix` (B,) is how many
+        tokens a context has."""
+        more = {"prefix": prefix} if self._prefix else {}
+        logits = self._model.apply({"params": params}, tokens, train=False, **more)["logits"].astype(jnp.float32)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
@@ -88,9 +94,11 @@ class Harness(TemplateLM):  # type: ignore[misc]
                     )
             width = min(1 << (max(len(row) - 1 for row in rows) - 1).bit_length(), self.max_length)
             tokens, targets = np.zeros((2, self._rows, width), np.int32)
-            for row, ids in enumerate(rows):
+            context = np.zeros(self._rows, np.int32)
+            for row, (i, ids) in enumerate(zip(places, rows, strict=True)):
                 tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
-            likelihood, greedy = jax.device_get(self._score(self._params, tokens, targets))
+                context[row] = len(ids) - len(requests[i][2])
+            likelihood, greedy = jax.device_get(self._score(self._params, tokens, targets, context))
             for row, (i, ids) in enumerate(zip(places, rows, strict=True)):
                 part = slice(len(ids) - 1 - len(requests[i][2]), len(ids) - 1)
                 out[i] = float(likelihood[row, part].sum(dtype=np.float64)), bool(greedy[row, part].all())
@@ -143,10 +151,13 @@ class Harness(TemplateLM):  # type: ignore[misc]
                     self._model,
                     self._params,
                     [prompts[i] for i in batch],
+                    prefix=self._prefix,
                     max_new=new,
                     sampling=sampling,
                     end_id=self._ends,
                     allowed=self._text.vocab_size,
+                    # The same question asked again is to be answered anew.
+                    seed=batch[0],
                 )
                 for i, ids in zip(batch, made, strict=True):
                     text = self._text.decode(ids)

@@ -58,7 +58,8 @@ def answers(context: Context, state: Any, dataset: Any, longest: int) -> list[st
             found = best_span(row[first : first + len(places)], longest)
             if found is not None and (owner not in best or found[0] > best[owner][0]):
                 score, start, stop = found
-                best[owner] = score, dataset.text(owner, int(places[start, 0]), int(places[stop, 1]))
+                # A byte-level token's stretch begins with the space before its word.
+                best[owner] = score, dataset.text(owner, int(places[start, 0]), int(places[stop, 1])).strip()
     return [best.get(i, (0.0, ""))[1] for i in range(len(dataset.references))]
 
 

@@ -35,6 +35,8 @@ class MoE(nn.Module):
     With `expert_capacity` c every row has C = ceil(c k T / E) slots an expert, and a token that finds none is not changed
     by that expert: a choice before a later token's, first choices before second ones (Lepikhin et al. 2021, algorithm 1).
     Without it no token is dropped.
+
+    Padding is a token like others: it is counted in the losses of the router, and takes slots.
     """
 
     spec: BlockSpec
