@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--config={flags.config}: a conversion takes its config from the model it reads.")
     idle = ("step", "dtype", "average", "decay") if inwards else ("ignore",)
     for flag in idle:
-        if getattr(flags, flag) not in (None, [], 1):
+        if getattr(flags, flag) != made.get_default(flag):
             raise UserError(f"--{flag} has no meaning from {flags.source} to {flags.to}.")
     if inwards:
         record = bring_in(Path(flags.source[3:]), Path(flags.to), overrides, table=flags.table, ignore=flags.ignore)

@@ -204,6 +204,11 @@ def test_mistakes_on_the_command_line(raw_config, key, text, message):
             {"checkpoint.resume": "a", "checkpoint.init_from": "b"},
             "checkpoint.resume and checkpoint.init_from exclude each other: give one.",
         ),
+        ({"checkpoint.layers": (0, 2)}, "checkpoint.layers=[0, 2]: says how to read checkpoint.init_from, which is not set."),
+        (
+            {"checkpoint.resume": "a", "checkpoint.resize_positions": True},
+            "checkpoint.resize_positions=True: says how to read checkpoint.init_from, which is not set.",
+        ),
         ({"optim.warmup_steps": 8}, "optim.warmup_steps=8: must be at least 0 and below train.steps=8."
          " Usual: optim.warmup_steps=0."),
         ({"data.seq_len": 17}, "data.seq_len=17 is longer than model.max_len=16."),
@@ -283,6 +288,19 @@ def test_what_may_change_between_two_starts_of_a_run(make_config):
         assert other != base and configs.digest(other) == configs.digest(base) and not configs.differences(base, other)
     for key, value in [("train.steps", 9), ("data.seed", 1), ("task.z_loss", 0.1)]:
         assert configs.digest(make_config({key: value})) != configs.digest(base), key
+
+
+def test_what_decides_when_a_run_ends_may_not_change(make_config):
+    watching = {"train.stop_metric": "eval/validation/loss", "train.eval_every": 5, "evals.more.name": "loss"}
+    base = make_config(watching)
+    free = make_config({**watching, "evals.more.split": "train"})
+    assert configs.digest(free) == configs.digest(base) and not configs.differences(base, free)
+    for key, value, line in [
+        ("train.eval_every", 1, "train.eval_every: 5 -> 1"),
+        ("evals.validation.max_batches", 2, "evals.validation.max_batches: None -> 2"),
+    ]:
+        other = make_config({**watching, key: value})
+        assert configs.digest(other) != configs.digest(base) and configs.differences(base, other) == [line]
 
 
 def test_differences_name_the_keys(make_config):

@@ -26,7 +26,8 @@ from tfm_jax.sections import build_model, eval_fields, fill, section_fields
 
 Config = dict[str, Any]  # resolved: nested plain dicts, JSON-serialisable
 SECTIONS = ("model", "task", "data", "optim", "mesh", "train", "checkpoint", "evals", "log")
-# What may change between two starts of one run: nothing here alters the parameters that training arrives at.
+# What may change between two starts of one run: nothing here alters the parameters that training arrives at, but for what
+# another mesh does to the masks of dropout (`stage`, `context`) and to the rows that a mixture's experts are balanced over (`stage`).
 FREE_KEYS = (
     "mesh",
     "checkpoint.every",
@@ -201,9 +202,20 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
     return any(key == one or key.startswith(f"{one}.") for one in keys)
 
 
+def is_free(key: str, *of: Config) -> bool:
+    """Whether a dotted key may change between two starts of runs of these configs."""
+    return is_below(key, FREE_KEYS) and not any(is_below(key, _watching(config)) for config in of)
+
+
+def _watching(config: Config) -> Sequence[str]:
+    """What a metric that may end the run is looked at by, and so decides when it ends."""
+    watched = config.get("train", {}).get("stop_metric")
+    return () if watched is None else ("train.eval_every", *(f"evals.{name}" for name in watched.split("/")[1:2]))
+
+
 def fixed_part(config: Config) -> dict[str, Any]:
     """The flat keys that make a run what it is."""
-    return {key: value for key, value in flat(config).items() if not is_below(key, FREE_KEYS)}
+    return {key: value for key, value in flat(config).items() if not is_free(key, config)}
 
 
 def digest(config: Config) -> str:
@@ -213,10 +225,10 @@ def digest(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """One line for each fixed key in which two configs differ."""
-    a, b = fixed_part(old), fixed_part(new)
+    a, b = flat(old), flat(new)
     missing = "(not set)"
     return [
         f"{k}: {a.get(k, missing)!r} -> {b.get(k, missing)!r}"
         for k in sorted(a | b)
-        if a.get(k, missing) != b.get(k, missing)
+        if a.get(k, missing) != b.get(k, missing) and not is_free(k, old, new)
     ]

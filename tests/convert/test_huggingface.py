@@ -306,6 +306,8 @@ def test_a_model_without_a_tokenizer_asks_for_one(folder, tmp_path, corpus):
 def test_flags_that_have_no_meaning_here():
     with says("--dtype has no meaning from hf:a to b."):
         convert.main(["--from=hf:a", "--to=b", "--dtype=float16"])
+    with says("--step has no meaning from hf:a to b."):
+        convert.main(["--from=hf:a", "--to=b", "--step=1"])
     with says("--ignore has no meaning from a to hf:b."):
         convert.main(["--from=a", "--to=hf:b", "--ignore=x"])
 

@@ -42,12 +42,16 @@ def values(run):
 
 def test_a_run_ends_early_and_stays_ended(make_config, tmp_path, monkeypatch):
     """At a learning rate of almost nothing the loss goes up and down by rounding; here it is made to stand still."""
-    changes = {**CHANGES, "optim.lr": 1e-12}
+    changes = {**CHANGES, "optim.lr": 1e-12, "log.every": 1000}
     done = loop.train(make_config(changes), tmp_path / "run")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     seen = values(tmp_path / "run")
     assert done.status == status["state"] == "finished" and done.result["step"] == seen[-1][0] == status["step"]
     assert [step for step, _ in seen] == list(range(2, seen[-1][0] + 1, 2)) and 6 <= seen[-1][0] < 12
+    # Of the steps since the last report there is one too.
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    reported = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+    assert reported == [(done.result["step"], done.result["train/loss"])]
     best = min(value for _, value in seen)
     assert [value for _, value in seen].index(best) == len(seen) - 3
     # The same command trains no further; with more patience the run goes on.

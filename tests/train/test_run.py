@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import shutil
 import signal
 import time
 
@@ -14,6 +16,7 @@ from experiments import evaluate
 from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
 from tfm_jax.train import plots
+from tfm_jax.train import run as loop
 from tfm_jax.train.log import read_metrics
 from tfm_jax.train.restore import load_params
 from tfm_jax.train.run import train
@@ -274,6 +277,39 @@ def test_starting_from_another_run(finished, make_config, tmp_path, caplog):
     train(make_config(resumed), tmp_path / "resumed")
     assert_same_parameters(tmp_path / "resumed", donor)
     assert [r["step"] for r in read_metrics(tmp_path / "resumed") if "train/loss" in r] == [5, 6, 7, 8]
+    assert not [message for message in caplog.messages if "config differs" in message]
+    with caplog.at_level(logging.WARNING):
+        train(make_config(resumed | {"train.steps": 9}), tmp_path / "longer")
+    assert [message for message in caplog.messages if "config differs" in message] == [
+        f"resume {donor}/checkpoints/4: its config differs (its own -> here):\n  train.steps: 8 -> 9"
+    ]
+
+
+def test_resuming_from_a_damaged_checkpoint(finished, make_config, tmp_path):
+    shutil.copytree(finished[0], donor := tmp_path / "donor")
+    next(path for path in (donor / "checkpoints" / "8" / "state").rglob("*") if path.is_file()).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"^Checkpoint 8 of {donor} is damaged: .* Valid: 4\.$"):
+        train(make_config({"checkpoint.resume": str(donor)}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("where", "saved"), [((loop, "build"), False), ((loop._Loop, "_finish"), True)])
+def test_a_notice_outside_of_the_steps(make_config, tmp_path, monkeypatch, where, saved):
+    """While the run is built, or at its end behind the last checkpoint, nobody asks between steps."""
+    run, known = tmp_path / "run", getattr(*where)
+
+    def told(*arguments, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return known(*arguments, **more)
+
+    config = make_config({"train.steps": 2, "optim.warmup_steps": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, told)
+        assert train(config, run) == ("preempted", {})
+    status = read(run, "status.json")
+    assert status["state"] == "preempted" and status["reason"].startswith("stopped by SIGTERM before its first step")
+    assert (run / "checkpoints" / "2").is_dir() == saved
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train(config, run).result["step"] == 2 and read(run, "status.json")["state"] == "finished"
 
 
 def test_the_picture_of_a_cut_off_log(tmp_path):
@@ -289,6 +325,13 @@ def test_speed_is_of_all_the_time_there_was(make_config, tmp_path):
     seconds = sum(1 / line["perf/steps_per_sec"] for line in lines)
     assert seconds == pytest.approx(outcome.result["train_seconds"], rel=0.1)
     assert max(line["perf/data_wait_frac"] for line in lines) <= 1
+
+
+def test_speed_of_a_device_is_that_of_the_mesh(make_config, tmp_path):
+    """As where trials share the devices of a process."""
+    config = make_config({"train.steps": 2, "optim.warmup_steps": 0})
+    found = train(config, tmp_path / "run", devices=jax.devices()[:2]).result
+    assert found["perf/tokens_per_sec"] == pytest.approx(2 * found["perf/tokens_per_sec_per_device"])
 
 
 def test_a_start_that_failed_can_be_corrected(make_config, tmp_path):

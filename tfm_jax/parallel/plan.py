@@ -223,7 +223,8 @@ def hardware_flops(traced: Any, experiment: Experiment) -> float:
 def drawn(config: configs.Config) -> configs.Config:
     """The config with drawn data of the same shapes, and nothing to start from."""
     config = {**config, "data": {**in_place_of(config["data"], config["model"])}, "evals": {}}
-    config["checkpoint"] = {**config["checkpoint"], "init_from": None, "resume": None}
+    alone = {"init_from": None, "rename": (), "layers": None, "resize_positions": False, "resume": None}
+    config["checkpoint"] = {**config["checkpoint"], **alone}
     config["train"] = {**config["train"], "stop_metric": None}
     return configs.resolve(config)
 

@@ -87,7 +87,7 @@ class Meter:
         seconds = max(now - self._since, 1e-9)
         waited = self._batches.wait_seconds
         out = {_TAGS.get(n, f"train/{n}"): t / c for n, (t, c) in self._sums.items() if c}
-        per_device = self._units / seconds / jax.device_count()
+        per_device = self._units / seconds / self.experiment.layout.mesh.size
         unit = self.experiment.task.unit
         out |= {
             "train/skipped_steps": float(self.skipped),

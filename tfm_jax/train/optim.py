@@ -53,7 +53,8 @@ def make(
     Args:
       params: abstract parameters, for the patterns.
       name: `adamw` (Loshchilov and Hutter 2019), `adafactor` (Shazeer and Stern 2018), `lion` (Chen et al. 2023), or
-        `muon` (Jordan 2024), which orthogonalises the updates of the blocks' kernels and leaves the rest to AdamW.
+        `muon` (Jordan 2024), which orthogonalises the updates of all kernels, heads' and routers' too, and leaves the rest
+        (embeddings, norms, biases) to AdamW.
       lr: peak learning rate.
       schedule, warmup_steps, end_factor, decay_fraction: see `schedules.make`.
       weight_decay: decoupled, times the learning rate.
@@ -128,14 +129,14 @@ def _muon(**options: Any) -> optax.GradientTransformation:
     def dimensions(tree: Any) -> Any:
         # Kernels end in (in, out); a scanned stack's leading layer axis is a batch of matrices.
         def pick(path: str, x: Any) -> Any:
-            if isinstance(x, optax.MaskedNode) or not _is_block_kernel(path):
+            if isinstance(x, optax.MaskedNode) or not _is_kernel(path):
                 return optax.MaskedNode()
             return contrib.MuonDimensionNumbers(reduction_axis=(x.ndim - 2,), output_axis=(x.ndim - 1,))
 
         return map_with_path(pick, tree)
 
     def label(tree: Any) -> Any:
-        return map_with_path(lambda path, _: "muon" if _is_block_kernel(path) else "adam", tree)
+        return map_with_path(lambda path, _: "muon" if _is_kernel(path) else "adam", tree)
 
     orthogonal = optax.chain(
         contrib.scale_by_muon(weight_dimension_numbers=dimensions, **options),
@@ -144,7 +145,7 @@ def _muon(**options: Any) -> optax.GradientTransformation:
     return optax.partition({"muon": orthogonal, "adam": optax.scale_by_adam(**adam)}, label)
 
 
-def _is_block_kernel(path: str) -> bool:
+def _is_kernel(path: str) -> bool:
     return path.endswith("/kernel")
 
 

@@ -19,7 +19,7 @@ from tfm_jax.sections import computes, family
 from tfm_jax.tasks.base import Task
 from tfm_jax.train.build import Experiment, build_task, frozen
 from tfm_jax.train.checkpoint import Checkpointer, CorruptCheckpoint, Restored, first_state
-from tfm_jax.train.rundir import nearest_run, read_config, run_folder
+from tfm_jax.train.rundir import differences, nearest_run, read_config, run_folder
 from tfm_jax.train.state import TrainState
 from tfm_jax.train.surgery import LINE, Report, Resize, transfer
 from tfm_jax.units import counted
@@ -116,12 +116,16 @@ def _read(
             newer, weight = checkpoints.restore(one, kept, partial=True), weight * decay + 1
             mean = _mean(mean, newer.state, 1 / weight) if mean else newer.state
     except CorruptCheckpoint as error:
-        raise UserError(
-            f"Checkpoint {one} of {path} is damaged: {error}.{nearest('', [step for step in steps if step != one])}"
-        ) from None
+        raise _damaged(path, one, steps, error) from None
     finally:
         checkpoints.close()
     return newer._replace(state={**wanted, **mean})
+
+
+def _damaged(path: Path, step: int, steps: Sequence[int], error: CorruptCheckpoint) -> UserError:
+    return UserError(
+        f"Checkpoint {step} of {path} is damaged: {error}.{nearest('', [other for other in steps if other != step])}"
+    )
 
 
 def _mean(mean: Any, newer: Any, share: float) -> Any:
@@ -266,9 +270,16 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
     settings, abstract = experiment.checkpoint, experiment.abstract_state()
 
     def resume() -> Restored:
-        source, step = open_checkpoint(Path(str(settings.resume)))
+        path = Path(str(settings.resume))
+        source, step = open_checkpoint(path)
+        own = run_folder(path)
+        changes = differences(own, experiment.config) if (own / "config.json").is_file() else []
+        if main and (told := [line for line in changes if not line.startswith("checkpoint.")]):
+            log.warning("resume %s: its config differs (its own -> here):\n  %s", path, "\n  ".join(told))
         try:
             return source.restore(step, abstract)
+        except CorruptCheckpoint as error:
+            raise _damaged(path, step, source.steps(), error) from None
         finally:
             source.close()
 

@@ -60,19 +60,23 @@ def check_config(run: Path, config: configs.Config) -> None:
 
     One without a checkpoint holds nothing that could be lost: a start that failed, corrected, begins anew.
     """
-    path = run / "config.json"
-    if not path.is_file():
+    if not (run / "config.json").is_file():
         return
-    own = _recorded(path)
-    # Keys that have been added since the run began have their defaults in it.
-    with contextlib.suppress(UserError):
-        own = configs.resolve(own)
-    if (lines := configs.differences(own, _filled_in(own, config))) and has_checkpoint(run):
+    if (lines := differences(run, config)) and has_checkpoint(run):
         raise UserError(
             f"{run} belongs to another config. What differs (its own -> asked for):\n  "
             + "\n  ".join(lines)
             + "\nUse another --workdir, or delete this one."
         )
+
+
+def differences(run: Path, config: configs.Config) -> list[str]:
+    """One line for each fixed key in which a run's config and another one differ."""
+    own = _recorded(run / "config.json")
+    # Keys that have been added since the run began have their defaults in it.
+    with contextlib.suppress(UserError):
+        own = configs.resolve(own)
+    return configs.differences(own, _filled_in(own, config))
 
 
 def _recorded(path: Path) -> configs.Config:

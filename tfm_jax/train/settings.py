@@ -76,7 +76,8 @@ class Checkpoint:
       every: steps between checkpoints; 0 for only at the end.
       keep: how many to keep.
       asynchronous: write in a background thread.
-      resume: a run or checkpoint folder of the same config to start from, if this run has no checkpoint yet.
+      resume: a run or checkpoint folder whose whole state, its step and optimizer included, this run begins with, if it has no
+        checkpoint yet; what its config has otherwise is said.
       init_from: a run or checkpoint folder whose parameters start this run, if it has no checkpoint yet.
       rename: `(regex, replacement)` pairs applied to the donor's parameter paths.
       layers: of the donor, the ones that become this model's, in this order: a student from some of its teacher's. None
@@ -100,6 +101,10 @@ class Checkpoint:
             raise UserError(f"checkpoint.keep={self.keep}: must be at least 1.")
         if self.resume and self.init_from:
             raise UserError("checkpoint.resume and checkpoint.init_from exclude each other: give one.")
+        idle = {"rename": (), "layers": None, "resize_positions": False} if self.init_from is None else {}
+        for name, default in idle.items():
+            if (value := getattr(self, name)) != default and value != []:
+                raise UserError(f"checkpoint.{name}={value}: says how to read checkpoint.init_from, which is not set.")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def make_train_step(
     The loss is summed over devices and microbatches and divided once, by the summed weight, so accumulation and
     sharding give the big batch's gradient also when the weights are ragged. Randomness is a function of
     (seed, step). A step whose loss or gradient is not finite changes nothing but the step count, and counts itself
-    in `skipped`; nothing waits for the host.
+    in `skipped`; nothing waits for the host. What a router adds to the loss is of each microbatch.
 
     Args:
       accum: microbatches per update; divides the batch's rows.
