@@ -1,9 +1,9 @@
-"""A character-level GPT over any text, by default at nanoGPT's CPU setting.
+"""A character-level GPT over any text, by default at nanoGPT's CPU setting with twice its learning rate.
 
     python -m experiments.train --config=configs/gpt_chars.py --config.data.source=text:GLOB --workdir=runs/chars
 
-On Tiny Shakespeare (1.1 MB, the last tenth held out): validation loss at most 1.88 after 2,000 steps, which is the
-figure of the nanoGPT README; about two minutes on two CPU cores. `:smoke` stops after 20 steps.
+On Tiny Shakespeare (1.1 MB, the last tenth held out): a validation loss of 1.80 after 2,000 steps, a minute and a half on two CPU
+cores; the nanoGPT README has 1.88 at its own rate, where it is 1.90 here. `:smoke` stops after 20 steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         {
             "model": {"name": "gpt", "variant": "nano", "activation": "gelu"},
             "data": {"name": "tokens", "source": "text:*.txt", "tokenizer": "chars", "seq_len": 64, "batch_size": 12},
-            # nanoGPT has 1e-3, which ends at 1.90 here; the rest is its setting.
+            # nanoGPT has 1e-3; the rest is its setting.
             "optim": {"lr": 2e-3, "warmup_steps": steps // 20, "options": {"b2": 0.99}},
             "train": {"steps": steps, "eval_every": 0},
             "checkpoint": {"every": 1000},

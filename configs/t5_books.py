@@ -13,7 +13,7 @@ import ml_collections
 
 RECIPES = {
     "": {
-        "title": "a T5 of 7 M weights on 26 novels: loss of corrupted spans on two others, nats",
+        "title": "a T5 of 7.6 M weights on 26 novels: loss of corrupted spans on two others, nats",
         "metrics": ("eval/validation/loss", "eval/validation/accuracy"),
     }
 }

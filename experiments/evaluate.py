@@ -25,7 +25,7 @@ EXAMPLES = """\
   python -m experiments.evaluate --run runs/gpt_stdlib --steps all --follow
   python -m experiments.evaluate --run 'sweeps/lr/*' --table sweeps/lr.csv
   python -m experiments.evaluate --run runs/gpt_stdlib --average 3 --decay 0.8
-  JAX_NUM_CPU_DEVICES=8 python -m experiments.evaluate --run runs/gpt_stdlib --config.mesh.tensor=2"""
+  JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m experiments.evaluate --run runs/gpt_stdlib --config.mesh.tensor=2"""
 # Seconds between looks for new checkpoints.
 LOOK_S = 1.0
 # How often to look whether one that cannot be read is being deleted.

@@ -24,7 +24,7 @@ EXAMPLES = """\
   python -m experiments.plan --config=configs/llama_7b.py --topology=2xv5e:16x16 --config.mesh.data=2
   python -m experiments.plan --config=configs/llama_7b.py --topology=v6e:16x16 --search --write=llama_v6e.py
   python -m experiments.plan --config=configs/gpt_stdlib.py --topology=cpu:1 --measure
-  JAX_NUM_CPU_DEVICES=8 python -m experiments.plan --config=configs/pod.py:smoke --topology=cpu:8 --search"""
+  JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m experiments.plan --config=configs/pod.py:smoke --topology=cpu:8 --search"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
