@@ -51,6 +51,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "pooling": "mean",
                 "dropout": 0.1,
                 "attention_dropout": 0.1,
+                "matmul_dtype": "bfloat16",
             },
             "task": {"name": "classification"},
             "data": {
@@ -63,7 +64,9 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             },
             "optim": {
                 "name": "muon",
-                "lr": 1e-3,
+                # SST-2's validation split, of phrases, pretrained and from scratch: 0.863 and 0.855; pretrained of 1e-3 0.849, of
+                # 3e-4 0.794 (one seed).
+                "lr": 3e-3,
                 "schedule": "linear",
                 "end_factor": 0.0,
                 "warmup_steps": 80,

@@ -33,7 +33,7 @@ from tfm_jax.train.plots import loss_picture
 from tfm_jax.train.references import as_loss, compressors
 from tfm_jax.train.restore import starting_state
 from tfm_jax.train.step import Programs
-from tfm_jax.train.stop import Stopped, StopRequest
+from tfm_jax.train.stop import StopRequest
 from tfm_jax.train.trace import Trace
 
 log = logging.getLogger(__name__)
@@ -64,64 +64,39 @@ def train(
       stop: asked between steps whether to save and end; signals ask it if None.
 
     Raises:
-      UserError: anything the user can mend; once the run has begun, `status.json` says `failed` and why.
+      UserError: anything the user can mend; `status.json` then says `failed` and why.
     """
-    main, stop = multihost.is_main(), stop or StopRequest()
-    with contextlib.ExitStack() as held, stop:
-        if main:
-            try:
-                held.enter_context(rundir.claim(run))
-            except UserError as error:
-                multihost.agree({}, problem=str(error))
-                raise
-        try:
-            return _claimed(config, run, profile, devices, jit, stop)
-        except Stopped:
-            # Not in a step, so what there is to save has been saved.
-            write_status(run, "preempted", f"stopped by {stop.name} before its first step or after its last")
-            log.warning("Stopped by %s outside of the steps. The same command goes on.", stop.name)
-            return Outcome("preempted", {})
-
-
-def _claimed(
-    config: configs.Config,
-    run: Path,
-    profile: tuple[int, int] | None,
-    devices: Sequence[jax.Device] | None,
-    jit: Callable[..., Any],
-    stop: StopRequest,
-) -> Outcome:
-    """`train` in a run directory that no other process writes in."""
     main = multihost.is_main()
-    try:
-        rundir.check_config(run, config)
-        if profile is not None and profile[0] >= config["train"]["steps"]:
-            raise UserError(f"--profile starts at step {profile[0]}, but train.steps={config['train']['steps']}.")
-        # A tokenizer without a checkpoint may be another config's: a start that failed.
-        tokenizer = run / "tokenizer" if rundir.has_checkpoint(run) else None
-        experiment = build(rundir.with_own(run, config), tokenizer_dir=tokenizer, devices=devices, jit=jit)  # 1
-        evaluators = experiment.evaluators()
-    except UserError as error:
-        multihost.agree({}, problem=str(error))
-        raise
-    facts = {"config": configs.digest(experiment.config), "revision": rundir.revision()}
-    # Also what may change between starts must be equal now: it decides when the processes meet.
-    whole = {k: str(v) for k, v in configs.flat(experiment.config).items() if k not in configs.LOCAL_KEYS}
-    multihost.agree({**whole, **facts, "data": experiment.data.fingerprint})  # 2
-    if watchdog.here is not None:
-        watchdog.here.guard(run)
-    if not main:
-        return _train(experiment, evaluators, facts, run, profile, stop)
-    try:
-        rundir.begin(run, experiment.config, experiment.data.tokenizer)
-        return _train(experiment, evaluators, facts, run, profile, stop)
-    except Stopped:
-        raise
-    except BaseException as error:
-        # What the end of another process leads to is not the reason; its watchdog has written that one.
-        if isinstance(error, UserError) or not watchdog.lost():
-            write_status(run, "failed", f"{type(error).__name__}: {error}")
-        raise
+    with contextlib.ExitStack() as held:
+        try:
+            if main:
+                held.enter_context(rundir.claim(run))
+            rundir.check_config(run, config)
+            if profile is not None and profile[0] >= config["train"]["steps"]:
+                raise UserError(f"--profile starts at step {profile[0]}, but train.steps={config['train']['steps']}.")
+            # A tokenizer without a checkpoint may be another config's: a start that failed.
+            tokenizer = run / "tokenizer" if rundir.has_checkpoint(run) else None
+            experiment = build(rundir.with_own(run, config), tokenizer_dir=tokenizer, devices=devices, jit=jit)  # 1
+            evaluators = experiment.evaluators()
+        except UserError as error:
+            multihost.agree({}, problem=str(error))
+            raise
+        facts = {"config": configs.digest(experiment.config), "revision": rundir.revision()}
+        # Also what may change between starts must be equal now: it decides when the processes meet.
+        whole = {k: str(v) for k, v in configs.flat(experiment.config).items() if k not in configs.LOCAL_KEYS}
+        multihost.agree({**whole, **facts, "data": experiment.data.fingerprint})  # 2
+        if watchdog.here is not None:
+            watchdog.here.guard(run)
+        if not main:
+            return _train(experiment, evaluators, facts, run, profile, stop or StopRequest())
+        try:
+            rundir.begin(run, experiment.config, experiment.data.tokenizer)
+            return _train(experiment, evaluators, facts, run, profile, stop or StopRequest())
+        except BaseException as error:
+            # What the end of another process leads to is not the reason; its watchdog has written that one.
+            if isinstance(error, UserError) or not watchdog.lost():
+                write_status(run, "failed", f"{type(error).__name__}: {error}")
+            raise
 
 
 def _train(
@@ -210,40 +185,35 @@ class _Loop:
         progress = Progress(start=self.first, total=self.total, shown=self.main)
         batches = Prefetcher(experiment.batch, self.first, self.total)
         try:
-            with progress, batches:
+            with self.stop, progress, batches:
                 self.progress = progress
                 self.meter.start(self.first, batches)
-                with self.stop.between_steps():
-                    for step, batch in batches:
-                        if step > self.first:
-                            if self._due(step, experiment.train.eval_every):
-                                self._read()
-                                self._evaluate(step, list(self.evaluators))  # 4
-                                if experiment.train.stale(self.watched):
-                                    self.total = step
-                                    if step % experiment.log.every:
-                                        self._report(step)
-                                    break
-                            if self._due(step, experiment.checkpoint.every):
-                                self._read()
-                                self._save(step)  # 5
-                            if self._told_to_stop(step):
-                                return self._preempted(step)
-                        if self.trace is not None:
-                            self.trace.before(step, self.state)
-                        self.state, metrics = programs.get(self.state, batch)(self.state, batch)  # 6, 7
-                        self._read()  # 8, 9
-                        self.pending = (step + 1, metrics)
-                        progress.advance()
-                    self._read()
+                for step, batch in batches:
+                    if step > self.first:
+                        if self._due(step, experiment.train.eval_every):
+                            self._read()
+                            self._evaluate(step, list(self.evaluators))  # 4
+                            if experiment.train.stale(self.watched):
+                                self.total = step
+                                break
+                        if self._due(step, experiment.checkpoint.every):
+                            self._read()
+                            self._save(step)  # 5
+                        if self._told_to_stop(step):
+                            return self._preempted(step)
                     if self.trace is not None:
-                        self.trace.stop(self.state)
-                    self.meter.pause()
-                    # A crash may have come between the last checkpoint and `result.json`.
-                    recorded = read_step(self.run_dir, self.total) if self.first == self.total else {}
-                    self._save(self.total)
-                if self.stop.asked:
-                    raise Stopped(self.stop.name)
+                        self.trace.before(step, self.state)
+                    self.state, metrics = programs.get(self.state, batch)(self.state, batch)  # 6, 7
+                    self._read()  # 8, 9
+                    self.pending = (step + 1, metrics)
+                    progress.advance()
+                self._read()
+                if self.trace is not None:
+                    self.trace.stop(self.state)
+                self.meter.pause()
+                # A crash may have come between the last checkpoint and `result.json`.
+                recorded = read_step(self.run_dir, self.total) if self.first == self.total else {}
+                self._save(self.total)
                 if self.evaluated != self.total:
                     done = {key.split("/")[1] for key in recorded if key.startswith("eval/")}
                     self._evaluate(self.total, [name for name in self.evaluators if name not in done])
@@ -268,12 +238,9 @@ class _Loop:
                 " (optim.clip_norm); train.max_bad_steps sets how many are allowed."
             )
         if step % self.experiment.log.every == 0 or step == self.total:
-            self._report(step)
-
-    def _report(self, step: int) -> None:
-        line = self.meter.report(step)
-        self._write(step, line)
-        self.progress.report(step, line, self.meter.seconds_left(step))
+            line = self.meter.report(step)
+            self._write(step, line)
+            self.progress.report(step, line, self.meter.seconds_left(step))
 
     def _evaluate(self, step: int, names: Sequence[str]) -> None:
         with self.meter.paused():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -14,12 +12,8 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Stopped(BaseException):
-    """A notice to stop has come where nobody would ask about it: while a run is built, compiled or evaluated at its end."""
-
-
 class StopRequest:
-    """SIGTERM and Ctrl-C as a question that the loop asks between steps, and `Stopped` outside of it; the second one stops at once.
+    """SIGTERM and Ctrl-C as a question that the loop asks between steps; the second one stops at once.
 
     Where there are several processes JAX has its own handler of SIGTERM: what one of them is told it spreads to all, and
     it agrees on a step that none has passed. Ctrl-C is made a SIGTERM there.
@@ -27,7 +21,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked, self.name = False, "SIGTERM"
-        self._between_steps = False
         self._shared = jax.process_count() > 1
         self._previous: dict[int, Any] = {}
 
@@ -37,15 +30,6 @@ class StopRequest:
         Every process must ask at every step.
         """
         return multihost_utils.reached_preemption_sync_point(step) if self._shared else self.asked
-
-    @contextlib.contextmanager
-    def between_steps(self) -> Iterator[None]:
-        """While `told` is asked before each step."""
-        self._between_steps = True
-        try:
-            yield
-        finally:
-            self._between_steps = False
 
     def __enter__(self) -> StopRequest:
         # Only the main thread may set handlers; a sweep that runs trials in threads keeps its own.
@@ -64,5 +48,3 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.asked, self.name = True, signal.Signals(number).name
-            if not self._between_steps:
-                raise Stopped(self.name)
