@@ -116,16 +116,25 @@ def test_strangers_and_a_good_end_are_no_news(start, tmp_path):
         with socket.create_connection(("127.0.0.1", processes[0].facts["port"])) as stranger:
             stranger.sendall(said)
             time.sleep(0.1)
-    # One that only listens is told nothing, least of all the secret.
-    stranger = socket.create_connection(("127.0.0.1", processes[0].facts["port"]), timeout=0.5)
-    with stranger, pytest.raises(TimeoutError):
-        stranger.recv(1)
     processes[1].say("finish")
     assert processes[1].child.wait(5) == 0
     time.sleep(0.5)
     processes[0].say("finish")
     assert processes[0].child.wait(5) == 0
     assert not list(tmp_path.rglob("status.json"))
+
+
+def test_who_only_listens_is_told_nothing(start):
+    """Neither the secret, nor the beats (here three a second), nor whose end it was."""
+    processes = start(2, timeout=2.0)
+    stranger = socket.create_connection(("127.0.0.1", processes[0].facts["port"]), timeout=1.0)
+    with stranger:
+        with pytest.raises(TimeoutError):
+            stranger.recv(1)
+        os.kill(processes[1].pid, signal.SIGKILL)
+        assert "died" in processes[0].lost()
+        stranger.settimeout(10)
+        assert stranger.recv(1) == b""  # for who says nothing in two seconds the line is closed
 
 
 def test_out_of_reach():

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import shutil
 import signal
@@ -16,7 +15,6 @@ from experiments import evaluate
 from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
 from tfm_jax.train import plots
-from tfm_jax.train import run as loop
 from tfm_jax.train.log import read_metrics
 from tfm_jax.train.restore import load_params
 from tfm_jax.train.run import train
@@ -290,26 +288,6 @@ def test_resuming_from_a_damaged_checkpoint(finished, make_config, tmp_path):
     next(path for path in (donor / "checkpoints" / "8" / "state").rglob("*") if path.is_file()).write_bytes(b"")
     with pytest.raises(UserError, match=rf"^Checkpoint 8 of {donor} is damaged: .* Valid: 4\.$"):
         train(make_config({"checkpoint.resume": str(donor)}), tmp_path / "run")
-
-
-@pytest.mark.parametrize(("where", "saved"), [((loop, "build"), False), ((loop._Loop, "_finish"), True)])
-def test_a_notice_outside_of_the_steps(make_config, tmp_path, monkeypatch, where, saved):
-    """While the run is built, or at its end behind the last checkpoint, nobody asks between steps."""
-    run, known = tmp_path / "run", getattr(*where)
-
-    def told(*arguments, **more):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return known(*arguments, **more)
-
-    config = make_config({"train.steps": 2, "optim.warmup_steps": 0})
-    with monkeypatch.context() as patch:
-        patch.setattr(*where, told)
-        assert train(config, run) == ("preempted", {})
-    status = read(run, "status.json")
-    assert status["state"] == "preempted" and status["reason"].startswith("stopped by SIGTERM before its first step")
-    assert (run / "checkpoints" / "2").is_dir() == saved
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert train(config, run).result["step"] == 2 and read(run, "status.json")["state"] == "finished"
 
 
 def test_the_picture_of_a_cut_off_log(tmp_path):

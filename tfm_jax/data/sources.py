@@ -223,7 +223,7 @@ def _record_source(source: str, data: records.RecordSet, rule: str, fraction: fl
         read = [split for split in data.splits if split_in_name(split.name)] or data.splits
         every = [piece for split in read for piece in records.record_pieces(data, split, None, piece_bytes)]
         splits: dict[str, list[Piece]] = {"train": [*every], "validation": [*every]}
-        used = f"all of {', '.join(split.name for split in read)}"
+        used = "all" if len(read) == 1 else f"all of {', '.join(split.name for split in read)}"
     else:
         needed = ("train",) if rule == "hash" else ("train", "validation")
         own = records.canonical_splits(data, needed, " Or set data.split=hash, to hold out of train.")

@@ -44,7 +44,8 @@ def launch(
       partition: as the cluster names it.
       account: as the cluster names it.
       time: limit of one stay in the queue, as Slurm writes it: `24:00:00`.
-      notice: seconds before that limit at which to save and stop.
+      notice: seconds before that limit at which to save and stop. Before a run's first step there is nothing to save, and it ends
+        as any process that is told to.
       restarts: how often to start again in the same job after a failure.
       host_timeout: seconds after which a host that is silent counts as gone.
       sbatch: more options of sbatch, for instance `--gpus-per-node=8`.

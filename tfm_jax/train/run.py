@@ -64,7 +64,7 @@ def train(
       stop: asked between steps whether to save and end; signals ask it if None.
 
     Raises:
-      UserError: anything the user can mend; `status.json` then says `failed` and why.
+      UserError: anything the user can mend; once the run has begun, `status.json` says `failed` and why.
     """
     main = multihost.is_main()
     with contextlib.ExitStack() as held:
@@ -195,6 +195,8 @@ class _Loop:
                             self._evaluate(step, list(self.evaluators))  # 4
                             if experiment.train.stale(self.watched):
                                 self.total = step
+                                if step % experiment.log.every:
+                                    self._report(step)
                                 break
                         if self._due(step, experiment.checkpoint.every):
                             self._read()
@@ -238,9 +240,12 @@ class _Loop:
                 " (optim.clip_norm); train.max_bad_steps sets how many are allowed."
             )
         if step % self.experiment.log.every == 0 or step == self.total:
-            line = self.meter.report(step)
-            self._write(step, line)
-            self.progress.report(step, line, self.meter.seconds_left(step))
+            self._report(step)
+
+    def _report(self, step: int) -> None:
+        line = self.meter.report(step)
+        self._write(step, line)
+        self.progress.report(step, line, self.meter.seconds_left(step))
 
     def _evaluate(self, step: int, names: Sequence[str]) -> None:
         with self.meter.paused():
