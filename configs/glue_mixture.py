@@ -4,9 +4,9 @@
     python -m experiments.train --config=configs/glue_mixture.py --config.data.manual_dir=path/to/data --workdir=runs/glue_mixture
 
 Batches come from the three in proportion to the fifth root of their sizes. `:sst2`, `:cola` and `:stsb` are each of them
-alone, for as many of its own batches: 13, 7 and 19 minutes on one CPU core with AMX (the last in float32). 35 minutes and 89.1,
-26.1 and 82.3 in one run; alone 89.0, 27.7 (of two seeds, 25.6 and 29.7) and 83.2, of which the second is 1.5 points away (`make
-results`). `:smoke` is a tiny one on sources of your own, in seconds.
+alone, for as many of its own batches: 13, 7 and 11 minutes on one CPU core with AMX. 35 minutes and 88.7, 28.8 (seeds 26.1 and
+31.5) and 82.2 in one run, of two seeds; alone 89.0, 27.7 (seeds 25.6 and 29.7) and 83.2. `:smoke` is a tiny one on sources of your
+own, in seconds.
 """
 
 from __future__ import annotations
