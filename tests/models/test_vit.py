@@ -31,7 +31,8 @@ def params_of(name):
 
 @functools.cache
 def applied(name):
-    return jax.jit(lambda images: TINY[name].apply({"params": params_of(name)}, images))
+    params = params_of(name)  # here: made while the function is traced, they would be kept as tracers
+    return jax.jit(lambda images: TINY[name].apply({"params": params}, images))
 
 
 def variant(family, name, **fields):
