@@ -202,7 +202,7 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
     return any(key == one or key.startswith(f"{one}.") for one in keys)
 
 
-def is_free(key: str, *of: Config) -> bool:
+def _is_free(key: str, *of: Config) -> bool:
     """Whether a dotted key may change between two starts of runs of these configs."""
     return is_below(key, FREE_KEYS) and not any(is_below(key, _watching(config)) for config in of)
 
@@ -215,7 +215,7 @@ def _watching(config: Config) -> Sequence[str]:
 
 def fixed_part(config: Config) -> dict[str, Any]:
     """The flat keys that make a run what it is."""
-    return {key: value for key, value in flat(config).items() if not is_free(key, config)}
+    return {key: value for key, value in flat(config).items() if not _is_free(key, config)}
 
 
 def digest(config: Config) -> str:
@@ -230,5 +230,5 @@ def differences(old: Config, new: Config) -> list[str]:
     return [
         f"{k}: {a.get(k, missing)!r} -> {b.get(k, missing)!r}"
         for k in sorted(a | b)
-        if a.get(k, missing) != b.get(k, missing) and not is_free(k, old, new)
+        if a.get(k, missing) != b.get(k, missing) and not _is_free(k, old, new)
     ]

@@ -122,7 +122,7 @@ def shares(counts: Mapping[str, int], temperature: float) -> dict[str, int]:
     wanted = np.maximum(weights / weights.sum() * BLOCK, 1.0)
     wanted = wanted / wanted.sum() * BLOCK
     given = np.maximum(np.floor(wanted), 1).astype(int)
-    # Less than none is left where many small parts have been raised to 1: the largest part gives that.
+    # Where many small parts were raised to 1 the sum is above BLOCK already, and the largest part gives the rest.
     for i in np.argsort(given - wanted, kind="stable")[: max(0, BLOCK - int(given.sum()))]:
         given[i] += 1
     given[np.argmax(given)] += BLOCK - int(given.sum())

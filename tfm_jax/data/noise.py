@@ -288,7 +288,7 @@ class Denoise:
     def _source(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         budget = max(1, round(self.rate * len(tokens)))
         drawn = rng.poisson(self.length, 4 * budget + 8)
-        # With more stretches than tokens in them, as many short ones are drawn now and then, the source would not fit.
+        # Some are empty: more stretches than hidden tokens would make the source, with a mark for each, longer than the text.
         count = min(int(np.searchsorted(np.cumsum(drawn), budget)) + 1, budget)
         lengths = drawn[:count].copy()
         lengths[-1] -= lengths.sum() - budget

@@ -64,6 +64,17 @@ def needed(module: str, what: str) -> Any:
         raise UserError(f"{what} needs {package}: pip install 'tfm_jax[metrics]'.") from None
 
 
+def batches_of(dataset: Any, most: int | None) -> int:
+    """How many batches of a pass an evaluator with `max_batches=most` reads.
+
+    Raises:
+      UserError: it is below 1.
+    """
+    if most is not None and most < 1:
+        raise UserError(f"evals: max_batches={most}: must be at least 1, or None for the whole split.")
+    return min(dataset.num_batches, most or dataset.num_batches)
+
+
 def predictions(context: Context, state: Any, dataset: Any, name: str) -> Iterator[tuple[Any, Any]]:
     """Each batch of a pass, and what the task's `predict_fns[name]` makes of it, both whole and as numpy arrays."""
     task = context.task

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tfm_jax.decode.beam import beam_search, check_beams
 from tfm_jax.decode.inputs import check_room
 from tfm_jax.errors import UserError
-from tfm_jax.evals.base import Context, Evaluate, needed
+from tfm_jax.evals.base import Context, Evaluate, batches_of, needed
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,6 @@ def make(
     """
     if not metrics:
         raise UserError("evals: metrics is empty: give for instance ('bleu',).")
-    if max_batches is not None and max_batches < 1:
-        raise UserError(f"evals: max_batches={max_batches}: must be at least 1, or None for the whole split.")
     for metric in metrics:
         needed("rouge_score" if metric == "rouge" else "sacrebleu", f"evals: {metric}")
     dataset: Any = context.data.evals(split, batch_size)
@@ -56,7 +54,7 @@ def make(
         raise UserError("evals: generation needs a model that decodes: it has no init_caches.")
     check_beams(context.model, beams, context.data.tokenizer.end_id, context.data.tokenizer.vocab_size)
     check_room(context.model, 1, max_new)
-    count = min(dataset.num_batches, max_batches or dataset.num_batches)
+    count = batches_of(dataset, max_batches)
     wanted = [texts for step in range(count) for texts in dataset.references(step)]
 
     def evaluate(state: Any) -> dict[str, float]:

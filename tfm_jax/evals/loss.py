@@ -10,7 +10,7 @@ import jax
 
 from tfm_jax.data.prefetch import Prefetcher
 from tfm_jax.errors import UserError
-from tfm_jax.evals.base import Context, Evaluate
+from tfm_jax.evals.base import Context, Evaluate, batches_of
 from tfm_jax.parallel.multihost import global_batch
 from tfm_jax.tasks.base import bind
 
@@ -31,11 +31,9 @@ def make(
       set knows its bytes and its tokens say all of the text, by the first 20,000 characters that are held out:
       loss / ln 2 times predicted tokens a byte of the whole split, so exact without `max_batches` and an estimate with it.
     """
-    if max_batches is not None and max_batches < 1:
-        raise UserError(f"evals: max_batches={max_batches}: must be at least 1, or None for the whole split.")
     rows = context.rows(batch_size)
     dataset = context.data.evals(split, rows)
-    count = min(dataset.num_batches, max_batches or dataset.num_batches)
+    count = batches_of(dataset, max_batches)
     step = context.jitted("loss", lambda: _step(context))
     begin = _begin(context, rows)
     facts, unit = context.data.facts.get(split, {}), context.task.unit

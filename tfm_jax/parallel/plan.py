@@ -222,9 +222,7 @@ def hardware_flops(traced: Any, experiment: Experiment) -> float:
 
 def drawn(config: configs.Config) -> configs.Config:
     """The config with drawn data of the same shapes, and nothing to start from."""
-    config = {**config, "data": {**in_place_of(config["data"], config["model"])}, "evals": {}}
-    alone = {"init_from": None, "rename": (), "layers": None, "resize_positions": False, "resume": None}
-    config["checkpoint"] = {**config["checkpoint"], **alone}
+    config = {**config, "data": {**in_place_of(config["data"], config["model"])}, "evals": {}, "checkpoint": {}}
     config["train"] = {**config["train"], "stop_metric": None}
     return configs.resolve(config)
 

@@ -272,8 +272,7 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
     def resume() -> Restored:
         path = Path(str(settings.resume))
         source, step = open_checkpoint(path)
-        own = run_folder(path)
-        changes = differences(own, experiment.config) if (own / "config.json").is_file() else []
+        changes = differences(run_folder(path), experiment.config)
         if main and (told := [line for line in changes if not line.startswith("checkpoint.")]):
             log.warning("resume %s: its config differs (its own -> here):\n  %s", path, "\n  ".join(told))
         try:

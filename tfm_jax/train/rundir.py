@@ -60,8 +60,6 @@ def check_config(run: Path, config: configs.Config) -> None:
 
     One without a checkpoint holds nothing that could be lost: a start that failed, corrected, begins anew.
     """
-    if not (run / "config.json").is_file():
-        return
     if (lines := differences(run, config)) and has_checkpoint(run):
         raise UserError(
             f"{run} belongs to another config. What differs (its own -> asked for):\n  "
@@ -71,7 +69,9 @@ def check_config(run: Path, config: configs.Config) -> None:
 
 
 def differences(run: Path, config: configs.Config) -> list[str]:
-    """One line for each fixed key in which a run's config and another one differ."""
+    """One line for each fixed key in which a run's config, if it has one yet, and another one differ."""
+    if not (run / "config.json").is_file():
+        return []
     own = _recorded(run / "config.json")
     # Keys that have been added since the run began have their defaults in it.
     with contextlib.suppress(UserError):

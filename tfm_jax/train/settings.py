@@ -101,9 +101,8 @@ class Checkpoint:
             raise UserError(f"checkpoint.keep={self.keep}: must be at least 1.")
         if self.resume and self.init_from:
             raise UserError("checkpoint.resume and checkpoint.init_from exclude each other: give one.")
-        idle = {"rename": (), "layers": None, "resize_positions": False} if self.init_from is None else {}
-        for name, default in idle.items():
-            if (value := getattr(self, name)) != default and value != []:
+        for name in ("rename", "layers", "resize_positions"):
+            if (value := getattr(self, name)) and self.init_from is None:
                 raise UserError(f"checkpoint.{name}={value}: says how to read checkpoint.init_from, which is not set.")
 
 
