@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/mt_multi30k.py --config.data.manual_dir=path/to/data --workdir=runs/mt_multi30k
 
-3 + 3 layers of 256, dropout 0.3, 33 epochs, decoded by beams of 5 from a running average of the parameters (`--average=10` has
+3 + 3 layers of 256, dropout 0.3, 40 epochs, decoded by beams of 5 from a running average of the parameters (`--average=10` has
 that of the last ten checkpoints). 84 minutes on two CPU cores with AMX; 37.4 BLEU, cased and detokenized, where
 38 are asked, and 37.8 lower-cased. Wu et al. 2021 ("Good for Misconceived Reasons") have 41.02 with 4 + 4 layers of 128, trained
 longer, on lower-cased tokens. `:smoke` is a smaller one, in seconds, on pairs of your own
@@ -46,7 +46,10 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "heads": 4,
                 "mlp_width": 512,
                 "max_len": 256,
+                # 29,000 pairs, 40 times over: with the first alone, 1.09 on the training split stood beside 1.58 on validation.
                 "dropout": 0.3,
+                "mlp_dropout": 0.2,
+                "attention_dropout": 0.1,
                 # Of 4+4 layers of 128, after 400 steps of AdamW the validation loss is 4.16 with it and 5.49 without; of Muon 3.25.
                 "norm_position": "pre",
                 "init_std": 256**-0.5,
@@ -68,11 +71,11 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "schedule": "cosine",
                 "end_factor": 0.02,
                 "warmup_steps": 100,
-                "weight_decay": 0.01,
+                "weight_decay": 0.1,
                 # Four steps of Newton-Schulz behind it learn as much as five without: after 400 of training, 2.816 and 2.818.
                 "options": {"preconditioning": "aol", "ns_steps": 4},
             },
-            "train": {"steps": 7600, "eval_every": 1900, "ema": 0.998},
+            "train": {"steps": 9000, "eval_every": 4500, "ema": 0.998},
             "checkpoint": {"every": 250, "keep": 10},
             "evals": {
                 "validation": {"split": "validation"},
@@ -99,7 +102,8 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         }
     )
     if arguments == "smoke":
-        config.model.update({"encoder_layers": 1, "decoder_layers": 1, "width": 32, "heads": 2, "dropout": 0.0})
+        config.model.update({"encoder_layers": 1, "decoder_layers": 1, "width": 32, "heads": 2})
+        config.model.update({"dropout": 0.0, "mlp_dropout": 0.0, "attention_dropout": 0.0})
         config.data.update({"text": "source", "target": "target", "tokenizer": "wordpiece:400", "batch_size": 32})
         config.optim.update({"lr": 2e-2, "warmup_steps": 10})
         config.train.update({"steps": 120, "eval_every": 20, "ema": 0.9})
