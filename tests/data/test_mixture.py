@@ -14,6 +14,7 @@ from tfm_jax import config as configs
 from tfm_jax.data import examples, mixture
 from tfm_jax.errors import UserError
 from tfm_jax.evals.squad import normal
+from tfm_jax.sections import build_model
 from tfm_jax.tasks.base import LossOut, Task, bind
 from tfm_jax.tasks.distillation import divergence
 from tfm_jax.tasks.mixture import make
@@ -252,6 +253,100 @@ def test_questions_and_classes_on_one_trunk(sources, tmp_path):
     del config["evals"]["ask"]
     with pytest.raises(UserError, match="This model gives no class: it returns"):
         train(configs.resolve(config), tmp_path / "other")
-    config["model"]["outputs"] = ("tags",)
-    with pytest.raises(UserError, match=r"several heads by name \(tone\) are for 'classes' alone"):
-        build(configs.resolve(config))
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory):
+    """Words with tags that they decide: `x` and what follows it is a thing."""
+    folder, draw = tmp_path_factory.mktemp("tagged"), np.random.default_rng(1)
+    for split, count in {"train": 100, "valid": 20}.items():
+        rows = []
+        for _ in range(count):
+            words = draw.choice(["a", "b", "x"], 8).tolist()
+            words = [w if i == 0 or words[i - 1] != "x" else "c" for i, w in enumerate(words)]
+            tags = [{"x": "B-THING", "c": "I-THING"}.get(w, "O") for w in words]
+            rows.append({"words": words, "tags": tags})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": "tags", "source": f"jsonl:{folder}/*.jsonl"}
+
+
+def of_tags(sources, tagged, **changes):
+    """The config of a mixture of classes, a number and tags."""
+    asked = {"tone": "classification", "count": "regression", "thing": "token_prediction"}
+    config = {
+        "model": {"name": "bert", "layers": 1, "width": 16, "heads": 2, "max_len": 64, "outputs": ("classes", "tags")},
+        "task": {"name": "mixture", "tasks": {part: {"name": name} for part, name in asked.items()}},
+        "data": {"name": "mixture", "parts": {**parts(sources), "thing": tagged}, "tokenizer": "bytes", "seq_len": 32,
+                 "batch_size": 8},
+        "train": {"steps": 300},
+    }  # fmt: skip
+    return config | changes
+
+
+def test_a_parts_head_is_that_of_a_model_of_its_own(sources, tagged):
+    """Tags, classes and a number on one trunk: each loss is the one of a model with that head alone."""
+    mixed = build(configs.resolve(of_tags(sources, tagged)))
+    params = mixed.model.init(jax.random.key(0), **mixed.model.example())["params"]
+    assert {name for name in params if "head" in name} == {"class_head_tone", "class_head_count", "class_head_thing"}
+    for part, output in (("tone", "classes"), ("count", "classes"), ("thing", "tags")):
+        section = {**mixed.config["data"]["parts"][part], "tokenizer": "bytes", "seq_len": 32, "batch_size": 8}
+        alone = build(
+            configs.resolve(
+                {
+                    "model": {**mixed.config["model"], "outputs": (output,), "classes": None},
+                    "task": mixed.config["task"]["tasks"][part],
+                    "data": section,
+                    "train": {"steps": 300},
+                }
+            )
+        )
+        its = {name: x for name, x in params.items() if "head" not in name and (output != "tags" or name != "pooler")}
+        its["class_head"] = params[f"class_head_{part}"]
+        losses = []
+        for made, weights, split in ((alone, its, "validation"), (mixed, params, f"{part}/validation")):
+            apply, batch = bind(made.model, {}), made.data.evals(split, 8).batch_at(0)
+            losses.append(made.task.loss(apply, weights, {}, batch, None, False).metrics)
+        jax.tree.map(np.testing.assert_array_equal, losses[0], losses[1])
+        assert float(losses[0]["loss"][0]) > 0
+
+
+def test_heads_of_the_wrong_kind(sources, tagged):
+    for outputs, message in (
+        (("classes",), "This model predicts no tokens: it returns"),
+        (("tags",), "gives no class"),
+    ):
+        config = of_tags(sources, tagged)
+        config["model"]["outputs"] = outputs
+        made = build(configs.resolve(config))
+        params, apply = made.abstract_state().params, bind(made.model, {})
+        with pytest.raises(UserError, match=message):
+            for part in made.config["data"]["parts"]:
+                batch = made.data.evals(f"{part}/validation", 8).batch_at(0)
+                jax.eval_shape(lambda p, b=batch: made.task.loss(apply, p, {}, b, None, False).total, params)  # noqa: B023
+    with says(
+        "model.outputs=('classes', 'tags'): both 'classes' and 'tags' would be the logits. Give one. Both are for a mixture of"
+        " tasks, whose heads have names (model.classes)."
+    ):
+        build_model(made.config["model"] | {"outputs": ("classes", "tags"), "classes": 3})
+
+
+@pytest.mark.journey
+def test_tags_and_classes_on_one_trunk(sources, tagged, tmp_path):
+    """Entities are found and classes told by one model, which says its tags to `predict` as well."""
+    pytest.importorskip("seqeval")
+    config = of_tags(
+        sources,
+        tagged,
+        optim={"lr": 1e-2, "warmup_steps": 10},
+        evals={
+            "tone": {"split": "tone/validation"},
+            "thing": {"name": "entities", "split": "thing/validation"},
+        },
+        log={"every": 50, "tensorboard": False},
+    )
+    result = train(configs.resolve(config), tmp_path / "run").result
+    assert result["eval/thing/f1"] > 0.95 and result["eval/thing/sentences"] == 20
+    to = tmp_path / "tags.jsonl"
+    assert predict.main([f"--run={tmp_path}/run", "--split=thing/validation", f"--to={to}"]) == 0
+    said = [json.loads(line)["tags"] for line in to.read_text().splitlines()]
+    assert len(said) == 20 and {len(tags) for tags in said} == {8}

@@ -73,7 +73,7 @@ class Model(nn.Module):
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "max_len", "embedding_width", "layers", "classes")
-        heads.check_outputs(self.outputs)
+        heads.check_outputs(self.outputs, self.classes)
         super().__post_init__()
 
     @nn.compact

@@ -78,7 +78,7 @@ class Model(nn.Module):
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "max_len", "layers", "classes")
-        heads.check_outputs(self.outputs)
+        heads.check_outputs(self.outputs, self.classes)
         super().__post_init__()
 
     @nn.compact

@@ -179,7 +179,7 @@ class Discriminator(_Electra):
 
     def __post_init__(self) -> None:
         check_sizes(self, "classes")
-        heads.check_outputs(self.outputs)
+        heads.check_outputs(self.outputs, self.classes)
         if "tokens" in self.outputs:
             raise UserError("model.outputs: a discriminator predicts no tokens; the generator does.")
         super().__post_init__()

@@ -74,7 +74,7 @@ class Model(nn.Module):
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "max_len", "max_global", "layers", "classes")
-        heads.check_outputs(self.outputs)
+        heads.check_outputs(self.outputs, self.classes)
         if self.window < 2 or self.window % 2:
             raise UserError(f"model.window={self.window}: must be even, at least 2; half of it is on each side.")
         if self.block.groups != self.block.heads or self.block.qk_norm != "none":

@@ -25,18 +25,18 @@ Output = Literal["tokens", "pooled", "pair", "classes", "tags", "span", "embeddi
 # What stands for a text: its first position (Devlin et al. 2019), or the mean of all (Reimers and Gurevych 2019), for encoders whose
 # first position nothing was trained to fill.
 Pooling = Literal["first", "mean"]
-# Of these one at most: each would be the logits.
+# Of these one at most: each would be the logits. Heads by name are of a class or of tags, as their tasks ask.
 _LOGITS = ("tokens", "classes", "tags")
 
-
-def check_outputs(outputs: Sequence[Output]) -> None:
-    rivals = [name for name in _LOGITS if name in outputs]
-    if len(rivals) > 1:
-        both = " and ".join(map(repr, rivals[:2]))
-        raise UserError(f"model.outputs={tuple(outputs)}: both {both} would be the logits. Give one.")
-
-
 Classes = int | Mapping[str, int] | None
+
+
+def check_outputs(outputs: Sequence[Output], classes: Classes) -> None:
+    rivals = [name for name in _LOGITS if name in outputs]
+    if len(rivals) > 1 and ("tokens" in rivals or isinstance(classes, int)):
+        both = " and ".join(map(repr, rivals[:2]))
+        hint = "" if "tokens" in rivals else " Both are for a mixture of tasks, whose heads have names (model.classes)."
+        raise UserError(f"model.outputs={tuple(outputs)}: both {both} would be the logits. Give one.{hint}")
 
 
 def classes_of(model: Any) -> int:
@@ -45,7 +45,7 @@ def classes_of(model: Any) -> int:
         raise UserError("model.classes is not set, and no data set has filled it in.")
     if isinstance(model.classes, Mapping):
         raise UserError(
-            f"model.outputs={tuple(model.outputs)}: several heads by name ({', '.join(model.classes)}) are for 'classes' alone."
+            f"model.classes={dict(model.classes)}: several heads by name are for encoders of text (BERT, ALBERT, ELECTRA, Longformer)."
         )
     classes: int = model.classes
     return classes
@@ -58,12 +58,17 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, valid: jax.Array | N
 
     Returns:
       for `tokens` `hidden`, `unembedding` and `logits` (B, T, V) float32; for `pooled`, `pair` and `classes` `pooled`
-      (B, D); for `pair` `pair_logits` (B, 2), for `classes` `logits` (B, C), or such by name where there are several heads,
-      from what dropout leaves of `pooled`; for `tags` `logits` (B, T, C), from what it leaves of the states; for `span`
-      `span_logits` (B, T, 2) of each position beginning and ending a stretch; for `embedding` `embedding` (B, D).
+      (B, D); for `pair` `pair_logits` (B, 2), for `classes` `logits` (B, C), from what dropout leaves of `pooled`; for `tags`
+      `logits` (B, T, C), from what it leaves of the states; for `span` `span_logits` (B, T, 2) of each position beginning and
+      ending a stretch; for `embedding` `embedding` (B, D). Where heads have names, `logits` of classes and `tag_logits` are
+      dicts by name of what each head would say, of which a task reads one.
     """
     spec: BlockSpec = model.block
     asked, out = {*model.outputs}, dict[str, Any]()
+    named = {
+        name: Classifier(spec, count, name=f"class_head_{name}")
+        for name, count in (model.classes.items() if isinstance(model.classes, Mapping) else ())
+    }
     if "tokens" in asked:
         out |= TokenHead(spec, name="token_head")(x, table)
     if asked & {"pooled", "pair", "classes"}:
@@ -77,12 +82,14 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, valid: jax.Array | N
         out["embedding"] = sentence_embedding(x, valid)
     if "tags" in asked:
         kept = nn.Dropout(spec.dropout, deterministic=not train)(x) if spec.dropout else x
-        out["logits"] = Classifier(spec, classes_of(model), name="class_head")(kept)
+        if named:
+            out["tag_logits"] = {name: head(kept) for name, head in named.items()}
+        else:
+            out["logits"] = Classifier(spec, classes_of(model), name="class_head")(kept)
     if "classes" in asked:
         pooled = nn.Dropout(spec.dropout, deterministic=not train)(out["pooled"]) if spec.dropout else out["pooled"]
-        if isinstance(model.classes, Mapping):
-            heads = {name: Classifier(spec, count, name=f"class_head_{name}") for name, count in model.classes.items()}
-            out["logits"] = {name: head(pooled) for name, head in heads.items()}
+        if named:
+            out["logits"] = {name: head(pooled) for name, head in named.items()}
         else:
             out["logits"] = Classifier(spec, classes_of(model), name="class_head")(pooled)
     return out

@@ -20,6 +20,7 @@ from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
 from tfm_jax.sections import Inside
 from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, bind, extended
+from tfm_jax.tasks.mixture import heard
 
 KEY = "teacher"
 # Where the parameters that only matching needs lie.
@@ -103,10 +104,10 @@ def make(
         return {name: x for name, x in params.items() if name != BRIDGE}
 
     def logits_of(name: str, out: Mapping[str, Any], batch: Any) -> jax.Array:
-        found = out.get("logits")
-        if isinstance(found, Mapping) and "part" in batch:
+        if "part" in batch:
             (part,) = batch["part"]
-            found = found.get(part)
+            out = heard(out, part, batch)
+        found = out.get("logits")
         if not isinstance(found, jax.Array):
             raise UserError(
                 f"task.name=distillation matches logits, and the {name} gives none that are one array for"

@@ -20,12 +20,12 @@ def make(
 ) -> Task:
     """Each batch's loss is that of the task of its part, times the part's weight.
 
-    A model whose `logits` are by part gives each task its own. Training metrics are `PART_loss` and so on, besides `loss`,
+    A model whose heads have the parts' names gives each task its own's logits. Training metrics are `PART_loss` and so on, besides `loss`,
     the mean of whatever came; evaluation of a part has the names of its own task.
 
-    Parts may be several classifications and regressions, each with a head of its own; one that marks spans (questions), for
-    which a model has one head; texts made of texts (T5), which share the head over the vocabulary. Not tags or running text:
-    heads by a part's name are for a class of the whole row, and running text counts no examples.
+    Parts may be several classifications, regressions and taggings, each with a head of its own; one that marks spans
+    (questions), for which a model has one head; texts made of texts (T5), which share the head over the vocabulary. Not running
+    text, which counts no examples.
 
     Args:
       build: from a section to a task (not a config key).
@@ -65,23 +65,12 @@ def make(
             raise UserError(f"data.parts.{name} has no task.{nearest(name, made)} See task.tasks.")
         return str(name)
 
-    def own(apply: Apply, name: str) -> Apply:
-        """The model with the logits of one part."""
-
-        def applied(params: Params, /, **inputs: Any) -> dict[str, Any]:
-            out = apply(params, **inputs)
-            logits = out.get("logits")
-            if not isinstance(logits, Mapping):
-                return out
-            others = {key: x for key, x in out.items() if key != "logits"}
-            # A part whose task reads other outputs has no head among them.
-            return {**others, "logits": logits[name]} if name in logits else others
-
-        return applied
+    def own(apply: Apply, name: str, batch: Any) -> Apply:
+        return lambda params, /, **inputs: heard(apply(params, **inputs), name, batch)
 
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         name = part_of(batch)
-        out = made[name].loss(own(apply, name), params, {}, batch, rng, train)
+        out = made[name].loss(own(apply, name, batch), params, {}, batch, rng, train)
         if not train:
             return out
         total = factors[name] * out.total
@@ -93,7 +82,7 @@ def make(
             name = part_of(batch)
             if key not in made[name].predict_fns:
                 raise UserError(f"The task of {name!r} has no {key!r}.{nearest(key, made[name].predict_fns)}")
-            return made[name].predict_fns[key](own(apply, name), params, {}, batch)
+            return made[name].predict_fns[key](own(apply, name, batch), params, {}, batch)
 
         return predict
 
@@ -104,3 +93,15 @@ def make(
         predict_fns={key: predicted(key) for task in made.values() for key in task.predict_fns},
         unit=units.pop() if len(units) == 1 else "target",
     )
+
+
+def heard(out: Mapping[str, Any], part: str, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model says, and of its heads by name only the part's: `logits` of a tag for each position where the batch weighs
+    positions, else of a class for each row.
+
+    A part whose task reads other outputs has no head among them.
+    """
+    several = {key: x for key, x in out.items() if key in ("logits", "tag_logits") and isinstance(x, Mapping)}
+    one = several.get("tag_logits" if batch["weights"].ndim == 2 else "logits", {}).get(part)
+    others = {key: x for key, x in out.items() if key not in several}
+    return others if one is None else {**others, "logits": one}
