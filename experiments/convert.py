@@ -221,7 +221,7 @@ def give_back(
                 "model_type": conversion.model_type,
                 "dtype": name,
             }
-            added = 0
+            added = list[str]()
             if not kept:
                 kept, added = _own_marks(run, config, fields)
                 kept |= images.write_classes(config["data"])
@@ -239,16 +239,18 @@ def give_back(
     }
 
 
-def _own_marks(run: Path, config: configs.Config, fields: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The special ids of a run that was trained here, and how many its objective has put behind the tokenizer's own.
+def _own_marks(run: Path, config: configs.Config, fields: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The special ids of a run that was trained here, and the names of those that its objective has put behind the tokenizer's
+    own.
 
     One mark begins and ends documents, and decoders begin with it.
     """
     from tfm_jax.convert.tokenizer import pad_id
+    from tfm_jax.data import objectives
     from tfm_jax.data.tokenizers import load_tokenizer
 
     if not (run / "tokenizer").is_dir():
-        return {}, 0
+        return {}, []
     codec = load_tokenizer(run / "tokenizer")
     counted = fields.get("pad_token_id")
     if counted is not None and counted != codec.end_id and (text := codec.decode([counted])):
@@ -262,8 +264,12 @@ def _own_marks(run: Path, config: configs.Config, fields: dict[str, Any]) -> tup
     start = config["data"].get("decoder_start")
     marks = dict.fromkeys(("bos_token_id", "eos_token_id"), codec.end_id)
     marks |= {"pad_token_id": pad_id(codec), "decoder_start_token_id": codec.end_id if start is None else start}
-    masks = config["data"].get("objective") in ("mask", "denoise", "span", "order", "follow")
-    return marks, config["model"]["vocab_size"] - codec.vocab_size if masks else 0
+    data = config["data"]
+    if "objective" not in data:
+        return marks, []
+    keys = ("mask_rate", "span_length", "decoder_start", "mask_unit", "shuffle_sentences")
+    made = objectives.make(data["objective"], data["seq_len"], codec, **{key: data[key] for key in keys if key in data})
+    return marks, objectives.marks(made)
 
 
 def _dtype(name: str) -> Any:

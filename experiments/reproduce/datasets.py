@@ -149,8 +149,14 @@ class Stsb(_Files):
     }
 
 
+def lines(text: str) -> list[str]:
+    """Those of a file: `str.splitlines` cuts at marks that a sentence, or a string of JSON, may have inside."""
+    found = text.removesuffix("\n").split("\n")
+    return [line.removesuffix("\r") for line in found]
+
+
 def _aligned(english: str, german: str) -> Rows:
-    first, second = english.splitlines(), german.splitlines()
+    first, second = lines(english), lines(german)
     if len(first) != len(second):
         raise UserError(f"multi30k: {len(first)} English lines, but {len(second)} German ones; they must be aligned.")
     for en, de in zip(first, second, strict=True):
@@ -249,7 +255,7 @@ class XquadEn(_Files):
 
 
 def _abstracts(text: str) -> Rows:
-    for line in text.splitlines():
+    for line in lines(text):
         row = json.loads(line)
         yield {"source": " ".join(row["source"]), "target": row["target"][0], "references": row["target"]}
 
@@ -287,7 +293,7 @@ class WikiText2(_Files):
 
 
 def _books(text: str) -> Rows:
-    for line in text.splitlines():
+    for line in lines(text):
         row = json.loads(line)
         yield {"title": row["title"], "text": row["text"]}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import cli
-from experiments.reproduce.datasets import read_text
+from experiments.reproduce.datasets import lines, read_text
 from experiments.reproduce.record import RESULTS, write_result
 
 EXAMPLES = "  python -m experiments.reproduce.lead --data=path/to/data"
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, _ = cli.parse(made, argv)
     from tfm_jax.evals.generation import scored
 
-    rows = [json.loads(line) for line in read_text(flags.data, "scitldr/test.jsonl").splitlines()]
+    rows = [json.loads(line) for line in lines(read_text(flags.data, "scitldr/test.jsonl"))]
     found = scored([row["source"][0] for row in rows], [row["target"] for row in rows], ("rouge",))
     figures = {
         "title": "SciTLDR-A: the first sentence of each abstract as its summary, ROUGE-1 likewise",

@@ -15,6 +15,7 @@ from tfm_jax import config as configs
 from tfm_jax.convert import huggingface, images, tensors
 from tfm_jax.convert.table import Conversion, each_layer, embedding, linear, norm
 from tfm_jax.convert.tokenizer import read_tokenizer, write_files
+from tfm_jax.data import objectives
 from tfm_jax.data.tokenizers import load_tokenizer
 from tfm_jax.data.vocabularies import byte_tokenizer, train_tokenizer
 from tfm_jax.errors import UserError
@@ -593,14 +594,28 @@ def test_a_tokenizer_made_here_names_its_marks(tmp_path):
 def test_what_an_objective_adds_goes_back_with_the_tokenizer(tmp_path):
     """A mask, or sentinels, behind the tokenizer's own ids."""
     byte_tokenizer().save(tmp_path / "run" / "tokenizer")
-    for added, names in ((1, ["[MASK]"]), (3, [f"<extra_id_{i}>" for i in range(3)])):
-        out = tmp_path / f"out{added}"
+    changes = {"mask_rate": 0.15, "span_length": None}
+    for i, (objective, seq_len, names) in enumerate(
+        (
+            ("mask", 16, ["[MASK]"]),
+            ("denoise", 16, ["[MASK]"]),
+            ("span", 8, ["<extra_id_0>"]),
+            ("span", 60, [f"<extra_id_{i}>" for i in range(3)]),
+            ("next", 16, []),
+        )
+    ):
+        codec, asked = byte_tokenizer(), changes if objective != "next" else dict.fromkeys(changes)
+        added = objectives.marks(objectives.make(objective, seq_len, codec, **asked))
+        assert added == names
+        out = tmp_path / f"out{i}"
         out.mkdir()
         write_files(tmp_path / "run", out, added=added)
         found = read_tokenizer(out)
-        assert [found.token_id(name) for name in names] == list(range(257, 257 + added))
+        assert [found.token_id(name) for name in names] == list(range(257, 257 + len(names)))
         settings = json.loads((out / "tokenizer_config.json").read_text())
-        assert settings.get("mask_token") == ("[MASK]" if added == 1 else None)
+        assert settings.get("mask_token") == ("[MASK]" if "[MASK]" in names else None)
+        # Of one that has come with such marks, none are behind it, whatever the model is padded to.
+        assert names == [] or objectives.marks(objectives.make(objective, seq_len, found, **asked)) == []
 
 
 def test_a_prompt_begins_as_the_models_own_tokenizer_says(folder, tmp_path, monkeypatch):

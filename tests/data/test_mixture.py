@@ -22,6 +22,9 @@ from tfm_jax.train import rundir
 from tfm_jax.train.build import build
 from tfm_jax.train.run import train
 
+# Learning is the same on one device, and cheaper.
+ONE = jax.devices()[:1]
+
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
@@ -102,7 +105,9 @@ def test_two_tasks_are_learnt_on_one_trunk(sources, tmp_path):
     raw["task"] |= {"weights": {"stsb": 10.0}, "tasks": {k: v for k, v in raw["task"]["tasks"].items() if k != "cola"}}
     raw["evals"] = {k: v for k, v in raw["evals"].items() if k != "cola"}
     raw["train"] |= {"steps": 300}
-    result = train(configs.resolve(raw, [("log.tensorboard", "False"), ("log.every", "50")]), tmp_path).result
+    result = train(
+        configs.resolve(raw, [("log.tensorboard", "False"), ("log.every", "50")]), tmp_path, devices=ONE
+    ).result
     assert result["eval/sst2/accuracy"] > 0.9 and result["eval/stsb/spearman"] > 0.8
     assert {"train/loss", "train/sst2_loss", "train/stsb_absolute_error"} <= set(result)
 

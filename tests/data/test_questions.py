@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -104,7 +105,7 @@ def test_answers_are_found_by_the_recipes_smoke_form(tmp_path):
     config = configs.resolve(
         configs.load(f"{FOLDER}/qa_policyqa.py:smoke"), [("data.source", source), ("log.tensorboard", "False")]
     )
-    result = train(config, tmp_path / "run").result
+    result = train(config, tmp_path / "run", devices=jax.devices()[:1]).result
     assert result["eval/validation/questions"] == 40
     assert result["eval/validation/f1"] >= result["eval/validation/exact_match"] > 80
     assert predict.main([f"--run={tmp_path}/run", f"--to={tmp_path}/run/answers.jsonl", "--split=validation"]) == 0

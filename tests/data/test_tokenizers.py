@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Engine
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from tests.errors import says
 from tfm_jax.data.tokenizers import (
@@ -214,6 +214,19 @@ def test_the_first_end_mark_of_the_list_wins(tmp_path):
     engine = Engine(models.WordLevel({"[SEP]": 0, "</s>": 1, "x": 2}, unk_token="x"))
     engine.save(str(tmp_path / "t.json"))
     assert read_json_tokenizer(tmp_path / "t.json").end_id == 1
+
+
+def test_what_a_file_puts_behind_a_text_ends_it(tmp_path):
+    """RoBERTa's and BART's vocabularies have GPT-2's mark among their words."""
+    engine = Engine(models.WordLevel({"<|endoftext|>": 0, "<s>": 1, "</s>": 2, "a": 3, "x": 4}, unk_token="x"))
+    engine.add_special_tokens(["<s>", "</s>"])
+    engine.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
+    engine.save(str(tmp_path / "t.json"))
+    assert read_json_tokenizer(tmp_path / "t.json").end_id == 2
+    # One that only begins a text does not say what ends it.
+    engine.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    engine.save(str(tmp_path / "t.json"))
+    assert read_json_tokenizer(tmp_path / "t.json").end_id == 0
 
 
 def test_a_file_without_an_end_mark(tmp_path):

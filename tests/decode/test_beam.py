@@ -80,9 +80,16 @@ def prompts_of(name):
     return [[5, 3, 7], [4], [9, 9]] if name == "gpt" else [[START]] * 3
 
 
-@pytest.mark.parametrize("beams", [1, 2, 5])
-@pytest.mark.parametrize("penalty", [0.0, 1.0, -0.5])
-@pytest.mark.parametrize(("name", "stop"), [("gpt", "sure"), ("encdec", "likely"), ("t5", "sure")])
+def cases():
+    """Every model with every number of beams and every penalty; all three at once are for `make journeys`."""
+    axes = [("gpt", "sure"), ("encdec", "likely"), ("t5", "sure")], [1, 2, 5], [0.0, 1.0, -0.5]
+    for place in itertools.product(range(3), repeat=3):
+        (name, stop), beams, penalty = (axis[i] for axis, i in zip(axes, place, strict=True))
+        marks = () if sum(place) % 3 == 0 else pytest.mark.journey
+        yield pytest.param(name, stop, beams, penalty, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "stop", "beams", "penalty"), cases())
 def test_it_is_the_slow_search(name, stop, beams, penalty):
     sources = None if name == "gpt" else SOURCES
     got = beam_search(

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -40,7 +41,7 @@ def config(tmp_path_factory):
 def run(config, tmp_path_factory):
     """The run's directory and result."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    return folder, train(config, folder).result
+    return folder, train(config, folder, devices=jax.devices()[:1]).result
 
 
 def test_what_is_learnt_is_scored(run):

@@ -18,6 +18,7 @@ FAMILIES = (
 @pytest.mark.parametrize("name", FAMILIES)
 def test_products_with_the_stacks_kernels_take_bfloat16(name):
     asked = {"name": name, "width": 16, "heads": 4, "matmul_dtype": "bfloat16", "vocab_size": 50, "classes": 3}
+    asked |= {"layers": 2, "encoder_layers": 2, "decoder_layers": 2}
     defaults = {key: field.default for key, field in section_fields("model", {"name": name}).items()}
     model = build_model(defaults | {key: value for key, value in asked.items() if key in defaults or key == "name"})
     inputs = model.example()

@@ -1,6 +1,7 @@
 """A mixture of experts against loops over tokens and experts; slots, and what its router says."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,9 +12,12 @@ import pytest
 from tests.errors import says
 from tfm_jax import config as configs
 from tfm_jax.models.gpt import Model
-from tfm_jax.nn.capture import AUXILIARY
+from tfm_jax.nn.attention import Context
+from tfm_jax.nn.capture import AUXILIARY, collected
+from tfm_jax.nn.masks import Mask
 from tfm_jax.nn.moe import MoE
 from tfm_jax.nn.spec import BlockSpec
+from tfm_jax.nn.stack import Stack
 from tfm_jax.parallel import hlo
 from tfm_jax.tasks import token_prediction
 from tfm_jax.tasks.base import bind, with_auxiliary
@@ -27,6 +31,7 @@ SPEC = BlockSpec(
 )  # fmt: skip
 
 
+@functools.cache
 def params(spec):
     return jax.jit(lambda: MoE(spec, 1).init(jax.random.key(1), X)["params"])()
 
@@ -138,6 +143,20 @@ def test_the_loss_of_a_model_has_its_routers(layer_loop):
     assert float(losses[2].total) == pytest.approx(float(losses[0].total), rel=1e-6)
     total, weight = losses[1].metrics["router_balance"]
     assert 0.9 < float(total / weight) < E and "router_balance" not in losses[2].metrics
+
+
+def test_a_router_that_layers_share_is_asked_each_time():
+    """Unrolled as scanned: ALBERT's one block says a number for each layer."""
+    found, params = {}, None
+    for loop in ("loop", "scan"):
+        stack, given = Stack(SPEC, 3, loop, sharing="all"), (X, Context(Mask()))
+        params = params or stack.init(jax.random.key(5), *given, train=False)["params"]
+        _, said = stack.apply({"params": params}, *given, train=True, mutable=[AUXILIARY])
+        found[loop] = collected(said[AUXILIARY])
+        assert {a.size for a in jax.tree.leaves(said[AUXILIARY])} == {3}
+    assert found["loop"].keys() == found["scan"].keys()
+    for name, value in found["loop"].items():
+        np.testing.assert_allclose(value, found["scan"][name], rtol=1e-5, err_msg=name)
 
 
 def test_bad_sizes():

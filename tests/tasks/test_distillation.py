@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -349,8 +350,8 @@ def test_what_has_no_logits_is_refused():
         task.loss(bind(small, {}), params, {"inner": {}, "teacher": params}, batch, None, True)
 
 
-def test_a_trained_student_needs_its_teachers_folder_no_more(make_config, tmp_path):
-    train(make_config({"train.steps": 3, "model.layers": 2}), tmp_path / "teacher")
+def test_a_trained_student_needs_its_teachers_folder_no_more(make_config, teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "teacher")
     config = student(make_config, tmp_path / "teacher", **{"train.steps": 3})
     train(config, tmp_path / "run")
     want = flatten(load_params(tmp_path / "run")[0])

@@ -114,9 +114,9 @@ def test_going_on_is_the_same_as_never_stopping(config, finished, tmp_path, monk
 def test_evaluation_remembers_its_own_batches_only(config, ema, rows):
     built = build(config({"train.ema": ema}))
     with jax.set_mesh(built.layout.mesh):
-        state = built.fresh_state()
+        state, step = built.fresh_state(), built.jitted_step()
         for i in range(2):
-            state, _ = built.jitted_step()(state, built.batch(i))
+            state, _ = step(state, built.batch(i))
         context = Context(built.task, built.model, built.layout, built.data, ROWS)
         found = loss.make(context, batch_size=rows)(state)
         again = loss.make(context, batch_size=rows)(state)

@@ -109,10 +109,12 @@ def _read_mixtral(c: Fields) -> dict[str, Any]:
     c.need("router_jitter_noise", 0.0)
     c.ignore("output_router_logits")
     section = _read_rotary(c, vocab=32000, mlp=14336, kv_heads=8, head_dim=None, max_len=131072, eps=1e-5, theta=1e6)
+    chosen = c.take("num_experts_per_tok", 2)
     return section | {
         "experts": c.take("num_local_experts", 8),
-        "experts_per_token": c.take("num_experts_per_tok", 2),
-        "router_balance": c.take("router_aux_loss_coef", 0.001),
+        "experts_per_token": chosen,
+        # Theirs counts each of a token's choices as one, `nn.moe` as a share of the token.
+        "router_balance": c.take("router_aux_loss_coef", 0.001) * chosen,
     }
 
 
@@ -120,7 +122,7 @@ def _write_mixtral(m: Section) -> dict[str, Any]:
     return _write_rotary(m) | {
         "num_local_experts": m["experts"],
         "num_experts_per_tok": m["experts_per_token"],
-        "router_aux_loss_coef": m["router_balance"],
+        "router_aux_loss_coef": m["router_balance"] / m["experts_per_token"],
     }
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,11 @@ def keep_files(folder: Path, run: Path, part: str = "") -> None:
             shutil.copyfile(folder / part / name, kept / name)
 
 
-def write_files(run: Path, folder: Path, part: str = "", *, added: int = 0) -> None:
+def write_files(run: Path, folder: Path, part: str = "", *, added: Sequence[str] = ()) -> None:
     """The files that `transformers` reads: those that came with the model, else what its own format can say.
 
     Args:
-      added: ids behind the tokenizer's own that the run's objective has taken, a mask or sentinels.
+      added: names of the ids behind the tokenizer's own that the run's objective has taken, see `objectives.marks`.
     """
     kept = run / KEPT / part
     if kept.is_dir():
@@ -123,9 +124,8 @@ def write_files(run: Path, folder: Path, part: str = "", *, added: int = 0) -> N
     if (saved / JSON_FILE).is_file():
         engine = tokenizers.Tokenizer.from_file(str(saved / JSON_FILE))
         first = max(engine.get_vocab(with_added_tokens=True).values()) + 1
-        names = ["[MASK]"] if added == 1 else [f"<extra_id_{i}>" for i in range(added)]
-        engine.add_special_tokens(names)
-        assert [engine.token_to_id(name) for name in names] == list(range(first, first + added))
+        engine.add_special_tokens([*added])
+        assert [engine.token_to_id(name) for name in added] == list(range(first, first + len(added)))
         engine.save(str(folder / JSON_FILE))
         (folder / "tokenizer_config.json").write_text(json.dumps(_settings(folder / JSON_FILE), indent=2))
     elif (saved / SENTENCEPIECE_FILE).is_file():

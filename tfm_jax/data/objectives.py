@@ -91,6 +91,13 @@ def make(
     return Span(window, noise, tuple(marks), tokenizer.end_id, start, first)
 
 
+def marks(objective: Objective) -> list[str]:
+    """Names of the ids that an objective has put behind the tokenizer's own, as other libraries write them."""
+    if isinstance(objective, Span):
+        return [f"<extra_id_{i}>" for i in range(objective.added)]
+    return [MASKS[0]] * objective.added
+
+
 def fingerprint(objective: Objective) -> str:
     """Of the rows that an objective makes: what it is, and a digest of what its text does not show of the vocabulary."""
     words: Words | None = getattr(getattr(objective, "mask", objective), "words", None)

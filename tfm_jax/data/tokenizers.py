@@ -1,7 +1,7 @@
 """Tokenizers behind one interface: Hugging Face `tokenizers` files and SentencePiece models.
 
 A saved tokenizer is one file in a run folder, `tokenizer.json` or `tokenizer.model`; the end mark is found again
-by name, so nothing else needs keeping.
+by what the file puts behind a text, or by name, so nothing else needs keeping.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class JsonTokenizer:
 
     @cached_property
     def end_id(self) -> int:
+        # Its own word for it: the vocabularies of RoBERTa and BART have kept GPT-2's mark, which they never use.
+        whole = self._engine.encode("a", add_special_tokens=True)
+        if whole.ids and whole.special_tokens_mask[-1]:
+            return int(whole.ids[-1])
         return _find_end(self._vocab, self.name)
 
     @cached_property

@@ -53,8 +53,9 @@ class Figures:
             "state": [run.state for run in self.runs],
             "step": [run.step for run in self.runs],
         }
+        self.kinds = dict[str, str]()
         for key in report.keys:
-            kind = scale([run.config.get(key) for run in self.runs if run.config])
+            self.kinds[key] = kind = scale([run.config.get(key) for run in self.runs if run.config])
             # Of a run that cannot be read nothing is known.
             values = [run.config.get(key) if run.config else math.nan for run in self.runs]
             columns[key] = values if kind != "category" else [shown(v) if v == v else "" for v in values]
@@ -157,8 +158,8 @@ class Figures:
         Of whole runs: what was pruned is hollow."""
         metric = self.report.metric
         runs = [run for run in self.runs if run.config and run.value(metric) is not None]
-        values = [run.config.get(key) for run in runs]
-        kind = scale(values)
+        # As its column is, which also has runs without the metric.
+        values, kind = [run.config.get(key) for run in runs], self.kinds[key]
         settings: dict[str, Any] = {"x_axis_type": kind}
         if kind == "category":
             settings = {"x_range": FactorRange(*dict.fromkeys(sorted(shown(v) for v in values)))}
