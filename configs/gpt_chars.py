@@ -3,7 +3,7 @@
     python -m experiments.train --config=configs/gpt_chars.py --config.data.source=text:GLOB --workdir=runs/chars
 
 On Tiny Shakespeare (1.1 MB, the last tenth held out): a validation loss of 1.80 after 2,000 steps, a minute and a half on two CPU
-cores; the nanoGPT README has 1.88 at its own rate, where it is 1.90 here. `:smoke` stops after 20 steps.
+cores; the nanoGPT README has 1.88 at half the rate. `:smoke` stops after 20 steps.
 """
 
 from __future__ import annotations

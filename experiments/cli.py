@@ -63,6 +63,11 @@ def parse(
     flags, unknown = made.parse_known_args(rest)
     if unknown:
         made.error(f"unknown argument {unknown[0]!r}.{nearest(unknown[0].partition('=')[0], known)}")
+    whole = next((action for action in made._actions if action.dest == "config"), None)
+    if whole is not None and whole.help == HIDDEN and flags.config is not None:
+        raise UserError(
+            f"--config={flags.config}: the config is the run's or the model's own; change it with --config.KEY=VALUE."
+        )
     return flags, overrides
 
 
@@ -101,6 +106,11 @@ def add_average(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--decay", type=float, default=1.0, help="each of them weighs this much of the next; 1 for the mean"
     )
+
+
+def add_overrides(made: argparse.ArgumentParser) -> None:
+    """`--config.KEY=VALUE` for a command whose config is a run's own: `parse` refuses another one."""
+    made.add_argument("--config", help=HIDDEN)
 
 
 def averaged(flags: argparse.Namespace) -> dict[str, Any]:

@@ -38,14 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the tensors given back")
     made.add_argument("--table", help="a conversion of your own, package.module:NAME (see tfm_jax/convert/table.py)")
     made.add_argument("--ignore", action="append", default=[], help="a field of config.json that changes nothing")
-    made.add_argument("--config", help=cli.HIDDEN)
+    cli.add_overrides(made)
     flags, overrides = cli.parse(made, argv)
     cli.setup()
     inwards, outwards = flags.source.startswith("hf:"), flags.to.startswith("hf:")
     if inwards == outwards:
         raise UserError(f"--from={flags.source} --to={flags.to}: one of them must be hf:FOLDER, the other a run.")
-    if flags.config is not None:
-        raise UserError(f"--config={flags.config}: a conversion takes its config from the model it reads.")
     idle = ("step", "dtype", "average", "decay") if inwards else ("ignore",)
     for flag in idle:
         if getattr(flags, flag) != made.get_default(flag):

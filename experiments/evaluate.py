@@ -46,13 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_average(made)
     made.add_argument("--table", type=Path, metavar="FILE.csv", help="write all results to one table")
     made.add_argument("--again", action="store_true", help="evaluate also what has been evaluated before")
-    # Only for `parse` to know that overrides are welcome: the config itself is the run's.
-    made.add_argument("--config", help=cli.HIDDEN)
+    cli.add_overrides(made)
     flags, overrides = cli.parse(made, argv)
     if flags.follow and flags.steps != "all":
         raise UserError("--follow waits for the checkpoints of --steps=all: give both.")
-    if flags.config is not None:
-        raise UserError(f"--config={flags.config}: a run has its own config; change it with --config.KEY=VALUE.")
     averaged = cli.averaged(flags)
     cli.setup()
     import jax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import sys
@@ -23,6 +24,9 @@ EXAMPLES = """\
   python -m experiments.generate --run runs/t5 --prompt 'translate English to German: That is good.' --beams 5"""
 
 
+DRAWN, SEARCHED = ("temperature", "top_k", "top_p", "seed"), ("length_penalty",)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     from tfm_jax.decode.sample import Sampling
 
@@ -40,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--no_stream", action="store_true", help="print the text when it is whole")
     flags, _ = cli.parse(made, argv)
+    _check_search(made, flags)
     cli.setup()
     run = Loaded(flags.run, flags.step, **cli.averaged(flags))
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
@@ -54,6 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.json:
         cli.print_json({"step": run.step, "prompt": flags.prompt, "text": text, "tokens": tokens, "seconds": seconds})
     return 0
+
+
+def _check_search(made: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    """Beam search draws nothing, and drawing has no beams: what the other is told would do nothing."""
+    idle, how = (DRAWN, "--beams draws no token") if flags.beams else (SEARCHED, "is of beam search: give --beams too")
+    for name in idle:
+        if getattr(flags, name) != made.get_default(name):
+            raise UserError(f"--{name}={getattr(flags, name)}: {how}.")
 
 
 class Loaded:

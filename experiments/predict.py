@@ -48,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--beams", type=int, help="of beam search")
     made.add_argument("--length_penalty", type=float, help="of beam search: above 0 favours longer texts")
     made.add_argument("--max_new", type=int, help="tokens that beam search makes at most")
-    # Only for `parse` to know that overrides are welcome: the config itself is the run's.
-    made.add_argument("--config", help=cli.HIDDEN)
+    cli.add_overrides(made)
     flags, overrides = cli.parse(made, argv)
     if flags.to.suffix not in (".npy", ".jsonl"):
         raise UserError(f"--to={flags.to}: the file's name must end in .npy or .jsonl.")

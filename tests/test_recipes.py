@@ -110,6 +110,11 @@ def test_a_teacher_that_has_spoken_beforehand(reviews, trained, tmp_path):
         losses.append(float(metrics["soft_loss"][0]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0] > 0
+    # What it has said is to learn from: what has learnt needs it no more, and may label other texts.
+    gone = configs.resolve(
+        apart, [("data.predictions", str(tmp_path / "gone.npy")), ("data.source", reviews.replace("*", "valid"))]
+    )
+    assert build(gone, for_training=False).data.evals("validation", 8).batch_at(0)["weights"].sum() > 0
     with says(
         f"data.predictions='{file}' is of the classes ['bad', 'good'], as told.names.json says, and here they are ['good', 'bad']:"
         " set data.names in the teacher's order."

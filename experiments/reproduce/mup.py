@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli, coordinates
-from experiments.reproduce.record import RESULTS, write_result
+from experiments.reproduce.record import RESULTS, each, write_result
 from tfm_jax import config as configs
 
 EXAMPLES = """\
@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         losses = {name: sweep(config, flags.widths, flags.powers, name, flags.workdir) for name in ("standard", "mup")}
         draw(flags.results / "mup_rates.png", losses)
         figures["rates"] = found = rates(losses)
-        write_result("mup_rates", found, config=flags.config, seed=0, folder=flags.results)
+        runs = [json.loads(path.read_text()) for path in flags.workdir.glob("*/result.json")]
+        said = {key: each(runs, key) for key in ("revision", "date")}
+        write_result("mup_rates", found, config=flags.config, seed=0, folder=flags.results, **said)
         wrong |= not found["apart_in_factors_of_2"]["mup"] <= 1
     if flags.json:
         cli.print_json(figures)

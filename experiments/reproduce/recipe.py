@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 
 from experiments import cli
 from experiments.reproduce.goals import Goal, check
-from experiments.reproduce.record import RESULTS, write_result
+from experiments.reproduce.record import RESULTS, each, write_result
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import folders_beside
@@ -114,9 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures,
             config={"file": flags.config, "overrides": settings},
             folder=results,
-            # A finished run may be older than the code and the day.
-            revision=_each(found, "revision"),
-            date=_each(found, "date"),
+            revision=each(found.values(), "revision"),
+            date=each(found.values(), "date"),
         )
     spread = f" (+- {figures['deviation']:.4f} over {len(found)} seeds)" if len(found) > 1 else ""
     print(f"{name}: {figures['metric']} {figures['mean']:.4f}{spread}")
@@ -152,11 +151,6 @@ def _trained(config: str, seed: int, run: Path, overrides: Sequence[tuple[str, s
         raise SystemExit(code)
     result: dict[str, Any] = json.loads((run / "result.json").read_text())
     return result
-
-
-def _each(found: Mapping[int, Mapping[str, Any]], key: str) -> str:
-    """What the seeds' runs say of themselves, each text once."""
-    return ", ".join(sorted({result[key] for result in found.values()}))
 
 
 def _figures(found: Mapping[int, Mapping[str, Any]], recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from tfm_jax.files import write_atomic
 from tfm_jax.train import rundir
 
 RESULTS = Path("results")
+
+
+def each(results: Iterable[Mapping[str, Any]], key: str) -> str:
+    """What results say of themselves, each text once: a finished run may be older than the code and the day."""
+    return ", ".join(sorted({str(result[key]) for result in results if key in result}))
 
 
 def write_result(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.reproduce.record import write_result
+from experiments.reproduce.record import each, write_result
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 from tfm_jax.sweep import trials
@@ -32,6 +32,12 @@ EXAMPLES = """\
   python -m experiments.reproduce.sweeps --data path/to/input.txt
   python -m experiments.reproduce.sweeps --data path/to/input.txt --only kills"""
 METRIC = "eval/validation/loss"
+# Whose runs each part's figures are of.
+READ = {
+    "vectorise": ("parallel", "vectorised"),
+    "asha": ("vectorised", "asha"),
+    "kills": ("kills_quiet", "kills_killed"),
+}
 TOGETHER = ("--vectorise=4", "--parallel=2")
 
 
@@ -51,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {}
     for name in flags.only:
         found[name] = PARTS[name](flags)
-        write_result(
-            f"sweep_{name}", found[name], config=" ".join(_base(flags)).replace(str(flags.data), "DATA"), seed=0
-        )
+        config = " ".join(_base(flags)).replace(str(flags.data), "DATA")
+        runs = [
+            json.loads(path.read_text()) for of in READ[name] for path in (flags.workdir / of).glob("*/result.json")
+        ]
+        said = {key: each(runs, key) for key in ("revision", "date")}
+        write_result(f"sweep_{name}", found[name], config=config, seed=0, **said)
         print(f"{name}: {found[name]}", flush=True)
     if flags.json:
         cli.print_json(found)

@@ -440,7 +440,7 @@ def test_places_that_cannot_be(folder, tmp_path):
             convert.bring_in(path, target)
     with says(f"{path} is not a run directory: its config.json has no section 'model'. A model folder is hf:{path}."):
         convert.give_back(path, tmp_path / "out")
-    with says("--config=x.py: a conversion takes its config from the model it reads."):
+    with says("--config=x.py: the config is the run's or the model's own; change it with --config.KEY=VALUE."):
         convert.main(["--from=hf:a", "--to=b", "--config=x.py"])
 
 

@@ -153,6 +153,11 @@ def test_bad_input(sources):
         built(task={"tasks": {"tone": {"name": "classification", "label_smooth": 0.1}}})
     with says("task.tasks.tune: no part of the data is for it. Did you mean 'tone'? See data.parts."):
         built(task={"tasks": {name: {"name": "classification"} for name in ("tone", "count", "tune")}})
+    with says("data.parts.count has no task. Valid: tone. See task.tasks."):
+        built(task={"tasks": {"tone": {"name": "classification"}}})
+    # Before training, and not at the first batch of that part.
+    with says("task.name=classification wants classes, and this data's targets are numbers: try regression."):
+        built(task={"tasks": {name: {"name": "classification"} for name in ("tone", "count")}})
     with says("task.weights.tune: there is no such task. Did you mean 'tone'?"):
         built(task={"weights": {"tune": 2.0}})
     with says(
@@ -322,17 +327,13 @@ def test_heads_of_the_wrong_kind(sources, tagged):
     ):
         config = of_tags(sources, tagged)
         config["model"]["outputs"] = outputs
-        made = build(configs.resolve(config))
-        params, apply = made.abstract_state().params, bind(made.model, {})
         with pytest.raises(UserError, match=message):
-            for part in made.config["data"]["parts"]:
-                batch = made.data.evals(f"{part}/validation", 8).batch_at(0)
-                jax.eval_shape(lambda p, b=batch: made.task.loss(apply, p, {}, b, None, False).total, params)  # noqa: B023
+            build(configs.resolve(config))
     with says(
         "model.outputs=('classes', 'tags'): both 'classes' and 'tags' would be the logits. Give one. Both are for a mixture of"
         " tasks, whose heads have names (model.classes)."
     ):
-        build_model(made.config["model"] | {"outputs": ("classes", "tags"), "classes": 3})
+        build_model(configs.resolve(config)["model"] | {"outputs": ("classes", "tags"), "classes": 3})
 
 
 @pytest.mark.journey

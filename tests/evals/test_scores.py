@@ -1,5 +1,7 @@
 """Scores on predictions worked out by hand, and of runs: what the evaluator sees is the whole split, each row once."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -70,6 +72,13 @@ def test_bad_input(make_config):
     classes = type("Data", (), {"evals": staticmethod(lambda split, rows: Passes())})
     with says("evals: spearman is a score of numbers, and this data has classes: accuracy, f1, macro_f1, matthews."):
         scores.make(Context(task, built.model, built.layout, classes, 8), metrics=("accuracy", "spearman"))
+    for model, split in (
+        (SimpleNamespace(classes=3), "validation"),
+        (SimpleNamespace(classes={"a": 2, "b": 3}), "b/test"),
+    ):
+        with says("evals: f1 is of class 1 among two; this task has 3. Take macro_f1."):
+            scores.make(Context(task, model, built.layout, classes, 8), metrics=("f1",), split=split)
+    scores.make(Context(task, model, built.layout, classes, 8), metrics=("f1",), split="a/test")
     with says("evals: pearson is a score of numbers, and this task predicts classes."):
         scores.scored("pearson", np.zeros(3), np.zeros((3, 2)))
     with says("evals: metrics is empty: give for instance ('matthews',)."):

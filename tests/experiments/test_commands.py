@@ -134,6 +134,15 @@ def test_other_mistakes(config_file, tmp_path, capsys):
     assert str(found.value).startswith(f"{tmp_path} is not a run directory: it has no config.json.")
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--beams=2", "--temperature=0.5"], "--temperature=0.5: --beams draws no token."),
+    (["--length_penalty=0.5"], "--length_penalty=0.5: is of beam search: give --beams too."),
+])  # fmt: skip
+def test_flags_that_would_do_nothing(flags, message):
+    with says(message):
+        generate.main(["--run=somewhere", *flags])
+
+
 def test_overrides_with_a_space():
     made = cli.parser("x", "y")
     made.add_argument("--config")

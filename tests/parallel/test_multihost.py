@@ -23,7 +23,7 @@ TIMEOUT = 150
 def start_together(start_command, command_env, config_file):
     """Start one run in several processes of one device each."""
 
-    def start(run, count, each=None):
+    def start(run, count, each=None, config_file=config_file):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -56,6 +56,52 @@ def alone(tmp_path_factory, make_config):
     run = tmp_path_factory.mktemp("alone") / "run"
     train(make_config(), run)
     return run
+
+
+@pytest.mark.journey
+def test_processes_write_the_same_texts(start_together, tmp_path):
+    """Beam search of the evaluation, whose rows the model splits over the processes."""
+    pytest.importorskip("sacrebleu")
+    from tfm_jax import config as configs
+    from tfm_jax.train.run import train
+
+    for name in ("train", "valid"):
+        rows = [{"source": f"{i} is {i * i}", "target": f"{i * i} of {i}"} for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    size = {
+        "width": 16,
+        "heads": 2,
+        "mlp_width": 24,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "max_len": 32,
+        "init_std": 0.5,
+    }
+    config = {
+        "model": {"name": "encdec", **size},
+        "data": {
+            "name": "pairs",
+            "source": f"jsonl:{tmp_path}/*.jsonl",
+            "tokenizer": "bytes",
+            "seq_len": 16,
+            "batch_size": 8,
+        },
+        "train": {"steps": 2, "eval_every": 0},
+        "optim": {"warmup_steps": 0},
+        "evals": {"made": {"name": "generation", "metrics": ("chrf",), "beams": 2, "max_new": 8}},
+        "log": {"tensorboard": False},
+    }
+    file, run = tmp_path / "pairs.py", tmp_path / "run"
+    file.write_text(f"import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({config!r})\n")
+    children = start_together(run, 2, config_file=file)
+    errors = finish(children)
+    assert [child.returncode for child in children] == [0, 0], errors
+    result, alone = (
+        json.loads((run / "result.json").read_text()),
+        train(configs.resolve(config), tmp_path / "one").result,
+    )
+    assert result["eval/made/sentences"] == 40 and alone["eval/made/chrf"] > 0
+    assert result["eval/made/chrf"] == pytest.approx(alone["eval/made/chrf"], rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.journey)])

@@ -192,6 +192,36 @@ def test_a_teachers_classes_in_another_order(tmp_path):
     assert lines == ["data.names: ['POSITIVE', 'NEGATIVE'] there, ['negative', 'positive'] here"]
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_teacher_whose_numbers_have_another_unit(tmp_path, mixed):
+    """Its similarities from 0 to 1 would be learnt as such from 0 to 5."""
+    for split in ("train", "valid"):
+        rows = [{"text": f"the whale {i}", "label": float(i % 5)} for i in range(16)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"name": "bert", "layers": 1, "width": 16, "heads": 2, "max_len": 16, "outputs": ("classes",)}
+    data = {"name": "examples", "source": f"jsonl:{tmp_path}/*.jsonl", "kind": "number"}
+    common, folder = {"tokenizer": "bytes", "seq_len": 16, "batch_size": 8}, tmp_path / "teacher"
+
+    def built(scale, **wrapper):
+        task = {"name": "regression", "scale": scale}
+        task, own = (
+            ({"name": "mixture", "tasks": {"a": task}}, {"name": "mixture", "parts": {"a": data}})
+            if mixed
+            else (task, data)
+        )
+        task = {**wrapper, "task": task} if wrapper else task
+        return build(
+            configs.resolve({"model": model, "task": task, "data": {**own, **common}, "train": {"steps": 200}})
+        )
+
+    rundir.begin(folder, built(5.0).config, byte_tokenizer())
+    student = {"name": "distillation", "teacher": str(folder)}
+    built(5.0, **student)
+    setting = "task.tasks.a.scale" if mixed else "task.scale"
+    with says(f"{folder} has {setting}=5.0, and here it is 1.0: a student's numbers are in its teacher's unit."):
+        built(1.0, **student)
+
+
 def test_a_teacher_with_fewer_segments(bert, tmp_path):  # noqa: F811
     """What it says of a pair would be NaN, and every step skipped; one that has none says numbers."""
     for split in ("train", "valid"):
@@ -299,6 +329,8 @@ def test_bad_pairs():
         extra = {"inner": {}, "teacher": other.init(jax.random.key(0), **other.example())["params"]}
         return task.loss(bind(small, {}), params, extra, batch, None, True)
 
+    with says("task.teacher='x' takes no fresh, which this data gives."):
+        tried(batch=batch | {"inputs": {**batch["inputs"], "fresh": jnp.ones((1,), bool)}})
     t5 = T5Model(BlockSpec(width=8, heads=2), vocab_size=9, encoder_layers=1, decoder_layers=1)
     with says("task.teacher='x' reads decoder_tokens, which this data has not."):
         tried(other=t5)

@@ -254,5 +254,5 @@ def test_mistakes(sweep):
         evaluate.main([f"--run={run}", "--decay=0.8"])
     with says("--average=0: must be at least 1."):
         evaluate.main([f"--run={run}", "--average=0"])
-    with says("--config=x.py: a run has its own config; change it with --config.KEY=VALUE."):
+    with says("--config=x.py: the config is the run's or the model's own; change it with --config.KEY=VALUE."):
         evaluate.main([f"--run={run}", "--config=x.py"])

@@ -216,6 +216,10 @@ def test_adafactor_keeps_factors():
         (dict(clip_norm=0.0), "optim.clip_norm=0.0: must be above 0, or None for no clipping."),
         (dict(lr_multipliers=["up"]), "optim.lr_multipliers: 'up' is not a pair (regex, factor)."),
         (
+            dict(lr_multipliers=[("block_0/up/kernel", 2.0)], freeze=["block_0"]),
+            "optim.lr_multipliers: the pattern 'block_0/up/kernel' matches only parameters that are frozen, such as block_0/up/kernel.",
+        ),
+        (
             dict(lr_multipliers=[("block_0/up/kernle", 1)]),
             "optim.lr_multipliers: the pattern 'block_0/up/kernle' matches no parameter."
             " Did you mean 'block_0/up/kernel'?",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -75,7 +76,8 @@ def make(
       split, valid_fraction, cache_dir, workers, tokenizer_dir: as for `data.tokens`.
 
     Raises:
-      UserError: a field that the source lacks, a label that is no class of the train split or no number, with its place.
+      UserError: a field that the source lacks; a label that is no class of the train split or no number, with its place, in
+        the train split or when another is asked for.
     """
     corpora = open_records(
         "examples",
@@ -100,22 +102,22 @@ def make(
     if seq_len < marks + needed:
         raise UserError(f"data.seq_len={seq_len}: the marks alone take {marks}, and each text at least one more.")
     root = cache_root(cache_dir)
-    labels = {
-        name: [0] * (len(Texts.of(stream, codec.end_id).edges) - 1)
-        if label is None
-        else _labels(corpora[0], name, label, root)
-        for name, stream in corpora[0].streams.items()
-    }
+    counts = {name: len(Texts.of(stream, codec.end_id).edges) - 1 for name, stream in corpora[0].streams.items()}
     if names is not None and kind != "class":
         raise UserError(f"data.names={tuple(names)}: a number has no classes. Leave it out.")
     known = list(names or ())
     if twice := [name for i, name in enumerate(known) if name in known[:i]]:
         raise UserError(f"data.names={tuple(known)}: {twice[0]!r} stands there twice. Name each class once.")
-    classes = [] if kind != "class" or label is None else known or _classes(labels["train"], source, label)
-    told = None if predictions is None else _told(predictions, len(labels["train"]), classes)
+    classes = list[Any]()
+    if kind == "class" and label is not None:
+        classes = known or _classes(_labels(corpora[0], "train", label, root), source, label)
+    told = None if predictions is None else _told(predictions, counts["train"], classes)
 
+    @functools.cache
     def made(name: str) -> _Examples | _Apart:
-        targets = None if label is None else _targets(labels[name], kind, classes, corpora[0], name, label)
+        # Of splits that are asked for: GLUE's test sets have labels that are none.
+        given = None if label is None else _labels(corpora[0], name, label, root)
+        targets = None if given is None else _targets(given, kind, classes, corpora[0], name, str(label))
         teacher = told if name == "train" else None
 
         def of(*corpora: Corpus) -> _Examples:
@@ -124,22 +126,19 @@ def make(
 
         return _Apart(*(of(corpus) for corpus in corpora)) if apart else of(*corpora)
 
-    makers = {name: made(name) for name in labels}
-
     def evals(name: str, rows: int | None) -> Dataset:
         corpora[0].stream(name)
-        return Pass(makers[name], rows or batch_size)
+        return Pass(made(name), rows or batch_size)
 
     facts = [corpora[0].fingerprint, *(c.fingerprint for c in corpora[1:]), label, kind, classes, seq_len]
     facts += ["apart"] if apart else []
-    facts += [] if told is None else [hashlib.sha256(np.ascontiguousarray(told).tobytes()).hexdigest()]
     sizes = {"classes": len(classes) if kind == "class" else 1} if label is not None else {}
     return Data(
-        train=Training(makers["train"], batch_size, seed),
+        train=Training(made("train"), batch_size, seed),
         evals=evals,
         vocab_size=codec.vocab_size,
         tokenizer=codec,
-        facts={name: {"examples": len(found)} for name, found in makers.items()},
+        facts={name: {"examples": count} for name, count in counts.items()},
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         filled_in={"names": classes} if label is not None and kind == "class" else {},
         sizes=sizes | ({"types": 2} if pair is not None and not apart and frame.types else {}),

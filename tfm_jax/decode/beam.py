@@ -16,6 +16,7 @@ import numpy as np
 
 from tfm_jax.decode.inputs import Inputs, ends_of, forward_of, is_end, largest, prepare, read_prompt
 from tfm_jax.errors import UserError
+from tfm_jax.parallel.multihost import whole
 
 Stop = Literal["likely", "sure"]
 
@@ -73,7 +74,8 @@ def beam_search(
     inputs = prepare(model, prompts, sources, max_new, prefix)
     found, scores = _search(model, params, inputs, beams, max_new, length_penalty, stop, ends_of(end_id), allowed)
     out = []
-    for rows, row_scores in zip(np.asarray(found), np.asarray(scores), strict=True):
+    # The model may have split the rows over processes.
+    for rows, row_scores in zip(*whole((found, scores)), strict=True):
         kept = [(row, score) for row, score in zip(rows, row_scores, strict=True) if score > -np.inf]
         out.append([Hypothesis([int(t) for t in row if t >= 0], float(score)) for row, score in kept])
     return out

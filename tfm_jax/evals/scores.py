@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -42,6 +42,8 @@ def make(
         raise UserError("evals: scores needs a task that predicts a class or a number for each example.")
     dataset = context.data.evals(split, context.rows(batch_size))
     kind = targets_of(dataset.batch_at(0)).dtype.kind
+    if "f1" in metrics:
+        _check_two(_classes(context.model, split))
     for metric in metrics:
         if kind == "f" and metric not in NUMBERS:
             raise UserError(f"evals: {metric} is a score of classes, and this data has numbers: {', '.join(NUMBERS)}.")
@@ -61,6 +63,17 @@ def make(
     return evaluate
 
 
+def _classes(model: Any, split: str) -> int | None:
+    """How many a model tells apart, of a mixture that of the split's part; None where it does not say."""
+    found = getattr(model, "classes", None)
+    return found.get(split.partition("/")[0]) if isinstance(found, Mapping) else found
+
+
+def _check_two(classes: int | None) -> None:
+    if classes not in (None, 2):
+        raise UserError(f"evals: f1 is of class 1 among two; this task has {classes}. Take macro_f1.")
+
+
 def scored(metric: str, wanted: np.ndarray, found: np.ndarray) -> float:
     """One score of predictions: logits (N, C) of classes (N,), or numbers (N,)."""
     if metric in NUMBERS:
@@ -76,6 +89,6 @@ def scored(metric: str, wanted: np.ndarray, found: np.ndarray) -> float:
         return float(measures.accuracy_score(wanted, chosen))
     if metric == "matthews":
         return float(measures.matthews_corrcoef(wanted, chosen))
-    if metric == "f1" and found.shape[1] != 2:
-        raise UserError(f"evals: f1 is of class 1 among two; this task has {found.shape[1]}. Take macro_f1.")
+    if metric == "f1":
+        _check_two(found.shape[1])
     return float(measures.f1_score(wanted, chosen, average="binary" if metric == "f1" else "macro"))

@@ -132,6 +132,8 @@ def make(
                 raise UserError(
                     f"task.teacher={teacher!r} reads {', '.join(sorted(missing))}, which this data has not."
                 )
+            if surplus := _unknown(taught_by, batch["inputs"]):
+                raise UserError(f"task.teacher={teacher!r} takes no {', '.join(surplus)}, which this data gives.")
             told = bind(taught_by, {})(extra[KEY], **batch["inputs"], train=False, capture=listening)
             told = jax.lax.stop_gradient(told)
         elif "teacher" in batch:
@@ -179,6 +181,12 @@ def _read(model: nn.Module) -> set[str]:
     taken = inspect.signature(type(model).__call__).parameters.values()
     needed = {p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     return needed - {"self", "train"}
+
+
+def _unknown(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
+    """The inputs that a model has no argument for."""
+    taken = inspect.signature(type(model).__call__).parameters
+    return [] if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else sorted({*inputs} - {*taken})
 
 
 class Captured(dict[str, list[jax.Array]]):

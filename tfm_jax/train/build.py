@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 
 from tfm_jax import config as configs
+from tfm_jax.data.mixture import Training as Mixed
 from tfm_jax.data.rows import Training as OfManyLengths
 from tfm_jax.errors import UserError
 from tfm_jax.evals.base import Context, Evaluate
@@ -25,7 +26,7 @@ from tfm_jax.parallel.devices import peak_flops
 from tfm_jax.parallel.multihost import global_batch
 from tfm_jax.parallel.sharding import Layout
 from tfm_jax.sections import build_model, family, fill, make_named, section_fields
-from tfm_jax.tasks.base import Task, with_auxiliary
+from tfm_jax.tasks.base import Task, bind, with_auxiliary
 from tfm_jax.tasks.ema import with_ema
 from tfm_jax.train import mup, optim, quantize, settings
 from tfm_jax.train.check import check, check_batch, check_donors, check_inputs, check_told
@@ -168,7 +169,8 @@ def build(
         check_told(config)
         quantize.check(train.quantize)
     pipeline = pipeline_of(config, layout)
-    data = _open_data(config["data"], tokenizer_dir)
+    # What a teacher has said is to learn from, and need not be there any more.
+    data = _open_data(config["data"] if for_training else _untold(config["data"]), tokenizer_dir)
     if (split := layout.mesh.shape["context"]) > 1 and isinstance(data.train, OfManyLengths):
         raise UserError(
             f"mesh.context={split} splits sequences of one length, and data.name={config['data']['name']!r} has rows of many."
@@ -199,7 +201,7 @@ def build(
         shapes, steps=train.steps, scales=scales, **{**config["optim"], "freeze": frozen(config, task)}
     )
     step = make_train_step(task, trains, optimizer.tx, accum=train.accum, seed=train.seed)
-    return Experiment(
+    experiment = Experiment(
         config=config,
         train=train,
         checkpoint=checkpoint,
@@ -213,6 +215,22 @@ def build(
         step=_from_host(step) if layout.optimizer_memory == "host" else step,
         jit=jit,
     )
+    if for_training and isinstance(data.train, Mixed):
+        _check_parts(experiment, data.train)
+    return experiment
+
+
+def _check_parts(experiment: Experiment, mixed: Mixed) -> None:
+    """Each part's task must read what its data and the model give: its first batch may come long after training has begun."""
+    task, model = experiment.task, experiment.model
+
+    def loss(state: TrainState, batch: Any, key: jax.Array) -> Any:
+        return task.loss(bind(model, state.mutables), state.params, state.extra, batch, key, True).total
+
+    with jax.set_mesh(experiment.layout.mesh):
+        for name, part in mixed.parts.items():
+            batch = {**part.batch_at(0), "part": {name: None}}
+            jax.eval_shape(loss, experiment.abstract_state(), batch, jax.random.key(0))
 
 
 def frozen(config: configs.Config, task: Task) -> list[str]:

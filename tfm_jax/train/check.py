@@ -45,6 +45,8 @@ def check(config: configs.Config, layout: Layout) -> None:
         raise UserError(
             f"task.tasks.{idle[0]}: no part of the data is for it.{nearest(idle[0], parts)} See data.parts."
         )
+    if tasks is not None and parts is not None and (alone := sorted({*parts} - {*tasks})):
+        raise UserError(f"data.parts.{alone[0]} has no task.{nearest(alone[0], tasks)} See task.tasks.")
     _check_watched(config)
     objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
     if objective is not None and fitting is not None and objective not in fitting:
@@ -163,7 +165,8 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
 
 
 def check_donors(config: configs.Config, task: Task, data: Any) -> None:
-    """A teacher must read the ids that this data gives, tell as many segments apart, and know its classes in their order."""
+    """A teacher must read the ids that this data gives, tell as many segments apart, know its classes in their order, and have its
+    numbers in the same unit."""
     for run in task.donors.values():
         folder = run_folder(Path(run))
         if reads_others(folder, data.tokenizer):
@@ -177,6 +180,13 @@ def check_donors(config: configs.Config, task: Task, data: Any) -> None:
             raise UserError(
                 f"{run} has model.types={types}, and this data has {wanted}: a teacher needs at least {wanted}, or 0 for none."
             )
+        theirs_by = _scales(there["task"])
+        for part, scale in _scales(config["task"]).items():
+            if theirs_by.get(part, scale) != scale:
+                setting = f"task.tasks.{part}.scale" if part else "task.scale"
+                raise UserError(
+                    f"{run} has {setting}={theirs_by[part]}, and here it is {scale}: a student's numbers are in its teacher's unit."
+                )
         known = _class_names(there["data"])
         for setting, names in _class_names(config["data"]).items():
             theirs = known.get(setting, names)
@@ -184,6 +194,14 @@ def check_donors(config: configs.Config, task: Task, data: Any) -> None:
                 raise UserError(
                     f"{run} has {setting}={theirs}, and here it is {names}: set {setting} in the teacher's order."
                 )
+
+
+def _scales(task: Mapping[str, Any]) -> dict[str, float]:
+    """What a `task` section's targets that are numbers are divided by, by part of a mixture, else as ""."""
+    while isinstance(task.get("task"), Mapping):
+        task = task["task"]
+    sections = task.get("tasks") or {"": task}
+    return {part: float(one.get("scale", 1.0)) for part, one in sections.items() if one.get("name") == "regression"}
 
 
 def _class_names(data: Mapping[str, Any]) -> dict[str, list[str]]:

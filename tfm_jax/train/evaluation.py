@@ -1,6 +1,7 @@
 """Evaluate checkpoints of runs: equal work once, and one compiled step for all checkpoints of runs that are alike.
 
-Results stand in `RUN/evaluations.jsonl`, a line for each evaluator and checkpoint with a hash of all that determines it.
+Results stand in `RUN/evaluations.jsonl`, a line for each evaluator and checkpoint with a hash of all that determines it, but for the
+code: after a change of an evaluator's, `--again` does it anew.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Evaluations:
         return self._made[key]
 
     def _work(self, made: _Made, run: Path, step: int, name: str) -> str:
-        """A hash of all that determines an evaluator's results; of the mesh, only the rows that it makes."""
+        """A hash of all that determines an evaluator's results but code; of the mesh, only the rows that it makes."""
         config, checkpoints = made.experiment.config, run / "checkpoints"
         steps = latest(run, rundir.checkpoint_steps(run), step, self._average)
         parts = {

@@ -13,7 +13,7 @@ import optax
 from optax import contrib
 
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.paths import flatten, map_with_path, values_by_pattern
+from tfm_jax.paths import compile_patterns, flatten, map_with_path, values_by_pattern
 from tfm_jax.tasks.adapters import KEY as ADAPTER
 from tfm_jax.tasks.distillation import BRIDGE
 from tfm_jax.train import schedules
@@ -39,7 +39,7 @@ def make(
     end_factor: float = 0.1,
     decay_fraction: float = 0.2,
     weight_decay: float = 0.1,
-    decay_pattern: str = r"(kernel|embedding)$",
+    decay_pattern: str = r"(kernel|embedding)(/[a-z])?$",
     clip_norm: float | None = 1.0,
     lr_multipliers: Sequence[Any] = (),
     layer_decay: float = 1.0,
@@ -54,11 +54,11 @@ def make(
       params: abstract parameters, for the patterns.
       name: `adamw` (Loshchilov and Hutter 2019), `adafactor` (Shazeer and Stern 2018), `lion` (Chen et al. 2023), or
         `muon` (Jordan 2024), which orthogonalises the updates of all kernels, heads' and routers' too, and leaves the rest
-        (embeddings, norms, biases) to AdamW.
+        (embeddings, norms, biases, adapters) to AdamW.
       lr: peak learning rate.
       schedule, warmup_steps, end_factor, decay_fraction: see `schedules.make`.
       weight_decay: decoupled, times the learning rate.
-      decay_pattern: regex; parameters that match are decayed.
+      decay_pattern: regex; parameters that match are decayed, kernels and embeddings and their adapters' factors if not given.
       clip_norm: global gradient norm above which gradients are scaled down; None for no clipping.
       lr_multipliers: `(regex, factor)` pairs; the first that matches scales a parameter's update.
       layer_decay: the rate of each layer is that of the one above times this (Clark et al. 2020, section 3.1); heads have the
@@ -96,6 +96,7 @@ def make(
         parts += [optax.add_decayed_weights(weight_decay, mask=_lookup(decayed))]
     if lr_multipliers:
         pairs = [_pair(rule) for rule in lr_multipliers]
+        _check_trained(params, [pattern for pattern, _ in pairs], freeze)
         parts += [_scale_each(_lookup(values_by_pattern(params, pairs, 1.0, setting="optim.lr_multipliers")))]
     if not 0 < layer_decay <= 1:
         raise UserError(f"optim.layer_decay={layer_decay}: must lie in (0, 1].")
@@ -183,6 +184,17 @@ def _pair(rule: Any) -> tuple[str, float]:
         return str(pattern), float(factor)
     except (TypeError, ValueError):
         raise UserError(f"optim.lr_multipliers: {rule!r} is not a pair (regex, factor).") from None
+
+
+def _check_trained(params: Any, patterns: Sequence[str], freeze: Sequence[str]) -> None:
+    """Each pattern must match a parameter that is trained, if it matches any."""
+    held, names = compile_patterns(freeze, setting="optim.freeze"), list(flatten(params))
+    for pattern in compile_patterns(patterns, setting="optim.lr_multipliers"):
+        found = [name for name in names if pattern.search(name)]
+        if found and all(any(one.search(name) for one in held) for name in found):
+            raise UserError(
+                f"optim.lr_multipliers: the pattern {pattern.pattern!r} matches only parameters that are frozen, such as {found[0]}."
+            )
 
 
 def _lookup(values: Any) -> Callable[[Any], Any]:
