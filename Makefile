@@ -36,7 +36,7 @@ pretrain: $(VENV)/.ready  ## train the main job on your Python's standard librar
 	@$(BIN)/python -m experiments.train --config=$(CONFIG) --workdir=$(RUN) $(ARGS)
 
 test: $(VENV)/.ready  ## run the tests, in up to 4 processes
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal $(ARGS)
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

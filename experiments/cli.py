@@ -63,8 +63,7 @@ def parse(
     flags, unknown = made.parse_known_args(rest)
     if unknown:
         made.error(f"unknown argument {unknown[0]!r}.{nearest(unknown[0].partition('=')[0], known)}")
-    whole = next((action for action in made._actions if action.dest == "config"), None)
-    if whole is not None and whole.help == HIDDEN and flags.config is not None:
+    if getattr(flags, "own_config", False) and flags.config is not None:
         raise UserError(
             f"--config={flags.config}: the config is the run's or the model's own; change it with --config.KEY=VALUE."
         )
@@ -111,6 +110,7 @@ def add_average(made: argparse.ArgumentParser) -> None:
 def add_overrides(made: argparse.ArgumentParser) -> None:
     """`--config.KEY=VALUE` for a command whose config is a run's own: `parse` refuses another one."""
     made.add_argument("--config", help=HIDDEN)
+    made.set_defaults(own_config=True)
 
 
 def averaged(flags: argparse.Namespace) -> dict[str, Any]:

@@ -263,10 +263,10 @@ def _own_marks(run: Path, config: configs.Config, fields: dict[str, Any]) -> tup
     marks = dict.fromkeys(("bos_token_id", "eos_token_id"), codec.end_id)
     marks |= {"pad_token_id": pad_id(codec), "decoder_start_token_id": codec.end_id if start is None else start}
     data = config["data"]
-    if "objective" not in data:
+    if data["name"] != "tokens":
         return marks, []
     keys = ("mask_rate", "span_length", "decoder_start", "mask_unit", "shuffle_sentences")
-    made = objectives.make(data["objective"], data["seq_len"], codec, **{key: data[key] for key in keys if key in data})
+    made = objectives.make(data["objective"], data["seq_len"], codec, **{key: data[key] for key in keys})
     return marks, objectives.marks(made)
 
 

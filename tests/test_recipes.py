@@ -111,6 +111,7 @@ def test_a_teacher_that_has_spoken_beforehand(reviews, trained, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0] > 0
     # What it has said is to learn from: what has learnt needs it no more, and may label other texts.
+    assert build(apart).data.trained_on == f"{built.data.fingerprint} told {built.data.told}" != built.data.fingerprint
     gone = configs.resolve(
         apart, [("data.predictions", str(tmp_path / "gone.npy")), ("data.source", reviews.replace("*", "valid"))]
     )
@@ -347,7 +348,6 @@ def test_goals(goal, words, met, tmp_path):
         check({**goal, "metric": "eval/test/c"}, _figures(1.0), tmp_path)
 
 
-@pytest.mark.journey
 def test_adapters_go_on_from_it_and_are_evaluated_like_any_run(common, trained, capsys):
     (base, told), (_, first) = common, trained
     lora = "{'rank': 4, 'pattern': 'attention/(query|value)/kernel$', 'train': ['class_head/']}"

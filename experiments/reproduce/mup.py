@@ -7,6 +7,7 @@ and fails where muP is not flat, or its best rates are further apart than one st
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         losses = {name: sweep(config, flags.widths, flags.powers, name, flags.workdir) for name in ("standard", "mup")}
         draw(flags.results / "mup_rates.png", losses)
         figures["rates"] = found = rates(losses)
-        runs = [json.loads(path.read_text()) for path in flags.workdir.glob("*/result.json")]
+        rates_of = itertools.product(losses, flags.widths, (2.0**power for power in flags.powers))
+        files = [run_of(flags.workdir, *one) / "result.json" for one in rates_of]
+        runs = [json.loads(file.read_text()) for file in files if file.is_file()]
         said = {key: each(runs, key) for key in ("revision", "date")}
         write_result("mup_rates", found, config=flags.config, seed=0, folder=flags.results, **said)
         wrong |= not found["apart_in_factors_of_2"]["mup"] <= 1
@@ -91,9 +94,14 @@ def sweep(config: configs.Config, widths: Sequence[int], powers: Sequence[int], 
     for width in widths:
         one = at_width(config, width, name, min(widths))
         for rate in (2.0**power for power in powers):
-            run = folder / f"{'mup' if one['train']['mup'] else 'standard'}-{width}-{rate:.6f}"
+            # At the base width both are one.
+            run = run_of(folder, "mup" if one["train"]["mup"] else "standard", width, rate)
             found.setdefault(width, {})[rate] = loss(configs.changed(one, {"optim.lr": rate}), run)
     return found
+
+
+def run_of(folder: Path, name: str, width: int, rate: float) -> Path:
+    return folder / f"{name}-{width}-{rate:.6f}"
 
 
 def loss(config: configs.Config, run: Path) -> float:

@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"--config.data.source=text:{flags.data}", f"--config.train.seed={flags.seed}",
         f"--config.data.seed={flags.seed}", f"--workdir={flags.workdir}", "--json",
     ]  # fmt: skip
-    if (flags.workdir / "result.json").is_file():
-        raise UserError(f"{flags.workdir} is finished, and what it took is written. Move it away to measure it again.")
+    if (flags.workdir / "checkpoints").is_dir():
+        raise UserError(f"{flags.workdir} was begun before: what is left of it would be timed. Move it away.")
     began = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     wall = time.perf_counter() - began

@@ -61,8 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [
             json.loads(path.read_text()) for of in READ[name] for path in (flags.workdir / of).glob("*/result.json")
         ]
-        said = {key: each(runs, key) for key in ("revision", "date")}
-        write_result(f"sweep_{name}", found[name], config=config, seed=0, **said)
+        write_result(
+            f"sweep_{name}",
+            found[name],
+            config=config,
+            seed=0,
+            revision=each(runs, "revision"),
+            date=each(runs, "date"),
+        )
         print(f"{name}: {found[name]}", flush=True)
     if flags.json:
         cli.print_json(found)

@@ -591,6 +591,16 @@ def test_a_tokenizer_made_here_names_its_marks(tmp_path):
     }  # fmt: skip
 
 
+def test_a_routers_balance_is_counted_otherwise_there():
+    """`load_balancing_loss_func` counts each of a token's two choices as one, so its loss of equal use is 2, ours 1."""
+    theirs = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "router_aux_loss_coef": 0.02}
+    conversion = huggingface.find(theirs)
+    section = huggingface.read_section(conversion, theirs, where="it")
+    assert (section["router_balance"], section["experts_per_token"]) == (0.04, 2)
+    section = configs.resolve({"model": section, "data": {"source": "stdlib"}, "train": {"steps": 200}})["model"]
+    assert conversion.write(section)["router_aux_loss_coef"] == 0.02
+
+
 def test_what_an_objective_adds_goes_back_with_the_tokenizer(tmp_path):
     """A mask, or sentinels, behind the tokenizer's own ids."""
     byte_tokenizer().save(tmp_path / "run" / "tokenizer")

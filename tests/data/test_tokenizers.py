@@ -223,6 +223,15 @@ def test_what_a_file_puts_behind_a_text_ends_it(tmp_path):
     engine.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
     engine.save(str(tmp_path / "t.json"))
     assert read_json_tokenizer(tmp_path / "t.json").end_id == 2
+    # Behind the text itself: NLLB's puts the language there as well. And of words that it knows.
+    engine = Engine(models.WordLevel({"<|endoftext|>": 0, "<s>": 1, "</s>": 2, "e4": 3, "e5": 4}))
+    engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    engine.add_special_tokens(["<s>", "</s>"])
+    engine.post_processor = processors.TemplateProcessing(
+        single="$A </s> <s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    engine.save(str(tmp_path / "t.json"))
+    assert read_json_tokenizer(tmp_path / "t.json").end_id == 2
     # One that only begins a text does not say what ends it.
     engine.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     engine.save(str(tmp_path / "t.json"))

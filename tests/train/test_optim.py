@@ -130,6 +130,18 @@ def test_rates_decay_from_layer_to_layer(stacked):
         np.testing.assert_allclose(found[path], 1.0, rtol=1e-5, err_msg=path)
 
 
+def test_the_adapters_of_what_is_decayed_are_decayed():
+    kernel = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    params = {
+        "up": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+        "adapter": {"up": {"kernel": kernel, "scale": kernel}},
+    }
+    made = optim.make(params, **CONSTANT, weight_decay=DECAY, freeze=["^up/kernel"], clip_norm=None)
+    update, _ = jax.jit(made.tx.update)(jax.tree.map(jnp.zeros_like, params), made.tx.init(params), params)
+    want = dict.fromkeys(flatten(params), 0.0) | {f"adapter/up/kernel/{name}": -LR * DECAY for name in "ab"}
+    assert {path: pytest.approx(float(x[0]), rel=1e-6) for path, x in flatten(update).items()} == want
+
+
 def test_schedule_is_applied_by_step():
     made = optim.make(PARAMS, steps=4, lr=LR, schedule="linear", warmup_steps=2, end_factor=0.0, weight_decay=0.0)
     found, _ = run(made, [GRADS[0]] * 4)

@@ -132,6 +132,7 @@ def make(
 
     facts = [corpora[0].fingerprint, *(c.fingerprint for c in corpora[1:]), label, kind, classes, seq_len]
     facts += ["apart"] if apart else []
+    digest = "" if told is None else hashlib.sha256(np.ascontiguousarray(told).tobytes()).hexdigest()
     sizes = {"classes": len(classes) if kind == "class" else 1} if label is not None else {}
     return Data(
         train=Training(made("train"), batch_size, seed),
@@ -141,6 +142,7 @@ def make(
         facts={name: {"examples": count} for name, count in counts.items()},
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         filled_in={"names": classes} if label is not None and kind == "class" else {},
+        told=digest,
         sizes=sizes | ({"types": 2} if pair is not None and not apart and frame.types else {}),
     )
 

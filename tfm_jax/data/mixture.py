@@ -83,6 +83,7 @@ def make(
         return _Named(made[part].evals(split, rows), part)
 
     facts = [{name: data.fingerprint for name, data in made.items()}, temperature]
+    told = {name: data.told for name, data in made.items() if data.told}
     types = [data.sizes["types"] for data in made.values() if "types" in data.sizes]
     return Data(
         train=Training(
@@ -93,6 +94,7 @@ def make(
         tokenizer=made[first].tokenizer,
         facts={f"{name}/{split}": found for name, data in made.items() for split, found in data.facts.items()},
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
+        told=hashlib.sha256(json.dumps(told).encode()).hexdigest() if told else "",
         filled_in={"parts": {name: {**section, **made[name].filled_in} for name, section in parts.items()}},
         sizes={
             "classes": {name: data.sizes["classes"] for name, data in made.items() if "classes" in data.sizes},

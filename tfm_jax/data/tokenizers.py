@@ -63,11 +63,30 @@ class JsonTokenizer:
 
     @cached_property
     def end_id(self) -> int:
-        # Its own word for it: the vocabularies of RoBERTa and BART have kept GPT-2's mark, which they never use.
-        whole = self._engine.encode("a", add_special_tokens=True)
-        if whole.ids and whole.special_tokens_mask[-1]:
-            return int(whole.ids[-1])
-        return _find_end(self._vocab, self.name)
+        # The vocabularies of RoBERTa and BART have kept GPT-2's mark, which they never use; what stands behind a text is theirs.
+        behind = self._behind_a_text
+        return _find_end(self._vocab, self.name) if behind is None else behind
+
+    @cached_property
+    def named_end_id(self) -> int | None:
+        """The end mark by its name alone."""
+        return next((self._vocab[mark] for mark in END_MARKS if mark in self._vocab), None)
+
+    @cached_property
+    def _behind_a_text(self) -> int | None:
+        """The mark that the file puts directly behind a text, if any."""
+        if json.loads(self.json).get("post_processor") is None:
+            return None
+        # One of notes or of moves has no letter `a`, and may have no word for what it does not know.
+        for text in filter(None, ["a", *self.pieces()[:100]]):
+            try:
+                found = self._engine.encode(text, add_special_tokens=True)
+            except Exception:  # the library raises bare Exception
+                continue
+            if 0 in found.special_tokens_mask:
+                behind = found.ids[len(found.ids) - found.special_tokens_mask[::-1].index(0) :]
+                return int(behind[0]) if behind else None
+        return None
 
     @cached_property
     def unk_id(self) -> int | None:

@@ -132,8 +132,15 @@ class Data:
     """Per split: tokens, documents, bytes, and for held-out splits gzip_bytes and xz_bytes where measured."""
     fingerprint: str
     """Of all that the batches are cut from, and of the objective; a seed, or how many and how long the rows are, it may leave to
-    the config. Hosts compare it, and a run records it."""
+    the config."""
     sizes: Mapping[str, Any] = field(default_factory=dict)
     """What a model needs besides the vocabulary, by its field (`classes`); one that a config leaves out is filled in."""
     filled_in: Mapping[str, Any] = field(default_factory=dict)
     """Keys of its own section that it has decided and a run is to keep: the names of its classes."""
+    told: str = ""
+    """A digest of what only training reads besides: a teacher's predictions."""
+
+    @property
+    def trained_on(self) -> str:
+        """What hosts compare and a run records: `fingerprint`, and behind a space and a mark what only training reads."""
+        return f"{self.fingerprint} told {self.told}" if self.told else self.fingerprint

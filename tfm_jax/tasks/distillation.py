@@ -126,7 +126,6 @@ def make(
             said.update(out)
             return out
 
-        hard = inner.loss(listened, plain(params), extra["inner"], batch, rng, train)
         if taught_by is not None:
             if missing := _read(taught_by) - {*batch["inputs"]}:
                 raise UserError(
@@ -134,6 +133,8 @@ def make(
                 )
             if surplus := _unknown(taught_by, batch["inputs"]):
                 raise UserError(f"task.teacher={teacher!r} takes no {', '.join(surplus)}, which this data gives.")
+        hard = inner.loss(listened, plain(params), extra["inner"], batch, rng, train)
+        if taught_by is not None:
             told = bind(taught_by, {})(extra[KEY], **batch["inputs"], train=False, capture=listening)
             told = jax.lax.stop_gradient(told)
         elif "teacher" in batch:

@@ -156,7 +156,8 @@ def build(
       tokenizer_dir: a run's saved tokenizer, used instead of making one.
       devices: of the mesh; all that there are if None. They may be those of a topology that is elsewhere.
       jit: what compiles; other than `jax.jit` where several runs share their programs.
-      for_training: whether the training batch must divide over the mesh; evaluation pads its own.
+      for_training: whether it is to be trained; evaluation pads its own batches, which need not divide over the mesh, and reads
+        no predictions of a teacher.
 
     Raises:
       UserError: whatever does not fit together, by the config's own names.
@@ -200,6 +201,8 @@ def build(
     optimizer = optim.make(
         shapes, steps=train.steps, scales=scales, **{**config["optim"], "freeze": frozen(config, task)}
     )
+    if for_training:
+        optim.check_trained(shapes, config["optim"]["lr_multipliers"], frozen(config, task))
     step = make_train_step(task, trains, optimizer.tx, accum=train.accum, seed=train.seed)
     experiment = Experiment(
         config=config,
@@ -228,9 +231,9 @@ def _check_parts(experiment: Experiment, mixed: Mixed) -> None:
         return task.loss(bind(model, state.mutables), state.params, state.extra, batch, key, True).total
 
     with jax.set_mesh(experiment.layout.mesh):
+        state = experiment.abstract_state()
         for name, part in mixed.parts.items():
-            batch = {**part.batch_at(0), "part": {name: None}}
-            jax.eval_shape(loss, experiment.abstract_state(), batch, jax.random.key(0))
+            jax.eval_shape(loss, state, {**part.batch_at(0), "part": {name: None}}, jax.random.key(0))
 
 
 def frozen(config: configs.Config, task: Task) -> list[str]:

@@ -39,7 +39,7 @@ def make(
     end_factor: float = 0.1,
     decay_fraction: float = 0.2,
     weight_decay: float = 0.1,
-    decay_pattern: str = r"(kernel|embedding)(/[a-z])?$",
+    decay_pattern: str = r"(kernel|embedding)$",
     clip_norm: float | None = 1.0,
     lr_multipliers: Sequence[Any] = (),
     layer_decay: float = 1.0,
@@ -58,7 +58,7 @@ def make(
       lr: peak learning rate.
       schedule, warmup_steps, end_factor, decay_fraction: see `schedules.make`.
       weight_decay: decoupled, times the learning rate.
-      decay_pattern: regex; parameters that match are decayed, kernels and embeddings and their adapters' factors if not given.
+      decay_pattern: regex; parameters that match are decayed, and the adapters of those that do.
       clip_norm: global gradient norm above which gradients are scaled down; None for no clipping.
       lr_multipliers: `(regex, factor)` pairs; the first that matches scales a parameter's update.
       layer_decay: the rate of each layer is that of the one above times this (Clark et al. 2020, section 3.1); heads have the
@@ -92,11 +92,11 @@ def make(
         parts += [_scale_each(flat_lookup({p: s.multiplier * s.rate for p, s in scales.items()}))]
     if weight_decay:
         decayed = values_by_pattern(params, [(decay_pattern, True)], False, setting="optim.decay_pattern")
+        decayed = map_with_path(lambda path, found: found or _adapts(path, decay_pattern), decayed)
         # Frozen parameters reach the chain as masked nodes, so the mask is looked up by path and not given as a tree.
         parts += [optax.add_decayed_weights(weight_decay, mask=_lookup(decayed))]
     if lr_multipliers:
         pairs = [_pair(rule) for rule in lr_multipliers]
-        _check_trained(params, [pattern for pattern, _ in pairs], freeze)
         parts += [_scale_each(_lookup(values_by_pattern(params, pairs, 1.0, setting="optim.lr_multipliers")))]
     if not 0 < layer_decay <= 1:
         raise UserError(f"optim.layer_decay={layer_decay}: must lie in (0, 1].")
@@ -186,10 +186,15 @@ def _pair(rule: Any) -> tuple[str, float]:
         raise UserError(f"optim.lr_multipliers: {rule!r} is not a pair (regex, factor).") from None
 
 
-def _check_trained(params: Any, patterns: Sequence[str], freeze: Sequence[str]) -> None:
-    """Each pattern must match a parameter that is trained, if it matches any."""
+def _adapts(path: str, pattern: str) -> bool:
+    """Whether a parameter is an adapter's factor, whose kernel's path is one that matches."""
+    return path.startswith(f"{ADAPTER}/") and re.search(pattern, path.rpartition("/")[0]) is not None
+
+
+def check_trained(params: Any, lr_multipliers: Sequence[Any], freeze: Sequence[str]) -> None:
+    """Each of `optim.lr_multipliers` must match a parameter that is trained, if it matches any."""
     held, names = compile_patterns(freeze, setting="optim.freeze"), list(flatten(params))
-    for pattern in compile_patterns(patterns, setting="optim.lr_multipliers"):
+    for pattern in compile_patterns([_pair(rule)[0] for rule in lr_multipliers], setting="optim.lr_multipliers"):
         found = [name for name in names if pattern.search(name)]
         if found and all(any(one.search(name) for one in held) for name in found):
             raise UserError(
