@@ -156,7 +156,9 @@ def test_bad_input(sources):
     with says("data.parts.count has no task. Valid: tone. See task.tasks."):
         built(task={"tasks": {"tone": {"name": "classification"}}})
     # Before training, and not at the first batch of that part.
-    with says("task.name=classification wants classes, and this data's targets are numbers: try regression."):
+    with pytest.raises(
+        UserError, match=r"^task\.name=classification wants classes, and this data's targets are numbers: try"
+    ):
         built(task={"tasks": {name: {"name": "classification"} for name in ("tone", "count")}})
     with says("task.weights.tune: there is no such task. Did you mean 'tone'?"):
         built(task={"weights": {"tune": 2.0}})
