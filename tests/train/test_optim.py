@@ -135,7 +135,7 @@ def test_a_rate_of_what_is_frozen_is_refused():
     optim.check_trained(PARAMS, rates, ["embedding$"])
     with pytest.raises(
         UserError,
-        match="^optim.lr_multipliers: the pattern 'block_0/up/kernel' matches only parameters that are frozen",
+        match=r"^optim\.lr_multipliers: the pattern 'block_0/up/kernel' matches only parameters that are frozen",
     ):
         optim.check_trained(PARAMS, rates, ["block_0"])
 
