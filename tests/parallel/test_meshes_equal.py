@@ -9,7 +9,7 @@ import pytest
 
 from tests.errors import says
 from tfm_jax.errors import UserError
-from tfm_jax.paths import flatten
+from tfm_jax.paths import flatten, map_with_path
 from tfm_jax.tasks.base import bind
 from tfm_jax.train import build as build_module
 from tfm_jax.train.checkpoint import Checkpointer
@@ -70,6 +70,16 @@ def build_on(make_config):
     return make
 
 
+def drawn(built):
+    """Parameters that no program has to be compiled for, biases and scales among them."""
+    draw = np.random.default_rng(0)
+
+    def one(path, x):
+        return np.asarray(path.endswith("scale") + 0.1 * draw.standard_normal(x.shape), x.dtype)
+
+    return map_with_path(one, jax.eval_shape(built.init).params)
+
+
 def loss_and_grads(built, params, batch=None):
     def mean(params, batch):
         out = built.task.loss(bind(built.model, {}), params, {}, batch, None, True)
@@ -91,7 +101,7 @@ def on_one_device(build_on):
     def get(name):
         if name not in made:
             built = build_on({}, MODELS[name])
-            params = jax.device_get(jax.jit(built.init)().params)
+            params = drawn(built)
             made[name] = (params, *loss_and_grads(built, params))
         return made[name]
 
@@ -160,7 +170,7 @@ def test_a_length_that_is_split(build_on, kind):
     """Packed documents, each with positions of its own."""
     changes = LONG | SPLIT[kind][0]
     one, split = build_on({}, changes), build_on(SPLIT[kind][1], changes)
-    params, batch = jax.device_get(jax.jit(one.init)().params), one.data.train.batch_at(0)
+    params, batch = drawn(one), one.data.train.batch_at(0)
     ends = np.arange(8)[:, None] + 2
     segments = (np.arange(16)[None] >= ends).astype(np.int32) + (np.arange(16)[None] >= 13)
     positions = np.arange(16)[None] - np.where(segments == 0, 0, np.where(segments == 1, ends, 13))

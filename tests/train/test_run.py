@@ -159,32 +159,24 @@ def wait_for_step(run, step, child, seconds=120):
         time.sleep(0.02)
 
 
-LONG = ["--config.train.steps=400", "--config.checkpoint.every=20", "--config.log.every=5", "--config.data.seq_len=16"]
+LONG = ["--config.train.steps=250", "--config.checkpoint.every=20", "--config.log.every=5", "--config.data.seq_len=16"]
 
 
-def test_sigterm_sigkill_and_a_second_process(config_file, start_command, command_env, tmp_path):
+def test_sigterm_and_sigkill(config_file, start_command, command_env, tmp_path):
     """One run is preempted, killed and finished; its parameters are those of an undisturbed one, bit for bit."""
     disturbed, whole = tmp_path / "disturbed", tmp_path / "whole"
     command = ["train", f"--config={config_file}", *LONG]
     first = start_command(*command, f"--workdir={disturbed}")
     wait_for_step(disturbed, 5, first)
-    second = start_command(*command, f"--workdir={disturbed}")
-    _, said = second.communicate(timeout=120)
-    if first.poll() is None:
-        assert second.returncode == 2
-        assert (
-            f"error: Another process (pid {first.pid}) is training in {disturbed}. Wait for it, stop it, or use another"
-            " --workdir." in said
-        )
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
     assert first.returncode == 75
     status = read(disturbed, "status.json")
     stopped = status["step"]
     assert status["state"] == "preempted" and status["reason"] == f"stopped by SIGTERM after step {stopped}"
-    assert 5 <= stopped < 400 and (disturbed / "checkpoints" / str(stopped)).is_dir()
+    assert 5 <= stopped < 250 and (disturbed / "checkpoints" / str(stopped)).is_dir()
     killed = start_command(*command, f"--workdir={disturbed}")
-    wait_for_step(disturbed, min(stopped + 25, 395), killed)
+    wait_for_step(disturbed, min(stopped + 25, 245), killed)
     killed.kill()
     killed.communicate()
     last = start_command(*command, f"--workdir={disturbed}")
@@ -198,7 +190,7 @@ def test_sigterm_sigkill_and_a_second_process(config_file, start_command, comman
         return [(r["step"], r["train/loss"]) for r in read_metrics(run) if "train/loss" in r]
 
     steps = [step for step, _ in losses(disturbed)]
-    assert steps == list(range(5, 401, 5))
+    assert steps == list(range(5, 251, 5))
     assert losses(disturbed)[-1] == losses(whole)[-1]
 
 
