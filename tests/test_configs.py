@@ -27,8 +27,6 @@ _OWN_FILES = (
     "scitldr", "small_bert", "t5_books",
 )  # fmt: skip
 SMOKE = [name for name in NAMES if name not in _OWN_FILES]
-# The other families', and two times as large, are for `make journeys`; blocks of text are on every mesh in `test_meshes_equal.py`.
-_SHORT = ("vit_digits",)
 
 
 def losses(name, sizes, steps=2):
@@ -45,9 +43,9 @@ def losses(name, sizes, steps=2):
     return out
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in _SHORT else pytest.mark.journey) for name in SMOKE]
-)
+# For `make test`, `tests/parallel/test_meshes_equal.py` has small ones.
+@pytest.mark.journey
+@pytest.mark.parametrize("name", SMOKE)
 def test_smoke_trains_the_same_on_every_mesh(name):
     one = losses(name, {"data": 1})
     assert np.all(np.isfinite(one)) and one[0] != one[1]

@@ -89,7 +89,7 @@ def cases():
         yield pytest.param(name, stop, beams, penalty, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "stop", "beams", "penalty"), cases())
+@pytest.mark.parametrize(("name", "stop", "beams", "penalty"), [*cases()])
 def test_it_is_the_slow_search(name, stop, beams, penalty):
     sources = None if name == "gpt" else SOURCES
     got = beam_search(
@@ -102,7 +102,7 @@ def test_it_is_the_slow_search(name, stop, beams, penalty):
         np.testing.assert_allclose([row.score for row in rows], [score for score, _ in want], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["bart", "gpt"])
+@pytest.mark.parametrize("name", ["bart", pytest.param("gpt", marks=pytest.mark.journey)])
 def test_scanned_layers_and_company_change_nothing(name):
     sources = None if name == "gpt" else SOURCES
     model, params = made(name, "scan")
@@ -134,7 +134,7 @@ def test_with_enough_beams_it_finds_the_likeliest_of_all_texts():
     assert tuple(found[0].tokens) == best[1] and found[0].score == pytest.approx(best[0], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["encdec", "bart", "t5"])
+@pytest.mark.parametrize("name", ["encdec", pytest.param("bart", marks=pytest.mark.journey), "t5"])
 def test_greedy_encoder_decoders_are_the_slow_greedy(name):
     got = generate(
         *made(name), [[START]] * 3, sources=SOURCES, max_new=NEW, sampling=Sampling(temperature=0), end_id=END

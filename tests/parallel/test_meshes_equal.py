@@ -123,7 +123,7 @@ def rows():
         yield pytest.param(name, sizes, marks=marks, id=f"{' '.join(f'{a}={n}' for a, n in sizes.items())}: {name}")
 
 
-@pytest.mark.parametrize(("name", "sizes"), rows())
+@pytest.mark.parametrize(("name", "sizes"), [*rows()])
 def test_loss_and_gradients(build_on, on_one_device, name, sizes):
     params, value, grads = on_one_device(name)
     built = build_on(sizes, MODELS[name])
@@ -225,7 +225,9 @@ def targets(build_on):
     return {name: build_on(sizes, LLAMA | SCAN) for name, sizes in TARGETS.items()}
 
 
-@pytest.mark.parametrize("origin", ORIGINS)
+@pytest.mark.parametrize(
+    "origin", [pytest.param(name, marks=pytest.mark.journey if name in ("data", "tensor") else ()) for name in ORIGINS]
+)
 def test_checkpoints_go_from_any_mesh_to_any_mesh(targets, tmp_path, origin):
     built = targets[origin]
     with jax.set_mesh(built.layout.mesh):

@@ -74,7 +74,7 @@ def tokenizer(corpus, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("objective", ["order", "follow"])
+@pytest.mark.parametrize("objective", [pytest.param("order", marks=pytest.mark.journey), "follow"])
 def test_a_run(corpus, tokenizer, tmp_path, objective):
     # A document alone has no strangers to follow it.
     folder = shutil.copytree(corpus, tmp_path / "corpus")
