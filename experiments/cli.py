@@ -113,6 +113,11 @@ def add_overrides(made: argparse.ArgumentParser) -> None:
     made.set_defaults(own_config=True)
 
 
+def given(made: argparse.ArgumentParser, flags: argparse.Namespace, names: Sequence[str]) -> str | None:
+    """The first of these flags that is not as it is by default."""
+    return next((name for name in names if getattr(flags, name) != made.get_default(name)), None)
+
+
 def averaged(flags: argparse.Namespace) -> dict[str, Any]:
     """`average` and `decay`, as what restores checkpoints takes them."""
     if flags.average < 1:

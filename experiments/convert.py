@@ -45,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if inwards == outwards:
         raise UserError(f"--from={flags.source} --to={flags.to}: one of them must be hf:FOLDER, the other a run.")
     idle = ("step", "dtype", "average", "decay") if inwards else ("ignore",)
-    for flag in idle:
-        if getattr(flags, flag) != made.get_default(flag):
-            raise UserError(f"--{flag} has no meaning from {flags.source} to {flags.to}.")
+    if flag := cli.given(made, flags, idle):
+        raise UserError(f"--{flag} has no meaning from {flags.source} to {flags.to}.")
     if inwards:
         record = bring_in(Path(flags.source[3:]), Path(flags.to), overrides, table=flags.table, ignore=flags.ignore)
     else:

@@ -22,8 +22,7 @@ EXAMPLES = """\
   python -m experiments.generate --run runs/gpt_stdlib --prompt 'class ' --temperature 0
   python -m experiments.generate --run runs/gpt_stdlib --prompt 'import ' --top_k 40 --top_p 0.95 --seed 1
   python -m experiments.generate --run runs/t5 --prompt 'translate English to German: That is good.' --beams 5"""
-
-
+# What says how to draw, and what how to search.
 DRAWN, SEARCHED = ("temperature", "top_k", "top_p", "seed"), ("length_penalty",)
 
 
@@ -64,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_search(made: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
     """Beam search draws nothing, and drawing has no beams: what the other is told would do nothing."""
     idle, how = (DRAWN, "--beams draws no token") if flags.beams else (SEARCHED, "is of beam search: give --beams too")
-    for name in idle:
-        if getattr(flags, name) != made.get_default(name):
-            raise UserError(f"--{name}={getattr(flags, name)}: {how}.")
+    if name := cli.given(made, flags, idle):
+        raise UserError(f"--{name}={getattr(flags, name)}: {how}.")
 
 
 class Loaded:

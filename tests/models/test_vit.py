@@ -147,6 +147,10 @@ def test_sizes_that_cannot_be(family, fields, message):
     [
         (dict(classes=None), "model.classes is not set, and no data set has filled it in."),
         (
+            dict(classes={"a": 2}),
+            "model.classes={'a': 2}: several heads by name are for encoders of text (BERT, ALBERT, ELECTRA, Longformer).",
+        ),
+        (
             dict(image_size=16),
             "Images of 12 x 12 x 2 (height, width, channels), but model.image_size=16 and model.channels=2.",
         ),

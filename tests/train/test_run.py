@@ -245,6 +245,7 @@ def test_the_metadata_of_a_checkpoint(finished):
         "config",
         "revision",
         "data",
+        "told",
         "examples",
         "train_seconds",
         "skipped_steps",

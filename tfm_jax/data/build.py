@@ -27,7 +27,6 @@ import numpy as np
 import tqdm
 
 from tfm_jax.data.locks import locked
-from tfm_jax.data.tokenizers import JsonTokenizer
 from tfm_jax.data.types import Piece, Source, Tokenizer
 from tfm_jax.errors import UserError
 from tfm_jax.files import write_atomic
@@ -87,9 +86,6 @@ def build_tokens(
       UserError: no text in a split, or a damaged finished build.
     """
     identity = [FORMAT, source.fingerprint, tokenizer.fingerprint, shard_bytes]
-    if isinstance(tokenizer, JsonTokenizer) and tokenizer.end_id != tokenizer.named_end_id:
-        # Once all took the mark that is found by name.
-        identity.append(tokenizer.end_id)
     folder = root / "tokens" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     meta = folder / "meta.json"
     if not meta.is_file():

@@ -68,11 +68,6 @@ class JsonTokenizer:
         return _find_end(self._vocab, self.name) if behind is None else behind
 
     @cached_property
-    def named_end_id(self) -> int | None:
-        """The end mark by its name alone."""
-        return next((self._vocab[mark] for mark in END_MARKS if mark in self._vocab), None)
-
-    @cached_property
     def _behind_a_text(self) -> int | None:
         """The mark that the file puts directly behind a text, if any."""
         if json.loads(self.json).get("post_processor") is None:
@@ -97,7 +92,9 @@ class JsonTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.json.encode()).hexdigest()
+        # Once all ended by the mark that is found by name, and prepared data did.
+        ends = "" if self.end_id == _named_end(self._vocab) else f" {self.end_id}"
+        return hashlib.sha256((self.json + ends).encode()).hexdigest()
 
     def token_id(self, mark: str) -> int | None:
         return self._vocab.get(mark)
@@ -230,11 +227,14 @@ class SentencePieceTokenizer:
         Path(folder, SENTENCEPIECE_FILE).write_bytes(self.proto)
 
 
+def _named_end(vocab: dict[str, int]) -> int | None:
+    return next((vocab[mark] for mark in END_MARKS if mark in vocab), None)
+
+
 def _find_end(vocab: dict[str, int], name: str) -> int:
-    for mark in END_MARKS:
-        if mark in vocab:
-            return vocab[mark]
-    raise UserError(f"{name} has no end-of-document mark; looked for {', '.join(END_MARKS)}.")
+    if (found := _named_end(vocab)) is None:
+        raise UserError(f"{name} has no end-of-document mark; looked for {', '.join(END_MARKS)}.")
+    return found
 
 
 def read_json_tokenizer(path: Path) -> JsonTokenizer:

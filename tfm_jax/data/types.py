@@ -138,9 +138,4 @@ class Data:
     filled_in: Mapping[str, Any] = field(default_factory=dict)
     """Keys of its own section that it has decided and a run is to keep: the names of its classes."""
     told: str = ""
-    """A digest of what only training reads besides: a teacher's predictions."""
-
-    @property
-    def trained_on(self) -> str:
-        """What hosts compare and a run records: `fingerprint`, and behind a space and a mark what only training reads."""
-        return f"{self.fingerprint} told {self.told}" if self.told else self.fingerprint
+    """A digest of what only training reads besides: a teacher's predictions. Hosts compare both, and a run records them."""

@@ -43,8 +43,8 @@ def auxiliary(module: Any, **numbers: jax.Array) -> None:
 
 
 def collected(said: Any) -> dict[str, jax.Array]:
-    """The numbers of all modules by name, each the mean over those that said it; layers that are scanned, or share a module, count one by
-    one."""
+    """The numbers of all modules by name, each the mean over those that said it; layers that are scanned, or share a module,
+    count one by one."""
     found: dict[str, list[jax.Array]] = {}
     for path, x in flatten(said).items():
         found.setdefault(path.rpartition("/")[2], []).append(x.reshape(-1))

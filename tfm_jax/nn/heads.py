@@ -65,11 +65,9 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, valid: jax.Array | N
     """
     spec: BlockSpec = model.block
     asked, out = {*model.outputs}, dict[str, Any]()
-    several = isinstance(model.classes, Mapping)
-    named = {
-        name: Classifier(spec, count, name=f"class_head_{name}")
-        for name, count in (model.classes.items() if several else ())
-    }
+    named = None
+    if isinstance(model.classes, Mapping):
+        named = {name: Classifier(spec, count, name=f"class_head_{name}") for name, count in model.classes.items()}
     if "tokens" in asked:
         out |= TokenHead(spec, name="token_head")(x, table)
     if asked & {"pooled", "pair", "classes"}:
@@ -83,13 +81,13 @@ def predictions(model: Any, x: jax.Array, table: jax.Array, valid: jax.Array | N
         out["embedding"] = sentence_embedding(x, valid)
     if "tags" in asked:
         kept = nn.Dropout(spec.dropout, deterministic=not train)(x) if spec.dropout else x
-        if several:
+        if named is not None:
             out["tag_logits"] = {name: head(kept) for name, head in named.items()}
         else:
             out["logits"] = Classifier(spec, classes_of(model), name="class_head")(kept)
     if "classes" in asked:
         pooled = nn.Dropout(spec.dropout, deterministic=not train)(out["pooled"]) if spec.dropout else out["pooled"]
-        if several:
+        if named is not None:
             out["logits"] = {name: head(pooled) for name, head in named.items()}
         else:
             out["logits"] = Classifier(spec, classes_of(model), name="class_head")(pooled)

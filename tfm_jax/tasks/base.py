@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -142,6 +143,12 @@ class Task:
     carry: Carry | None = None
     predict_fns: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     unit: str = "token"
+
+
+def unknown_inputs(model: nn.Module, inputs: Iterable[str]) -> list[str]:
+    """The inputs that a model has no argument for."""
+    taken = inspect.signature(type(model).__call__).parameters
+    return [] if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else sorted({*inputs} - {*taken})
 
 
 def targets_of(batch: Mapping[str, Any]) -> Any:

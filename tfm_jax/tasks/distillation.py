@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from tfm_jax.errors import UserError
 from tfm_jax.paths import flatten
 from tfm_jax.sections import Inside
-from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, bind, extended
+from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, bind, extended, unknown_inputs
 from tfm_jax.tasks.mixture import heard
 
 KEY = "teacher"
@@ -127,12 +127,7 @@ def make(
             return out
 
         if taught_by is not None:
-            if missing := _read(taught_by) - {*batch["inputs"]}:
-                raise UserError(
-                    f"task.teacher={teacher!r} reads {', '.join(sorted(missing))}, which this data has not."
-                )
-            if surplus := _unknown(taught_by, batch["inputs"]):
-                raise UserError(f"task.teacher={teacher!r} takes no {', '.join(surplus)}, which this data gives.")
+            _check_inputs(str(teacher), taught_by, batch["inputs"])
         hard = inner.loss(listened, plain(params), extra["inner"], batch, rng, train)
         if taught_by is not None:
             told = bind(taught_by, {})(extra[KEY], **batch["inputs"], train=False, capture=listening)
@@ -184,10 +179,11 @@ def _read(model: nn.Module) -> set[str]:
     return needed - {"self", "train"}
 
 
-def _unknown(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
-    """The inputs that a model has no argument for."""
-    taken = inspect.signature(type(model).__call__).parameters
-    return [] if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else sorted({*inputs} - {*taken})
+def _check_inputs(teacher: str, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    if missing := _read(model) - {*inputs}:
+        raise UserError(f"task.teacher={teacher!r} reads {', '.join(sorted(missing))}, which this data has not.")
+    if surplus := unknown_inputs(model, inputs):
+        raise UserError(f"task.teacher={teacher!r} takes no {', '.join(surplus)}, which this data gives.")
 
 
 class Captured(dict[str, list[jax.Array]]):

@@ -20,8 +20,8 @@ def make(
 ) -> Task:
     """Each batch's loss is that of the task of its part, times the part's weight.
 
-    A model whose heads have the parts' names gives each task its own's logits. Training metrics are `PART_loss` and so on, besides `loss`,
-    the mean of whatever came; evaluation of a part has the names of its own task.
+    Where a model's heads have the parts' names, each task has the logits of its part's. Training metrics are `PART_loss` and so
+    on, besides `loss`, the mean of whatever came; evaluation of a part has the names of its own task.
 
     Parts may be several classifications, regressions and taggings, each with a head of its own; one that marks spans
     (questions), for which a model has one head; texts made of texts (T5), which share the head over the vocabulary. Not running

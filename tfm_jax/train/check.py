@@ -21,7 +21,7 @@ from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.devices import has_host_memory
 from tfm_jax.parallel.sharding import ROW_AXES, Layout
 from tfm_jax.sections import build_model, family
-from tfm_jax.tasks.base import Task
+from tfm_jax.tasks.base import Task, unknown_inputs
 from tfm_jax.train import mup, optim, schedules, settings
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.stages import pipeline_of
@@ -213,10 +213,7 @@ def _class_names(data: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def check_inputs(config: configs.Config, model: nn.Module, inputs: dict[str, Any]) -> None:
     """The model must take what the data gives it; what it needs besides is the task's to give."""
-    taken = inspect.signature(type(model).__call__).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        return
-    if wrong := sorted(set(inputs) - set(taken)):
+    if wrong := unknown_inputs(model, inputs):
         raise UserError(
             f"data.name={config['data']['name']!r} gives {', '.join(sorted(inputs))}, but"
             f" model.name={config['model']['name']!r} takes no {', '.join(wrong)}."

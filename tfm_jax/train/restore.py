@@ -79,8 +79,7 @@ def restore_for_evaluation(
         abstract = abstract._replace(extra=experiment.task.carry.forget(abstract.extra))
     restored = _read(checkpoints, path, found, abstract._asdict(), average, decay)
     trained_on, here = restored.meta.get("data"), experiment.data.fingerprint
-    # What a teacher has said is not read here.
-    if same_data and trained_on is not None and trained_on.partition(" told ")[0] != here:
+    if same_data and trained_on not in (None, here):
         raise UserError(
             f"The data here is not what {path} was trained on (fingerprint {trained_on} then, {here} now): the figures"
             " would not be comparable. Restore the data, or name other data on purpose with --config.data.source."
@@ -318,13 +317,16 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
     )
     if origin in ("initialised", "scratch"):
         start = start._replace(state=with_donors(start.state, experiment.task.donors))
-    saved = start.meta.get("data", experiment.data.trained_on)
-    if saved != experiment.data.trained_on:
-        raise UserError(
-            f"The data has changed since this run's checkpoint was written (fingerprint {saved} then,"
-            f" {experiment.data.trained_on} now), so going on would not be the same run. Restore the data, or start"
-            " another run with checkpoint.init_from."
-        )
+    for key, what, here in (
+        ("data", "data has", experiment.data.fingerprint),
+        ("told", "teacher's predictions have", experiment.data.told),
+    ):
+        if (saved := start.meta.get(key, here)) != here:
+            raise UserError(
+                f"The {what} changed since this run's checkpoint was written (fingerprint {saved} then,"
+                f" {here} now), so going on would not be the same run. Restore the data, or start"
+                " another run with checkpoint.init_from."
+            )
     if start.step > experiment.train.steps:
         raise UserError(f"The checkpoint is of step {start.step}, beyond train.steps={experiment.train.steps}.")
     if main and origin != "scratch":

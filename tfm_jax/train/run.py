@@ -84,7 +84,7 @@ def train(
         facts = {"config": configs.digest(experiment.config), "revision": rundir.revision()}
         # Also what may change between starts must be equal now: it decides when the processes meet.
         whole = {k: str(v) for k, v in configs.flat(experiment.config).items() if k not in configs.LOCAL_KEYS}
-        multihost.agree({**whole, **facts, "data": experiment.data.trained_on})  # 2
+        multihost.agree({**whole, **facts, "data": experiment.data.fingerprint, "told": experiment.data.told})  # 2
         if watchdog.here is not None:
             watchdog.here.guard(run)
         if not main:
@@ -277,7 +277,8 @@ class _Loop:
         with self.meter.paused():
             meta = {
                 **self.facts,
-                "data": self.experiment.data.trained_on,
+                "data": self.experiment.data.fingerprint,
+                "told": self.experiment.data.told,
                 "examples": step * self.experiment.data.train.batch_size,
                 "train_seconds": self.meter.train_seconds,
                 "skipped_steps": self.meter.skipped,
