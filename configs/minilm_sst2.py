@@ -85,10 +85,11 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
             "pattern": r"(attention/(query|key|value|out)|mlp/(up|down)|pooler/dense)/kernel$",
             "train": ("class_head/", "norm/", r"(attention|mlp|pooler)/.*bias$"),
         }
-        # After 1,000 steps a loss of 0.273, of half the rate 0.282, of twice the rate 0.289, without the pooler's adapter 0.282.
-        config.optim.lr = 1e-3
-        config.train.steps = 5400
-        config.train.eval_every = 0
+        # The split of phrases is learned well at any rate; whole sentences of other reviews want small changes: half of the rate that is
+        # fastest at first, a decay that shrinks them by two fifths, and an average over a quarter of the run.
+        config.optim.update({"lr": 5e-4, "weight_decay": 0.5})
+        config.train.update({"eval_every": 0, "ema": 0.999})
+        config.model.matmul_dtype = "bfloat16"
     if arguments == "smoke":
         config.model.update({"variant": "mini", "layers": 1, "width": 32, "max_len": 64})
         config.data.update({"tokenizer": "wordpiece:200", "text": "text", "batch_size": 16})
