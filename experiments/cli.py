@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tfm_jax import interrupt
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.files import folders_beside
 from tfm_jax.parallel import watchdog
 
 PREEMPTED = 75
@@ -118,6 +120,12 @@ def given(made: argparse.ArgumentParser, flags: argparse.Namespace, names: Seque
     return next((name for name in names if getattr(flags, name) != made.get_default(name)), None)
 
 
+def need_folder(flag: str, path: Path) -> None:
+    """A folder that a flag names must be there."""
+    if not path.is_dir():
+        raise UserError(f"{flag}={path}: there is no such folder.{nearest(path.name, folders_beside(path))}")
+
+
 def averaged(flags: argparse.Namespace) -> dict[str, Any]:
     """`average` and `decay`, as what restores checkpoints takes them."""
     if flags.average < 1:
@@ -177,6 +185,7 @@ def run(main: Callable[[Sequence[str] | None], int], *, memory: str = FAST) -> N
     _restart_with(memory)
     reason = ""
     try:
+        interrupt.listen()
         code = main(None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

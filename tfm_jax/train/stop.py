@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from tfm_jax import interrupt
+
 
 class StopRequest:
     """SIGTERM and Ctrl-C as a question that the loop asks between steps; the second one stops at once.
@@ -36,6 +38,8 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT,) if self._shared else (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._ask)
+            if interrupt.asked:
+                self._ask(signal.SIGINT, None)
         return self
 
     def __exit__(self, *_: object) -> None:
