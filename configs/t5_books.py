@@ -15,6 +15,7 @@ RECIPES = {
     "": {
         "title": "a T5 of 7.6 M weights on 26 novels: loss of corrupted spans on two others, nats",
         "metrics": ("eval/validation/loss", "eval/validation/accuracy"),
+        "picture": "loss.png",
     }
 }
 

@@ -66,7 +66,7 @@ def command(record: Mapping[str, Any]) -> str:
         return str(config["command"])
     file, _, variant = config["file"].rpartition("/")[2].partition(":")
     flags = [f"--config.{key}={value}" for key, value in config["overrides"].items()]
-    changed = " ".join([*([f"--seeds {' '.join(seeds)}"] if len(seeds) > 1 else []), *flags])
+    changed = " ".join([*([f"--seeds {' '.join(seeds)}"] if [*seeds] != ["0"] else []), *flags])
     made = f"make reproduce-{file.removesuffix('.py')}" + (f" VARIANT={variant}" if variant else "")
     return made + (f" ARGS='{changed}'" if changed else "")
 

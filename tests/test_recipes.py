@@ -12,6 +12,7 @@ from experiments import evaluate, predict, results
 from experiments import train as train_command
 from experiments.reproduce import recipe
 from experiments.reproduce.goals import check
+from experiments.reproduce.record import origin
 from tests.errors import says
 from tests.test_configs import FOLDER, NAMES
 from tfm_jax import config as configs
@@ -75,6 +76,40 @@ def test_a_class_is_learnt_and_the_figure_written(trained):
     assert record["figures"]["mean"] >= 0.95 and record["config"]["file"].endswith("minilm_sst2.py:smoke")
     assert set(record["figures"]["by_seed"]) == {"0"} and record["revision"]
     assert set(record["figures"]["also"]) == {"eval/validation/loss"}
+    result = json.loads((base / "minilm_sst2-smoke-0" / "result.json").read_text())
+    assert {key: record[key] for key in ("revision", "machine", "versions")} == {
+        "revision": result["revision"], "machine": rundir.machine(), "versions": rundir.versions()
+    }  # fmt: skip
+
+
+def test_figures_are_of_the_evaluators_that_the_run_had(common, trained, tmp_path):
+    (base, told), config = common, f"--config={FOLDER}/minilm_sst2.py:smoke"
+    with says(
+        f"{base}/minilm_sst2-smoke-0 has finished with evals.validation.max_batches=None, and now it is 2: move the run away, or"
+        " name another --workdir."
+    ):
+        recipe.main([config, *told, f"--results={tmp_path}", "--config.evals.validation.max_batches=2"])
+
+
+def test_a_run_gives_its_picture(common, trained, tmp_path, monkeypatch):
+    (base, told), load = common, configs.load_module
+
+    def loaded(spec):
+        module, arguments = load(spec)
+        module.RECIPES["smoke"] = {"metrics": ("eval/validation/loss",), "picture": "loss.png"}
+        return module, arguments
+
+    monkeypatch.setattr(configs, "load_module", loaded)
+    assert trained_here([f"--config={FOLDER}/minilm_sst2.py:smoke", *told, f"--results={tmp_path}"]) == 0
+    picture = base / "minilm_sst2-smoke-0" / "plots" / "loss.png"
+    assert (tmp_path / "minilm_sst2-smoke.png").read_bytes() == picture.read_bytes()
+
+
+def test_older_runs_say_that_they_recorded_less():
+    runs = [{"date": "2026-01-01", "machine": "a"}, {"date": "2026-01-02"}]
+    assert origin(runs) == {
+        "revision": "not recorded", "date": "2026-01-01, 2026-01-02", "machine": "a, not recorded", "versions": "not recorded"
+    }  # fmt: skip
 
 
 def test_a_student_learns_from_the_trained_run(reviews, trained):

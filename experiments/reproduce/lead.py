@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, _ = cli.parse(made, argv)
     from tfm_jax.evals.generation import scored
 
+    cli.need_folder("--data", flags.data)
     rows = [json.loads(line) for line in lines(read_text(flags.data, "scitldr/test.jsonl"))]
     found = scored([row["source"][0] for row in rows], [row["target"] for row in rows], ("rouge",))
     figures = {

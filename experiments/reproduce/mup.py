@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli, coordinates
-from experiments.reproduce.record import RESULTS, each, write_result
+from experiments.reproduce.record import RESULTS, origin, write_result
 from tfm_jax import config as configs
 
 EXAMPLES = """\
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rates_of = itertools.product(losses, flags.widths, (2.0**power for power in flags.powers))
         files = [run_of(flags.workdir, *one) / "result.json" for one in rates_of]
         runs = [json.loads(file.read_text()) for file in files if file.is_file()]
-        said = {key: each(runs, key) for key in ("revision", "date")}
+        said = origin(runs)
         write_result("mup_rates", found, config=flags.config, seed=0, folder=flags.results, **said)
         wrong |= not found["apart_in_factors_of_2"]["mup"] <= 1
     if flags.json:

@@ -1,4 +1,4 @@
-"""Losses and gradients on meshes of 8 simulated devices beside one device: six families, each axis that they can have, each pair.
+"""Losses and gradients on meshes of 8 simulated devices beside one device: six models, each axis that they can have, each pair.
 
 Everything in float32, so that all that differs is the order of sums. Writes `results/parallel.json`, and fails where a loss or a
 gradient is further away than 1e-5 of its size.

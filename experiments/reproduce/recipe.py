@@ -8,6 +8,7 @@ recipe's figure, its runs and figures go to other folders, `--workdir` and `--re
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from experiments import cli
+from experiments.convert import read_origin
 from experiments.reproduce.goals import Goal, check
-from experiments.reproduce.record import RESULTS, each, write_result
+from experiments.reproduce.record import RESULTS, origin, write_result
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.files import folders_beside
+from tfm_jax.train import rundir
 
 EXAMPLES = """\
   python -m experiments.reproduce.recipe --config=configs/minilm_sst2.py --model=path/to/all-MiniLM-L6-v2 --data=path/to/data
@@ -38,6 +40,7 @@ class Recipe(TypedDict, total=False):
       tried: where the figure falls short, what did not help.
       model: the run directory that an imported model goes to (`--model`).
       needs: runs of other recipes that it starts from.
+      picture: the picture among a run's `plots/` that stands beside the figure, of the first seed.
     """
 
     title: str
@@ -47,6 +50,7 @@ class Recipe(TypedDict, total=False):
     tried: str
     model: str
     needs: Sequence[str]
+    picture: str
 
 
 # Where files lie is this machine's matter.
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARGUMENTS")
     made.add_argument("--model", type=Path, help="folder of the model that the recipe starts from")
     made.add_argument("--data", type=Path, help="folder of the data set's files: data.manual_dir")
-    made.add_argument("--metric", nargs="+", help="other metrics than the recipe's")
+    made.add_argument("--metric", nargs="+", help="other metrics than the recipe's, of which it asks nothing")
     made.add_argument("--at-least", type=float, help="of the first metric: another goal than the recipe's")
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
     made.add_argument("--workdir", type=Path, help="folder of the runs (runs)")
@@ -76,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{changed[0]}: runs/ and {RESULTS}/ are the recipe's as it is. Name folders for others: --workdir=FOLDER --results=FOLDER."
         )
     results, workdir = flags.results or RESULTS, flags.workdir or Path("runs")
-    recipe |= {"metrics": flags.metric} if flags.metric else {}
+    # What the recipe asks is asked of its own metrics.
+    recipe |= {"metrics": flags.metric, "goals": []} if flags.metric else {}
     recipe |= {} if flags.at_least is None else {"goals": [{"least": flags.at_least}]}
     if "metrics" not in recipe:
         file = flags.config.partition(":")[0]
@@ -84,12 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         others = f" Its recipes are {names}." if names else ""
         raise UserError(f"--config={flags.config} says no figure in RECIPES.{others} Or give --metric.")
     if flags.data is not None:
-        if not flags.data.is_dir():
-            hint = nearest(flags.data.name, folders_beside(flags.data))
-            raise UserError(f"--data={flags.data}: there is no such folder.{hint}")
+        cli.need_folder("--data", flags.data)
         overrides = [*overrides, ("data.manual_dir", str(flags.data.absolute()))]
+    text = configs.to_json(configs.resolve(configs.load(flags.config), overrides))
     for run in map(Path, recipe.get("needs", ())):
-        if not (run / "result.json").is_file():
+        # Overrides may name another one.
+        if f'{run}"' in text and not (run / "result.json").is_file():
             first, seed = run.name.rpartition("-")[::2]
             raise UserError(f"{flags.config} starts from {run}: finish `make reproduce-{first}` (seed {seed}) first.")
     if "model" in recipe:
@@ -114,9 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures,
             config={"file": flags.config, "overrides": settings},
             folder=results,
-            revision=each(found.values(), "revision"),
-            date=each(found.values(), "date"),
+            **origin(found.values()),
         )
+        if "picture" in recipe and seed == flags.seeds[0]:
+            shutil.copyfile(workdir / f"{name}-{seed}" / "plots" / recipe["picture"], results / f"{name}.png")
     spread = f" (+- {figures['deviation']:.4f} over {len(found)} seeds)" if len(found) > 1 else ""
     print(f"{name}: {figures['metric']} {figures['mean']:.4f}{spread}")
     checked = [check(goal, figures, results) for goal in figures["goals"]]
@@ -130,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _imported(run: Path, model: Path | None) -> None:
     """The run that a recipe starts from, made from a model's folder if it is not there."""
     if (run / "config.json").is_file():
-        origin = json.loads((run / "origin.json").read_text())["folder"]
-        if model is not None and Path(origin).resolve() != model.resolve():
-            raise UserError(f"--model={model}, but {run} is {origin}: move that away first.")
+        found = (read_origin(run) or {}).get("folder", "no imported model")
+        if model is not None and Path(found).resolve() != model.resolve():
+            raise UserError(f"--model={model}, but {run} is {found}: move that away first.")
         return
     if model is None:
         raise UserError(f"This recipe starts from a model. Name its folder: --model=FOLDER; it is imported to {run}.")
@@ -142,6 +148,16 @@ def _imported(run: Path, model: Path | None) -> None:
 
 
 def _trained(config: str, seed: int, run: Path, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    if (run / "result.json").is_file():
+        # A run may go on with other evaluators, but what has finished has its figures by those it had.
+        asked = configs.resolve(configs.load(config), overrides)["evals"]
+        # What the run's evaluators did not have yet is as it is by default.
+        had, now = (configs.flat(evals) for evals in (configs.resolve(rundir.read_config(run))["evals"], asked))
+        if differ := sorted(key for key in had | now if had.get(key) != now.get(key)):
+            raise UserError(
+                f"{run} has finished with evals.{differ[0]}={had.get(differ[0])!r}, and now it is {now.get(differ[0])!r}: move the"
+                " run away, or name another --workdir."
+            )
     command = [
         sys.executable, "-m", "experiments.train", f"--config={config}", f"--workdir={run}", f"--config.train.seed={seed}",
         f"--config.data.seed={seed}", *(f"--config.{key}={value}" for key, value in overrides),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,9 +14,16 @@ from tfm_jax.train import rundir
 RESULTS = Path("results")
 
 
-def each(results: Iterable[Mapping[str, Any]], key: str) -> str:
-    """What results say of themselves, each text once: a finished run may be older than the code and the day."""
-    return ", ".join(sorted({str(result[key]) for result in results if key in result}))
+def _each(results: Iterable[Mapping[str, Any]], key: str) -> Any:
+    """What results say of themselves, each thing once: a finished run may be older than the code, the day and the machine."""
+    said = [result.get(key, "not recorded") for result in results]
+    return said[0] if said and all(one == said[0] for one in said) else ", ".join(sorted({str(one) for one in said}))
+
+
+def origin(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Code, day, machine and libraries of runs, from their `result.json`, for `write_result`."""
+    known = [*results]
+    return {key: _each(known, key) for key in ("revision", "date", "machine", "versions")}
 
 
 def write_result(
@@ -30,8 +35,11 @@ def write_result(
     folder: Path = RESULTS,
     revision: str | None = None,
     date: str | None = None,
+    machine: str | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write figures beside the config, seed, code revision (here and today if None), date and machine that they came from."""
+    """Write figures beside the config, seed, code revision, date, machine and libraries that they came from: those of here and
+    today where they are None."""
     record = {
         "name": name,
         "figures": figures,
@@ -39,8 +47,8 @@ def write_result(
         "seed": seed,
         "revision": revision or rundir.revision(),
         "date": date or time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "versions": rundir.versions(),
+        "machine": machine or rundir.machine(),
+        "versions": versions or rundir.versions(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.reproduce.record import each, write_result
+from experiments.reproduce.record import origin, write_result
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.files import write_atomic
 from tfm_jax.sweep import trials
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {}
     for name in flags.only:
         found[name] = PARTS[name](flags)
-        config = " ".join(_base(flags)).replace(str(flags.data), "DATA")
+        config = " ".join(_short(flags) if name == "kills" else _base(flags)).replace(str(flags.data), "DATA")
         runs = [
             json.loads(path.read_text()) for of in READ[name] for path in (flags.workdir / of).glob("*/result.json")
         ]
@@ -66,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found[name],
             config=config,
             seed=0,
-            revision=each(runs, "revision"),
-            date=each(runs, "date"),
+            **origin(runs),
         )
         print(f"{name}: {found[name]}", flush=True)
     if flags.json:
@@ -82,6 +81,11 @@ def _base(flags: Any, steps: int | None = None) -> list[str]:
         f"--config.optim.warmup_steps={steps // 20}", "--config.evals.validation.max_batches=40",
         "--config.log.tensorboard=False",
     ]  # fmt: skip
+
+
+def _short(flags: Any) -> list[str]:
+    """Trials that are killed: a fifth of the steps, many checkpoints."""
+    return [*_base(flags, max(flags.steps // 5, 20)), "--config.checkpoint.every=10"]
 
 
 def _sweep(folder: Path, sweep: str, base: Sequence[str], *more: str) -> list[str]:
@@ -172,7 +176,7 @@ def _asha(flags: Any) -> dict[str, Any]:
 
 def _kills(flags: Any) -> dict[str, Any]:
     """One trial at a time, so that what is drawn and stopped depends on nothing but the study."""
-    base = [*_base(flags, max(flags.steps // 5, 20)), "--config.checkpoint.every=10"]
+    base = _short(flags)
     quiet, killed = flags.workdir / "kills_quiet", flags.workdir / "kills_killed"
     subprocess.run(_sweep(quiet, "asha", base, "--vectorise=1"), check=True)
     shutil.rmtree(killed, ignore_errors=True)

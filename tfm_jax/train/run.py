@@ -308,6 +308,8 @@ class _Loop:
             "step": self.total,
             "revision": self.facts["revision"],
             "date": time.strftime("%Y-%m-%d"),
+            "machine": rundir.machine(),
+            "versions": rundir.versions(),
             "train_seconds": self.meter.train_seconds,
             "parameters": self.experiment.parameter_count,
             **self.meter.last,

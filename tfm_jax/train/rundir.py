@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -189,6 +190,11 @@ def revision() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def machine() -> str:
+    """What the processes run on, in a few words."""
+    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
 
 
 def versions() -> dict[str, str]:
