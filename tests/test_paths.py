@@ -36,6 +36,11 @@ def test_the_first_rule_that_matches_wins():
     ("pattern", "message"),
     [
         ("a/kernle", "optim.freeze: the pattern 'a/kernle' matches no parameter. Did you mean 'a/kernel'?"),
+        (
+            "zzz",
+            "optim.freeze: the pattern 'zzz' matches no parameter. There are: a/bias, a/kernel, b/0/left, b/0/right, b/1/0.",
+        ),
+        ("lefft/", "optim.freeze: the pattern 'lefft/' matches no parameter. Did you mean 'left'?"),
         ("(", "optim.freeze: '(' is not a regular expression: missing ), unterminated subpattern at position 0."),
     ],
 )

@@ -7,12 +7,12 @@ parameter has the same name everywhere: `stack/block_0/attention/query/kernel`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
-from tfm_jax.errors import UserError, nearest
+from tfm_jax.errors import UserError, closest
 
 
 def path_str(path: tuple[Any, ...]) -> str:
@@ -41,6 +41,16 @@ def compile_patterns(patterns: Sequence[str], *, setting: str) -> list[re.Patter
     return compiled
 
 
+def nearest_path(pattern: str, paths: Iterable[str]) -> str:
+    """A sentence that points from a pattern that matches no path to the nearest piece of one, or shows one path of each kind."""
+    pieces, known = pattern.strip("^$/").split("/"), [*paths]
+    split = {tuple(path.split("/")) for path in known}
+    runs = {"/".join(path[i : i + len(pieces)]) for path in split for i in range(len(path) - len(pieces) + 1)}
+    kinds = [*{re.sub(r"\d+", "0", path): path for path in sorted(known, reverse=True)}.values()][::-1]
+    more = f" and {len(kinds) - 12} kinds more" if len(kinds) > 12 else ""
+    return closest("/".join(pieces), sorted(runs)) or f" There are: {', '.join(kinds[:12])}{more}."
+
+
 def values_by_pattern(tree: Any, rules: Sequence[tuple[str, Any]], default: Any, *, setting: str) -> Any:
     """A tree like `tree` whose leaves are the value of the first rule that matches the leaf's path, else `default`.
 
@@ -51,7 +61,7 @@ def values_by_pattern(tree: Any, rules: Sequence[tuple[str, Any]], default: Any,
     for pattern in patterns:
         if not any(pattern.search(name) for name in names):
             raise UserError(
-                f"{setting}: the pattern {pattern.pattern!r} matches no parameter.{nearest(pattern.pattern, names)}"
+                f"{setting}: the pattern {pattern.pattern!r} matches no parameter.{nearest_path(pattern.pattern, names)}"
             )
 
     def pick(path: str, _: Any) -> Any:

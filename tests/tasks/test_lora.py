@@ -28,9 +28,10 @@ CHANGES = {"train.adapter": json.dumps(LORA).replace('"', "'"), "train.steps": 4
 
 @pytest.fixture(scope="module")
 def trained(make_config, tmp_path_factory):
-    """A run of all parameters, one of adapters on its end, and one of these that keeps an average."""
+    """A run of all parameters, another of more width, one of adapters on its end, and one of these that keeps an average."""
     base = tmp_path_factory.mktemp("lora")
     train(make_config({"train.steps": 3, "model.layers": 2}), base / "donor")
+    train(make_config({"train.steps": 3, "model.layers": 2, "model.width": 32}), base / "wide")
     for name, ema in (("run", None), ("averaged", 0.5)):
         start = {"checkpoint.init_from": f"'{base / 'donor'}'", "train.ema": ema}
         train(make_config({**CHANGES, **start}), base / name)
@@ -99,10 +100,12 @@ def test_bad_input(make_config):
         build(with_(rnk=3))
     with says("train.adapter.rank=0: must be at least 1."):
         build(with_(rank=0))
-    with pytest.raises(
-        UserError, match=r"^train\.adapter\.pattern='attention/q/kernel' matches no parameter\. There are: "
-    ):
-        build(with_(pattern="attention/q/kernel"))
+    with pytest.raises(UserError) as error:
+        build(with_(pattern="atention/query"))
+    assert str(error.value).endswith("'atention/query' matches no parameter. Did you mean 'attention/query'?")
+    with pytest.raises(UserError, match=r"^train\.adapter\.pattern='q/w' matches no parameter\. There are: ") as error:
+        build(with_(pattern="q/w"))
+    assert "/kernel" in str(error.value) and "embedding" not in str(error.value), "what has no adapters is no choice"
     with pytest.raises(UserError, match=r"^train\.adapter\.train: 'head' matches no parameter\. There are: "):
         build(with_(train=["head"]))
     with pytest.raises(UserError) as error:
@@ -128,6 +131,8 @@ def test_adapters_alone_and_back_on_their_base(trained, tmp_path, capsys, name):
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["arrays"] == 4 * 2 + len([p for p in saved(trained / name) if "final_norm/" in p])
     size = (tmp_path / "saved" / "adapter.safetensors").stat().st_size
+    modes = {(tmp_path / "saved" / file).stat().st_mode for file in ("adapter.safetensors", "adapter.json")}
+    assert len(modes) == 1, "who may read the one may read the other"
     assert size < 4 * record["parameters"] + 4096 and 0 < record["share"] < 0.2
     back = [f"--from={tmp_path / 'saved'}", f"--base={trained / 'donor'}", f"--to={tmp_path / 'back'}"]
     assert adapters_command.main(back) == 0
@@ -145,6 +150,10 @@ def test_adapters_alone_and_back_on_their_base(trained, tmp_path, capsys, name):
     back[2] = f"--to={tmp_path / 'other'}"
     with says(f"{trained / 'run'} is not what these adapters were trained on: its other parameters differ."):
         adapters_command.main(back)
+    with pytest.raises(
+        UserError, match=r"wide is not what these adapters were trained on: .*: donor \(.*\), model \([0-9, ]*\)\.$"
+    ):
+        adapters_command.main([back[0], f"--base={trained / 'wide'}", back[2]])
     with says(f"{trained / 'donor'} has no adapters: it was trained without train.adapter."):
         adapters_command.main([f"--run={trained / 'donor'}", f"--to={tmp_path / 'none'}"])
     with says("Give --run RUN to save its adapters, or --from FOLDER and --base RUN to put them on."):

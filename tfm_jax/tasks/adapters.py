@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from tfm_jax.errors import UserError
-from tfm_jax.paths import compile_patterns, flatten, map_with_path
+from tfm_jax.paths import compile_patterns, flatten, map_with_path, nearest_path
 from tfm_jax.tasks.base import Params, Task
 
 KEY = "adapter"
@@ -57,9 +57,10 @@ def adapted(
             if chosen.search(path) and not any(regex.search(path) for regex in trained)
         }
         if not kernels:
+            all_kernels = [path for path in leaves if path.endswith("/kernel")]
             others = " but those that are trained as they are" if any(map(chosen.search, leaves)) else ""
             raise UserError(
-                f"train.adapter.pattern={pattern!r} matches no parameter{others}. There are: {_some(leaves)}."
+                f"train.adapter.pattern={pattern!r} matches no parameter{others}.{nearest_path(pattern, all_kernels)}"
             )
         for path, x in kernels.items():
             if not path.endswith("/kernel"):
@@ -69,7 +70,7 @@ def adapted(
         for regex in named:
             if not any(regex.search(path) for path in leaves):
                 raise UserError(
-                    f"train.adapter.train: {regex.pattern!r} matches no parameter. There are: {_some(leaves)}."
+                    f"train.adapter.train: {regex.pattern!r} matches no parameter.{nearest_path(regex.pattern, leaves)}"
                 )
         branch: dict[str, Any] = {}
         for number, (path, x) in enumerate(kernels.items()):
@@ -112,12 +113,3 @@ def by_kernel(branch: Any) -> dict[str, Arrays]:
         kernel, _, name = path.rpartition("/")
         found.setdefault(kernel, {})[name] = x
     return found
-
-
-def _some(paths: Iterable[str]) -> str:
-    """A few paths, one for each kind of layer, kernels first: they are what is adapted."""
-    kinds = sorted(
-        {re.sub(r"\d+", "0", path): path for path in paths}.values(), key=lambda path: not path.endswith("/kernel")
-    )
-    more = f" and {len(kinds) - 12} kinds more" if len(kinds) > 12 else ""
-    return ", ".join(kinds[:12]) + more

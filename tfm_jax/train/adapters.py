@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as packed
 
 from tfm_jax import config as configs
 from tfm_jax.errors import UserError
@@ -58,7 +58,8 @@ def save(run: Path, folder: Path, step: int | None = None) -> dict[str, Any]:
     # Not the average of what never changed, which is the same but for rounding.
     base = {path: x for path, x in leaves.items() if path not in own}
     folder.mkdir(parents=True)
-    save_file({path: np.asarray(x) for path, x in own.items()}, folder / ARRAYS)
+    # `save_file` would make a file that only its owner may read.
+    write_atomic(folder / ARRAYS, packed({path: np.asarray(x) for path, x in own.items()}))
     if (run / "tokenizer").is_dir():
         shutil.copytree(run / "tokenizer", folder / "tokenizer")
     shapes = {path: list(x.shape) for path, x in base.items()}
@@ -90,14 +91,20 @@ def put_on(folder: Path, base: Path, run: Path) -> dict[str, Any]:
     task, settings = build_task(config), config["checkpoint"]
     # The base is taken as the run had taken it: without heads that it did not want, and with its names and layers.
     blank = tree_of({path: jax.numpy.zeros(shape) for path, shape in record["shapes"].items()})
-    taken, report = transfer(
-        flatten(load_params(base)[0]),
-        blank,
-        rename=settings["rename"],
-        layers=settings["layers"],
-        resize_positions=settings["resize_positions"],
-        resize=family(config["model"]["name"], "RESIZE", LINE),
-    )
+    try:
+        taken, report = transfer(
+            flatten(load_params(base)[0]),
+            blank,
+            rename=settings["rename"],
+            layers=settings["layers"],
+            resize_positions=settings["resize_positions"],
+            resize=family(config["model"]["name"], "RESIZE", LINE),
+        )
+    except UserError as error:
+        *_, last = str(error).splitlines()
+        raise UserError(
+            f"{base} is not what these adapters were trained on: {last.strip().partition(' (checkpoint.')[0]}."
+        ) from None
     if report.missing:
         raise UserError(f"{base} has no {report.missing[0]}, which these adapters stand on.")
     leaves = flatten(taken)
