@@ -315,7 +315,7 @@ def _by_shape(
 
 
 def _overhead(flags: Any) -> dict[str, Any]:
-    """The same number of steps, bare and in the loop, in alternating blocks; shape A is about 40 ms a step here."""
+    """The same number of steps, bare and in the loop, in alternating blocks."""
     from tfm_jax import config as configs
     from tfm_jax.train.build import build
     from tfm_jax.train.run import train

@@ -95,7 +95,11 @@ class Loaded:
     def inputs(self, prompt: str, max_new: int | None) -> tuple[list[int], list[list[int]] | None, int]:
         """The first tokens of what is made, what an encoder reads, and how many tokens are made at most."""
         if not self.generates:
-            raise UserError(f"{type(self.model).__module__} cannot generate: it has no init_caches.")
+            family = type(self.model).__module__.rpartition(".")[2]
+            raise UserError(
+                f"A model of the family {family!r} continues no text: it has no init_caches. `python -m experiments.predict` has"
+                " what it says of texts."
+            )
         ids = [int(i) for i in self.tokenizer.encode_batch([prompt])[0]] if prompt else []
         if self.tokenizer.unk_id is not None and self.tokenizer.unk_id in ids:
             raise UserError(f"The prompt {prompt!r} has characters that the run's tokenizer has never seen.")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tfm_jax import config as configs
+from tfm_jax.errors import UserError
 from tfm_jax.parallel import mesh
 from tfm_jax.parallel.sharding import Layout
 from tfm_jax.sections import build_model, family
@@ -76,6 +77,15 @@ def test_the_golden_table(name):
     """A changed line is a parameter renamed, reshaped or moved: say so in the commit, older checkpoints will not fit."""
     lines = {text.split()[0]: text for text in GOLDEN.read_text().splitlines()}
     assert lines.get(name) == line(name), "python -m tests.test_configs writes the table anew"
+
+
+def test_a_decoder_begins_with_an_id_of_the_models(corpus):
+    for start in (-1, 99_999):
+        changes = [("data.source", f"text:{corpus}/*.txt"), ("data.decoder_start", str(start))]
+        with pytest.raises(
+            UserError, match=rf"^data\.decoder_start={start}: the model's ids are 0 to \d+ \(model\.vocab_size=\d+\)\.$"
+        ):
+            build(configs.resolve(configs.load(f"{FOLDER}/t5_stdlib.py:smoke"), changes))
 
 
 if __name__ == "__main__":

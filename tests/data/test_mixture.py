@@ -65,6 +65,7 @@ def test_shares(sources, temperature, want):
         turns = [data.turn(1000 * block + i)[0] for i in range(1000)]
         assert turns.count("tone") == want
     assert mixture.shares({"a": 10_000_000, "b": 1, "c": 5_000_000}, 1.0) == {"a": 666, "b": 1, "c": 333}
+    assert mixture.shares({"a": 67_349, "b": 5_749}, 0.015) == {"a": 999, "b": 1}
     small = {f"p{i}": 1 for i in range(40)}
     assert mixture.shares({"big": 10**9, **small}, 1.0) == {"big": 960, **small}
 

@@ -126,6 +126,24 @@ def test_short_stretches_leave_no_token_without_a_place():
     assert {int((row[shown] != FIRST).sum()) for row, shown in zip(source, valid, strict=True)} == {128 - 38}
 
 
+def test_what_short_stretches_lack_is_spread_over_them():
+    """38 draws of Poisson(1) hide about 38 tokens; where they hide fewer no single stretch gets the rest."""
+    objective = made("denoise", 128, span_length=1.0)
+    tokens = np.broadcast_to(np.arange(129, dtype=np.int32), (300, 129))
+    batch = objective.batch(tokens, np.ones(tokens.shape, bool), np.arange(300, dtype=np.uint64))
+    long = 0
+    for row, shown in zip(batch["inputs"]["tokens"], batch["inputs"]["valid"], strict=True):
+        kept = row[shown].tolist()
+        # Between two tokens that stay, with one mark: a stretch by itself.
+        alone = [
+            b - a - 1
+            for a, mark, b in zip(kept, kept[1:], kept[2:], strict=False)
+            if mark == FIRST and FIRST not in (a, b)
+        ]
+        long += max(alone) > 5
+    assert long / 300 < 0.1, "a stretch of 6 or more is one in 1,700"
+
+
 def test_continuing_predicts_the_second_half():
     objective = made("continue", 8)
     tokens, known, seeds = rows(objective, count=3)

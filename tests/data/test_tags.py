@@ -95,6 +95,8 @@ def test_entities_by_hand():
     found = [["B-PER", "O", "B-LOC", "O"], ["B-PER", "O"]]
     got = entities.scored(wanted, found)
     assert got == pytest.approx({"precision": 2 / 3, "recall": 2 / 4, "f1": 4 / 7})
+    # As CoNLL's script: an entity may begin without its B.
+    assert entities.scored([["O", "B-PER", "I-PER"]], [["O", "I-PER", "I-PER"]])["f1"] == 1.0
 
 
 def test_bad_input(tmp_path):
@@ -115,9 +117,11 @@ def test_bad_input(tmp_path):
         make(source="stdlib")
     folder, call = made(good, valid={**good, "tags": ["O", "B-Y"]})
     with says(
-        f"{folder}/valid.jsonl, line 1: 'B-Y' in the field 'tags' is no tag of the train split. Did you mean 'B-X'?"
+        f"{folder}/valid.jsonl, line 1: 'B-Y' in the field 'tags' is no tag of the train split's or data.names. Did you mean 'B-X'?"
     ):
         call()
+    with says("data.names=('O', 'B-X', 'B-X'): 'B-X' stands there twice. Name each tag once."):
+        made(good, names=("O", "B-X", "B-X"))[1]()
     folder, call = made({"words": "a b", "tags": ["O"]})
     with says(f"{folder}/train.jsonl, line 1: the field 'words' is a str, not a list."):
         call()

@@ -121,6 +121,8 @@ def test_bad_input(make_config):
 def test_a_search_that_cannot_be_is_found_before_training(config):
     built = build(config)
     context = Context(built.task, built.model, built.layout, built.data, 8)
+    with says("evals: batch_size=-4: must be at least 1."):
+        generation.make(context, batch_size=-4)
     limit = built.model.max_len
     with says(
         f"A prompt of 1 token and max_new={limit} need {limit + 1} positions, but model.max_len={limit}. Ask for at most"

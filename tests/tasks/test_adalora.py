@@ -105,8 +105,9 @@ def test_bad_input(make_config):
 
     with says("config: unknown key 'train.adapter.initial' (=3). Did you mean 'initial_rank'?"):
         with_(initial=3)
-    with says("train.adapter.initial_rank=1: must be at least train.adapter.rank=2."):
-        with_(initial_rank=1)
+    for few in (0, 1):
+        with says(f"train.adapter.initial_rank={few}: must be at least train.adapter.rank=2."):
+            with_(initial_rank=few)
     with says("train.adapter: start=0.8 and settled=0.3 are shares of the steps, below 1 together."):
         with_(start=0.8)
     with says("train.adapter.name='adalor' does not exist. Did you mean 'adalora'?"):

@@ -19,6 +19,7 @@ from tfm_jax.errors import UserError
 from tfm_jax.models.albert import Model as AlbertModel
 from tfm_jax.models.bert import Model as BertModel
 from tfm_jax.models.t5 import Model as T5Model
+from tfm_jax.models.transformer_xl import Model as TransformerXl
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.paths import flatten
 from tfm_jax.sections import build_model
@@ -334,6 +335,11 @@ def test_bad_pairs():
     t5 = T5Model(BlockSpec(width=8, heads=2), vocab_size=9, encoder_layers=1, decoder_layers=1)
     with says("task.teacher='x' reads decoder_tokens, which this data has not."):
         tried(other=t5)
+    remembers = TransformerXl(BlockSpec(width=8, heads=2), vocab_size=9, layers=1, mem_len=4)
+    with says(
+        "task.teacher='x' has a memory of the segments before, and a teacher is asked about each batch alone: take one without."
+    ):
+        tried(other=remembers)
     with says("task.hidden: 3 is not a pair (layer of the student, layer of the teacher)."):
         tried(hidden=(3,))
     with says("task.hidden: the teacher has no layer 2; its last is 1."):

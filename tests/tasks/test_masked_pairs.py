@@ -1,4 +1,4 @@
-"""Masked tokens and pairs of segments: the sum against slow numpy, and a run that learns which order is right."""
+"""Masked tokens and pairs of segments: the sum against slow numpy, a run of both questions, bad input."""
 
 import shutil
 

@@ -54,7 +54,7 @@ def test_a_run_ends_early_and_stays_ended(make_config, tmp_path, monkeypatch):
     assert reported == [(done.result["step"], done.result["train/loss"])]
     best = min(value for _, value in seen)
     assert [value for _, value in seen].index(best) == len(seen) - 3
-    # The same command trains no further; with more patience the run goes on.
+    # The same command trains no further.
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_Loop", None)
         again = loop.train(make_config(changes), tmp_path / "run")
@@ -118,6 +118,7 @@ def test_bad_input(make_config, tmp_path):
         ("mood/f", "Did you mean 'f1'?"),
         ("mood", "Valid: accuracy, f1."),
         ("texts/chrf", "Valid: bleu, rouge."),
+        ("texts/bleu_lowercase", "Valid: bleu, rouge."),
     ):
         with says(f"train.stop_metric='eval/{metric}' is not of evals.{metric.partition('/')[0]}.metrics. {hint}"):
             built(metric)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import itertools
@@ -111,6 +112,11 @@ def make(
     classes = list[Any]()
     if kind == "class" and label is not None:
         classes = known or _classes(_labels(corpora[0], "train", label, root), source, label)
+        if not known:
+            # A misspelt label of the train split is a class of its own.
+            times = collections.Counter(_labels(corpora[0], "train", label, root))
+            said = ", ".join(f"{name} {times[name]}" for name in classes[:20]) + (", ..." if len(classes) > 20 else "")
+            log.info("labels: %d classes in the train split: %s.", len(classes), said)
     told = None if predictions is None else _told(predictions, counts["train"], classes)
 
     @functools.cache

@@ -120,7 +120,8 @@ def _examples(name: str, data: Data) -> int:
 
 def shares(counts: Mapping[str, int], temperature: float) -> dict[str, int]:
     """Batches of each part in a block, at least 1: the largest remainders are rounded up."""
-    weights = np.array([float(count) for count in counts.values()]) ** (1 / temperature)
+    sizes = np.array([float(count) for count in counts.values()])
+    weights = (sizes / sizes.max()) ** (1 / temperature)
     wanted = np.maximum(weights / weights.sum() * BLOCK, 1.0)
     wanted = wanted / wanted.sum() * BLOCK
     given = np.maximum(np.floor(wanted), 1).astype(int)

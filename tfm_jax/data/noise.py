@@ -291,7 +291,11 @@ class Denoise:
         # Some are empty: more stretches than hidden tokens would make the source, with a mark for each, longer than the text.
         count = min(int(np.searchsorted(np.cumsum(drawn), budget)) + 1, budget)
         lengths = drawn[:count].copy()
-        lengths[-1] -= lengths.sum() - budget
+        beyond = int(lengths.sum()) - budget
+        if beyond > 0:
+            lengths[-1] -= beyond
+        else:
+            lengths += rng.multinomial(-beyond, np.full(count, 1 / count))
         rng.shuffle(lengths)
         # Each stretch stands in one of the gaps between the tokens that stay.
         gaps = np.sort(rng.integers(0, len(tokens) - budget + 1, count))

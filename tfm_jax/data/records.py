@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,10 +165,19 @@ def tfds_folder(name: str, manual_dir: str | None = None) -> Path:
         with locked(Path(builder.data_dir)):
             if not builder.is_prepared():
                 download = tfds.download.DownloadConfig(manual_dir=_expanded(manual_dir))
-                builder.download_and_prepare(download_config=download)
+                write_data_set(builder, download_config=download)
     elif manual_dir is not None:
         _check_made_of(Path(builder.data_dir), Path(manual_dir).expanduser())
     return Path(builder.data_dir)
+
+
+def write_data_set(builder: Any, **options: Any) -> None:
+    """Make a TFDS data set; its bars, for a terminal alone, would fill a log file."""
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    builder.download_and_prepare(**options)
 
 
 def _made_of(folder: Path) -> dict[str, str]:

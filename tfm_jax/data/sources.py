@@ -8,6 +8,7 @@ hf:DIR                        a Hugging Face `datasets` folder on disk (extra: h
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -89,8 +90,14 @@ def open_source(
 
 def _logged(source: Source, asked: str) -> Source:
     if asked == "auto":
-        log.info("data.split=auto chose %s for %s.", source.rule, source.name)
+        _say_once(source.rule, source.name)
     return source
+
+
+@functools.cache
+def _say_once(rule: str, name: str) -> None:
+    """Each field and each evaluator opens it anew."""
+    log.info("data.split=auto chose %s for %s.", rule, name)
 
 
 def _digest(facts: object) -> str:
@@ -112,7 +119,8 @@ def _matching(pattern: str, kind: str) -> tuple[Path, list[Path]]:
     paths = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if os.path.isfile(p))
     if not paths:
         parent = next((p for p in (base, *base.parents) if p.is_dir()), Path())
-        hint = closest(expanded, [str(p) for p in sorted(parent.iterdir())[:1000]])
+        wrong = parent.joinpath(*parts[: len(parent.parts) + 1])
+        hint = closest(wrong, [str(p) for p in sorted(parent.iterdir())[:1000]])
         raise UserError(f"data.source: {kind}:{pattern} matches no file.{hint}")
     return base, paths
 

@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from tfm_jax.data.locks import locked
+from tfm_jax.data.records import write_data_set
 
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
@@ -99,5 +100,5 @@ def prepare(data_dir: Path) -> Path:
             log.info("Reading the sources of Python %s's standard library (once).", platform.python_version())
             # TFDS announces a download, of which there is none here.
             with contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare()
+                write_data_set(builder)
     return Path(builder.data_dir)

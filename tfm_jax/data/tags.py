@@ -74,6 +74,9 @@ def make(
     if seq_len <= len(frame.before) + len(frame.after):
         raise UserError(f"data.seq_len={seq_len}: the marks alone take {len(frame.before) + len(frame.after)}.")
     found = {name: _sentences(corpus, name, words, tags) for name in corpus.streams}
+    told = tuple(names or ())
+    if twice := [name for i, name in enumerate(told) if name in told[:i]]:
+        raise UserError(f"data.names={told}: {twice[0]!r} stands there twice. Name each tag once.")
     known = _names(found["train"], names, source, tags)
     made = {
         name: _Tagged.of(
@@ -183,7 +186,7 @@ class _Tagged:
                 if tag not in number:
                     hint = nearest(str(tag), names)
                     raise UserError(
-                        f"{sentence.where}: {tag!r} in the field {field!r} is no tag of the train split.{hint}"
+                        f"{sentence.where}: {tag!r} in the field {field!r} is no tag of the train split's or data.names.{hint}"
                     )
             sizes = np.array([len(word) for word in sentence.words], np.int64)
             begins = np.cumsum(sizes + 1) - sizes - 1

@@ -13,7 +13,8 @@ from tfm_jax.evals.base import Context, Evaluate, needed, predictions
 def make(context: Context, *, split: str = "validation", batch_size: int | None = None) -> Evaluate:
     """An evaluator of a training state.
 
-    An entity is right if its tags `B-TYPE`, `I-TYPE` .. agree from its first word to its last. Words behind a row's end, and
+    An entity is right if its type, its first word and its last agree; it begins at `B-TYPE`, and at an `I-TYPE` behind another type
+    or `O`. Words behind a row's end, and
     those of a class that the data has no tag for, count as outside of any.
 
     Args:
@@ -30,9 +31,11 @@ def make(context: Context, *, split: str = "validation", batch_size: int | None 
     dataset: Any = context.data.evals(split, context.rows(batch_size))
     if not hasattr(dataset, "tagged_words"):
         raise UserError("evals: entities needs words with tags: data.name=tags.")
-    strange = [name for name in dataset.names if name != "O" and name[1:2] != "-"]
+    strange = [name for name in dataset.names if name != "O" and name[:2] not in ("B-", "I-", "E-", "S-")]
     if strange:
-        raise UserError(f"evals: entities are marked by O, B-TYPE and I-TYPE; {strange[0]!r} is none of these.")
+        raise UserError(
+            f"evals: entities are marked by O, B-TYPE and I-TYPE (or E-TYPE, S-TYPE); {strange[0]!r} is none of these."
+        )
 
     wanted = [own for step in range(dataset.num_batches) for own, _, _ in dataset.tagged_words(step)]
 

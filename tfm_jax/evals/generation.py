@@ -47,7 +47,7 @@ def make(
         raise UserError("evals: metrics is empty: give for instance ('bleu',).")
     for metric in metrics:
         needed("rouge_score" if metric == "rouge" else "sacrebleu", f"evals: {metric}")
-    dataset: Any = context.data.evals(split, batch_size)
+    dataset: Any = context.data.evals(split, context.rows(batch_size))
     if not hasattr(dataset, "references"):
         raise UserError("evals: generation needs data with reference texts: data.name=pairs.")
     if not hasattr(context.model, "init_caches"):

@@ -60,7 +60,7 @@ def wrap(
     Raises:
       UserError: a value out of its range; see also `adapters.adapted`.
     """
-    most = initial_rank or math.ceil(1.5 * rank)
+    most = math.ceil(1.5 * rank) if initial_rank is None else initial_rank
     if alpha <= 0:
         raise UserError(f"train.adapter.alpha={alpha}: must be above 0.")
     if orthogonality < 0:

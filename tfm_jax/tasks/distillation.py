@@ -42,7 +42,7 @@ def make(
     attention: Sequence[Any] = (),
     attention_weight: float = 1.0,
 ) -> Task:
-    """(1 - w) times the task's own loss, plus w T^2 KL(teacher || student), both with logits over T (Hinton, section 2.1), plus
+    """(1 - w) times the task's own loss, plus w T^2 KL(teacher || student), both with logits over T (Hinton, section 2), plus
     the mean squared errors of hidden states and attention scores (Jiao, equations 7 to 9).
 
     The teacher is a run or an imported model, of whatever family and size, that reads the same inputs. Its parameters lie in
@@ -77,6 +77,12 @@ def make(
     widths = [_width(m) for m in (model, taught_by)] if states and taught_by is not None else [0, 0]
     bridges = {"embeddings": any(s == 0 for s, _ in states), "states": any(s > 0 for s, _ in states)}
     inner = build(task)
+    remembers = getattr(taught_by, "init_memory", None)
+    if remembers is not None and remembers(1) is not None:
+        raise UserError(
+            f"task.teacher={teacher!r} has a memory of the segments before, and a teacher is asked about each batch alone: take one"
+            " without."
+        )
     if taught_by is None and (states or heads):
         raise UserError("task.hidden and task.attention need the teacher itself: task.teacher=RUN.")
 

@@ -20,7 +20,10 @@ EVAL_KEY = 0
 
 
 def make(*, discriminator_weight: float = 50.0, vocab_chunk: int = 0) -> Task:
-    """The generator's masked-token loss, plus the discriminator's at every position (section 3.1).
+    """The generator's masked-token loss, plus the discriminator's at every position (section 2).
+
+    What the generator reads is BERT's masking, of which a tenth of the places shows the answer and a tenth a random token; the paper
+    hides all of them.
 
     Both are means over a row's own positions, masked or all, and a row weighs as many as its positions; so the loss of a
     batch is a sum over its rows. Rows without a masked position, padding rows among them, weigh nothing.

@@ -30,6 +30,9 @@ def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 
     if not 0 <= label_smoothing < 1:
         raise UserError(f"task.label_smoothing={label_smoothing}: a weight in [0, 1).")
 
+    if z_loss < 0:
+        raise UserError(f"task.z_loss={z_loss}: must be at least 0.")
+
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         rngs = None if rng is None else {"dropout": rng}
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)

@@ -29,7 +29,7 @@ from tfm_jax.sections import build_model, family, fill, make_named, section_fiel
 from tfm_jax.tasks.base import Task, bind, with_auxiliary
 from tfm_jax.tasks.ema import with_ema
 from tfm_jax.train import mup, optim, quantize, settings
-from tfm_jax.train.check import check, check_batch, check_donors, check_inputs, check_told
+from tfm_jax.train.check import check, check_batch, check_donors, check_inputs, check_start, check_told
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.stages import pipeline_of
 from tfm_jax.train.state import TrainState, initialiser
@@ -178,6 +178,7 @@ def build(
             " Use mesh.fsdp."
         )
     config = _filled_in(config, data)
+    check_start(config)
     model = build_model(config["model"])
     model = model if pipeline is None else model.clone(pipeline=pipeline)
     teacher = config["task"].get("teacher_model")
@@ -288,7 +289,12 @@ def _open_data(section: dict[str, Any], tokenizer_dir: Path | None) -> Any:
 
 def _teacher_model(section: Mapping[str, Any]) -> Any:
     """The `model` section of a task's teacher."""
-    return section.get("teacher_model") or read_config(run_folder(Path(section["teacher"])))["model"]
+    if section.get("teacher_model"):
+        return section["teacher_model"]
+    try:
+        return read_config(run_folder(Path(section["teacher"])))["model"]
+    except UserError as error:
+        raise UserError(f"task.teacher: {error}") from None
 
 
 def _filled_in(config: configs.Config, data: Any) -> configs.Config:

@@ -108,8 +108,8 @@ def _check_watched(config: configs.Config) -> None:
         known = [f"eval/{name}/{key or 'loss'}" for name in config["evals"]]
         raise UserError(f"train.stop_metric={watched!r} is of no evaluator.{nearest(watched, known)}")
     told = [str(metric) for metric in config["evals"][name].get("metrics") or ()]
-    # One may give several that are named after it, as rouge gives rouge1.
-    if told and not key.startswith(tuple(told)):
+    # rouge gives several, which are named after it.
+    if told and key not in told and not ("rouge" in told and key.startswith("rouge")):
         raise UserError(f"train.stop_metric={watched!r} is not of evals.{name}.metrics.{nearest(key, told)}")
     better = goal_of(watched)
     if better not in (None, goal):
@@ -141,6 +141,18 @@ def check_told(config: configs.Config) -> None:
             f"{silent[0]}.predictions is not set, and {told[0]}.predictions is: a student learns every"
             " part from a teacher. Set it for all parts, or task.teacher=RUN instead."
         )
+
+
+def check_start(config: configs.Config) -> None:
+    """The id that a decoder begins with must be in the model's table: what is beyond it is NaN."""
+    size, data = config["model"].get("vocab_size"), config["data"]
+    sections = {"data": data} | {f"data.parts.{name}": part for name, part in (data.get("parts") or {}).items()}
+    for where, section in sections.items():
+        start = section.get("decoder_start")
+        if start is not None and size is not None and not 0 <= start < size:
+            raise UserError(
+                f"{where}.decoder_start={start}: the model's ids are 0 to {size - 1} (model.vocab_size={size})."
+            )
 
 
 def check_batch(config: configs.Config, layout: Layout) -> None:

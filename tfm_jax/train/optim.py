@@ -61,7 +61,7 @@ def make(
       decay_pattern: regex; parameters that match are decayed, and the adapters of those that do.
       clip_norm: global gradient norm above which gradients are scaled down; None for no clipping.
       lr_multipliers: `(regex, factor)` pairs; the first that matches scales a parameter's update.
-      layer_decay: the rate of each layer is that of the one above times this (Clark et al. 2020, section 3.1); heads have the
+      layer_decay: the rate of each layer is that of the one above times this (Clark et al. 2020, appendix B); heads have the
         full one, embeddings the lowest. 1 for none.
       freeze: regexes; parameters that match get no update and no moments.
       options: further arguments of the update rule, for instance `{"b1": 0.9, "b2": 0.95}`.
