@@ -114,7 +114,7 @@ $(VENV)-tpu/.ready: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-tpu && $(VENV)-tpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
 	@touch $@
 
-reproduce-plans: $(VENV)-tpu/.ready  ## plan eight models on pods with the TPU compiler (about an hour; ARGS=--again those that are there)
+reproduce-plans: $(VENV)-tpu/.ready  ## plan six models on pods with the TPU compiler (about an hour; ARGS=--again those that are there)
 	@$(VENV)-tpu/bin/python -m experiments.reproduce.plans $(ARGS)
 
 reproduce-parallel: $(VENV)/.ready  ## losses and gradients on every kind of mesh beside one device (about 5 minutes)

@@ -7,7 +7,8 @@ The data is `stsb/stsb-en-train.csv`, `-dev.csv` and `-test.csv`: sentence, sent
 (a question and its answer) are learnt with `task.loss=contrastive` and `data.label=None`, in a config whose evaluators want no
 labels either, as `:smoke` is: each finds its partner in the batch.
 8 minutes on two CPU cores that another run shares; a correlation of 0.859, which was 0.820 before.
-`:smoke` is a tiny network from scratch that does so, in seconds; give it a source.
+`:smoke` is a tiny network from scratch that does so, in seconds; give it a source with the fields `text`
+and `pair`.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
 
 Batches come from the three in proportion to the fifth root of their sizes. `:sst2`, `:cola` and `:stsb` are each of them
 alone, for as many of its own batches: 13, 7 and 11 minutes on one CPU core with AMX. 35 minutes and 88.7, 28.8 (seeds 26.1 and
-31.5) and 82.2 in one run, of two seeds; alone 89.0, 27.7 (seeds 25.6 and 29.7) and 83.2. `:smoke` is a tiny one on sources of your
-own, in seconds.
+31.5) and 82.2 in one run, of two seeds; alone 89.0, 27.7 (seeds 25.6 and 29.7) and 83.2. `:smoke` is a tiny one in seconds, on
+sources of your own: `--config.data.parts.sst2.source=jsonl:GLOB` and `cola` (`sentence`, `label`), `stsb` (`sentence1`, `sentence2`,
+`score`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 ROUGE of the best of several references. 11 minutes on two CPU cores that another run shares; ROUGE-1 17.9. The first sentence of
 each abstract has 31.3 (`python -m experiments.reproduce.lead --data=path/to/data`). `:smoke` is a tiny one, in seconds; give it a
-source.
+source with the fields `source`, `target` and `references`, a list of texts.
 """
 
 from __future__ import annotations
