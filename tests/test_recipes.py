@@ -106,9 +106,9 @@ def test_a_run_gives_its_picture(common, trained, tmp_path, monkeypatch):
 
 
 def test_older_runs_say_that_they_recorded_less():
-    runs = [{"date": "2026-01-01", "machine": "a"}, {"date": "2026-01-02"}]
+    runs = [{"date": "2026-01-01", "machine": "a", "versions": {"jax": "1"}}, {"date": "2026-01-02"}]
     assert origin(runs) == {
-        "revision": "not recorded", "date": "2026-01-01, 2026-01-02", "machine": "a, not recorded", "versions": "not recorded"
+        "revision": "not recorded", "date": "2026-01-01, 2026-01-02", "machine": "a, not recorded", "versions": {"jax": "1, not recorded"}
     }  # fmt: skip
 
 

@@ -91,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.data is not None:
         cli.need_folder("--data", flags.data)
         overrides = [*overrides, ("data.manual_dir", str(flags.data.absolute()))]
-    text = configs.to_json(configs.resolve(configs.load(flags.config), overrides))
+    values = [str(value) for value in configs.flat(configs.resolve(configs.load(flags.config), overrides)).values()]
     for run in map(Path, recipe.get("needs", ())):
         # Overrides may name another one.
-        if f'{run}"' in text and not (run / "result.json").is_file():
+        if (str(run) in values or f"run:{run}" in values) and not (run / "result.json").is_file():
             first, seed = run.name.rpartition("-")[::2]
             raise UserError(f"{flags.config} starts from {run}: finish `make reproduce-{first}` (seed {seed}) first.")
     if "model" in recipe:
@@ -151,8 +151,12 @@ def _trained(config: str, seed: int, run: Path, overrides: Sequence[tuple[str, s
     if (run / "result.json").is_file():
         # A run may go on with other evaluators, but what has finished has its figures by those it had.
         asked = configs.resolve(configs.load(config), overrides)["evals"]
+        try:
+            before = configs.resolve(rundir.read_config(run))["evals"]
+        except UserError as error:
+            raise UserError(f"{run} is older than the code: move it away, or name another --workdir. {error}") from None
         # What the run's evaluators did not have yet is as it is by default.
-        had, now = (configs.flat(evals) for evals in (configs.resolve(rundir.read_config(run))["evals"], asked))
+        had, now = (configs.flat(evals) for evals in (before, asked))
         if differ := sorted(key for key in had | now if had.get(key) != now.get(key)):
             raise UserError(
                 f"{run} has finished with evals.{differ[0]}={had.get(differ[0])!r}, and now it is {now.get(differ[0])!r}: move the"

@@ -14,16 +14,17 @@ from tfm_jax.train import rundir
 RESULTS = Path("results")
 
 
-def _each(results: Iterable[Mapping[str, Any]], key: str) -> Any:
-    """What results say of themselves, each thing once: a finished run may be older than the code, the day and the machine."""
-    said = [result.get(key, "not recorded") for result in results]
-    return said[0] if said and all(one == said[0] for one in said) else ", ".join(sorted({str(one) for one in said}))
+def _each(results: Iterable[Mapping[str, Any]], key: str) -> str:
+    """What results say of themselves, each text once: a finished run may be older than the code, the day and the machine."""
+    return ", ".join(sorted({str(result.get(key, "not recorded")) for result in results}))
 
 
 def origin(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Code, day, machine and libraries of runs, from their `result.json`, for `write_result`."""
     known = [*results]
-    return {key: _each(known, key) for key in ("revision", "date", "machine", "versions")}
+    versions = [result.get("versions", {}) for result in known]
+    said: dict[str, Any] = {key: _each(known, key) for key in ("revision", "date", "machine")}
+    return {**said, "versions": {name: _each(versions, name) for name in sorted({n for one in versions for n in one})}}
 
 
 def write_result(
@@ -45,10 +46,10 @@ def write_result(
         "figures": figures,
         "config": config,
         "seed": seed,
-        "revision": revision or rundir.revision(),
-        "date": date or time.strftime("%Y-%m-%d"),
-        "machine": machine or rundir.machine(),
-        "versions": versions or rundir.versions(),
+        "revision": rundir.revision() if revision is None else revision,
+        "date": time.strftime("%Y-%m-%d") if date is None else date,
+        "machine": rundir.machine() if machine is None else machine,
+        "versions": rundir.versions() if versions is None else versions,
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

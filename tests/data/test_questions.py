@@ -138,6 +138,10 @@ def test_bad_input(tmp_path, bert):  # noqa: F811
     folder, call = made({**good, "answers": {"text": ["ship"], "answer_start": [None]}})
     with says(f"{folder}/train.jsonl, line 1: the field 'answers' has the start None, which is no whole number."):
         call()
+    for answer, start, hint in ((" ", 3, "It is blank."), ("sloop", 4, "It is nowhere in it.")):
+        folder, call = made({**good, "answers": {"text": [answer], "answer_start": [start]}})
+        with says(f"{folder}/train.jsonl, line 1: the answer {answer!r} is not in its context at {start}. {hint}"):
+            call()
     folder, call = made({**good, "answers": "ship"})
     with says(f"{folder}/train.jsonl, line 1: the field 'answers' is not a dict with 'text' and 'answer_start'."):
         call()

@@ -222,7 +222,10 @@ def test_a_wrong_source(cache, source, options, message):
         open_source(source, cache_dir=cache, **options)
 
 
-def test_a_glob_that_matches_nothing_points_to_what_is_there(tmp_path, cache, books):
+def test_a_glob_that_matches_nothing_points_to_what_is_there(tmp_path, cache, books, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with says("data.source: text:books/vaild.txt matches no file. Did you mean 'books/valid.txt'?"):
+        open_source("text:books/vaild.txt", cache_dir=cache)
     with says(
         f"data.source: text:{tmp_path}/books/valid.text matches no file. Did you mean '{tmp_path}/books/valid.txt'?"
     ):

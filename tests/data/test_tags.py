@@ -117,7 +117,7 @@ def test_bad_input(tmp_path):
         make(source="stdlib")
     folder, call = made(good, valid={**good, "tags": ["O", "B-Y"]})
     with says(
-        f"{folder}/valid.jsonl, line 1: 'B-Y' in the field 'tags' is no tag of the train split's or data.names. Did you mean 'B-X'?"
+        f"{folder}/valid.jsonl, line 1: 'B-Y' in the field 'tags' is no tag of the train split or of data.names. Did you mean 'B-X'?"
     ):
         call()
     with says("data.names=('O', 'B-X', 'B-X'): 'B-X' stands there twice. Name each tag once."):

@@ -119,7 +119,7 @@ def _matching(pattern: str, kind: str) -> tuple[Path, list[Path]]:
     paths = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if os.path.isfile(p))
     if not paths:
         parent = next((p for p in (base, *base.parents) if p.is_dir()), Path())
-        wrong = parent.joinpath(*parts[: len(parent.parts) + 1])
+        wrong = Path(*parts[: len(parent.parts) + 1])
         hint = closest(wrong, [str(p) for p in sorted(parent.iterdir())[:1000]])
         raise UserError(f"data.source: {kind}:{pattern} matches no file.{hint}")
     return base, paths

@@ -186,7 +186,7 @@ class _Tagged:
                 if tag not in number:
                     hint = nearest(str(tag), names)
                     raise UserError(
-                        f"{sentence.where}: {tag!r} in the field {field!r} is no tag of the train split's or data.names.{hint}"
+                        f"{sentence.where}: {tag!r} in the field {field!r} is no tag of the train split or of data.names.{hint}"
                     )
             sizes = np.array([len(word) for word in sentence.words], np.int64)
             begins = np.cumsum(sizes + 1) - sizes - 1

@@ -13,9 +13,9 @@ from tfm_jax.evals.base import Context, Evaluate, needed, predictions
 def make(context: Context, *, split: str = "validation", batch_size: int | None = None) -> Evaluate:
     """An evaluator of a training state.
 
-    An entity is right if its type, its first word and its last agree; it begins at `B-TYPE`, and at an `I-TYPE` behind another type
-    or `O`. Words behind a row's end, and
-    those of a class that the data has no tag for, count as outside of any.
+    An entity is right if its type, its first word and its last agree; it begins at `B-TYPE`, and at an `I-TYPE` behind another
+    type or `O`; `E-TYPE` ends one, `S-TYPE` is one. Words behind a row's end, and those of a class that the data has no tag
+    for, count as outside of any.
 
     Args:
       split: of a data set of tags (`data.tags`).

@@ -57,11 +57,13 @@ def adapted(
             if chosen.search(path) and not any(regex.search(path) for regex in trained)
         }
         if not kernels:
-            all_kernels = [path for path in leaves if path.endswith("/kernel")]
-            others = " but those that are trained as they are" if any(map(chosen.search, leaves)) else ""
-            raise UserError(
-                f"train.adapter.pattern={pattern!r} matches no parameter{others}.{nearest_path(pattern, all_kernels)}"
-            )
+            if any(map(chosen.search, leaves)):
+                raise UserError(
+                    f"train.adapter.pattern={pattern!r} matches only parameters that are trained as they are"
+                    " (train.adapter.train)."
+                )
+            names = [path for path in leaves if path.endswith("/kernel")]
+            raise UserError(f"train.adapter.pattern={pattern!r} matches no parameter.{nearest_path(pattern, names)}")
         for path, x in kernels.items():
             if not path.endswith("/kernel"):
                 raise UserError(f"train.adapter.pattern={pattern!r} matches {path}, which is no kernel.")

@@ -64,7 +64,8 @@ def make(
       hidden_weight, attention_weight: of the sum over such pairs.
 
     Raises:
-      UserError: a value out of its range, a layer that there is not, or a teacher whose logits or heads have another shape.
+      UserError: a value out of its range, a layer that there is not, or a teacher with a memory, or whose logits or heads have
+        another shape.
     """
     if temperature <= 0:
         raise UserError(f"task.temperature={temperature}: must be above 0.")

@@ -91,9 +91,10 @@ def put_on(folder: Path, base: Path, run: Path) -> dict[str, Any]:
     task, settings = build_task(config), config["checkpoint"]
     # The base is taken as the run had taken it: without heads that it did not want, and with its names and layers.
     blank = tree_of({path: jax.numpy.zeros(shape) for path, shape in record["shapes"].items()})
+    donor = flatten(load_params(base)[0])
     try:
         taken, report = transfer(
-            flatten(load_params(base)[0]),
+            donor,
             blank,
             rename=settings["rename"],
             layers=settings["layers"],
@@ -101,10 +102,10 @@ def put_on(folder: Path, base: Path, run: Path) -> dict[str, Any]:
             resize=family(config["model"]["name"], "RESIZE", LINE),
         )
     except UserError as error:
+        # What it advises are settings of training. Of several parameters with another shape the last will do.
         *_, last = str(error).splitlines()
-        raise UserError(
-            f"{base} is not what these adapters were trained on: {last.strip().partition(' (checkpoint.')[0]}."
-        ) from None
+        said = last.strip().partition(" (checkpoint.")[0].rstrip(".")
+        raise UserError(f"{base} is not what these adapters were trained on: {said}.") from None
     if report.missing:
         raise UserError(f"{base} has no {report.missing[0]}, which these adapters stand on.")
     leaves = flatten(taken)
