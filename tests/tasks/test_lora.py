@@ -116,7 +116,7 @@ def test_bad_input(make_config):
     )
     with pytest.raises(
         UserError,
-        match=r"='down/kernel' matches only parameters that are trained as they are \(train\.adapter\.train\)\.$",
+        match=r"='down/kernel' matches only parameters that are trained as they are \(train\.adapter\.train\)\.",
     ):
         build(with_(pattern="down/kernel", train=["mlp/"]))
     with pytest.raises(UserError) as error:
