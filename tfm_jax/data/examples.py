@@ -106,15 +106,14 @@ def make(
     counts = {name: len(Texts.of(stream, codec.end_id).edges) - 1 for name, stream in corpora[0].streams.items()}
     if names is not None and kind != "class":
         raise UserError(f"data.names={tuple(names)}: a number has no classes. Leave it out.")
-    known = list(names or ())
-    if twice := [name for i, name in enumerate(known) if name in known[:i]]:
-        raise UserError(f"data.names={tuple(known)}: {twice[0]!r} stands there twice. Name each class once.")
+    known = named_once(names, "class")
     classes = list[Any]()
     if kind == "class" and label is not None:
-        classes = known or _classes(_labels(corpora[0], "train", label, root), source, label)
+        classes = known
         if not known:
+            found = _labels(corpora[0], "train", label, root)
+            classes, times = _classes(found, source, label), collections.Counter(found)
             # A misspelt label of the train split is a class of its own.
-            times = collections.Counter(_labels(corpora[0], "train", label, root))
             said = ", ".join(f"{name} {times[name]}" for name in classes[:20]) + (", ..." if len(classes) > 20 else "")
             log.info("labels: %d classes in the train split: %s.", len(classes), said)
     told = None if predictions is None else _told(predictions, counts["train"], classes)
@@ -156,6 +155,14 @@ def make(
 def same_classes(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     """Whether two list the same names in the same order, but for their case."""
     return [str(name).casefold() for name in ours] == [str(name).casefold() for name in theirs]
+
+
+def named_once(names: Sequence[str] | None, what: str) -> list[str]:
+    """`data.names`, of which each stands there once."""
+    known = list(names or ())
+    if twice := [name for i, name in enumerate(known) if name in known[:i]]:
+        raise UserError(f"data.names={tuple(known)}: {twice[0]!r} stands there twice. Name each {what} once.")
+    return known
 
 
 def _told(path: str, examples: int, classes: Sequence[Any]) -> np.ndarray:

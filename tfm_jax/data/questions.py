@@ -144,8 +144,8 @@ def _records(corpus: Corpus, split: str, context: str, answers: str) -> list[Rec
                 # A negative start would be counted from the context's end.
                 if start < 0 or text[start : start + len(answer)] != answer or not answer.strip():
                     place = text.find(answer)
-                    hint = f" It is at {place}." if place >= 0 else " It is nowhere in it."
-                    hint = hint if answer.strip() else " It is blank."
+                    there = f"at {place}" if place >= 0 else "nowhere in it"
+                    hint = f" It is {there if answer.strip() else 'blank'}."
                     raise UserError(f"{where}: the answer {answer!r} is not in its context at {start}.{hint}")
             out.append(Record(text, texts, starts))
     return out

@@ -12,6 +12,7 @@ import numpy as np
 
 from tfm_jax.data import rows
 from tfm_jax.data.corpus import Corpus, cache_root, offsets, open_records
+from tfm_jax.data.examples import named_once
 from tfm_jax.data.files import text_of
 from tfm_jax.data.rows import Part, Texts, joined, width_for
 from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records
@@ -74,9 +75,7 @@ def make(
     if seq_len <= len(frame.before) + len(frame.after):
         raise UserError(f"data.seq_len={seq_len}: the marks alone take {len(frame.before) + len(frame.after)}.")
     found = {name: _sentences(corpus, name, words, tags) for name in corpus.streams}
-    told = tuple(names or ())
-    if twice := [name for i, name in enumerate(told) if name in told[:i]]:
-        raise UserError(f"data.names={told}: {twice[0]!r} stands there twice. Name each tag once.")
+    named_once(names, "tag")
     known = _names(found["train"], names, source, tags)
     made = {
         name: _Tagged.of(

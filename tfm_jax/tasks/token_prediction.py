@@ -29,7 +29,6 @@ def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 
         raise UserError(f"task.vocab_chunk={vocab_chunk}: 0 for no chunks, or the entries in one.")
     if not 0 <= label_smoothing < 1:
         raise UserError(f"task.label_smoothing={label_smoothing}: a weight in [0, 1).")
-
     if z_loss < 0:
         raise UserError(f"task.z_loss={z_loss}: must be at least 0.")
 

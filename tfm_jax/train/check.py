@@ -116,14 +116,19 @@ def _check_watched(config: configs.Config) -> None:
         raise UserError(f"train.stop_metric={watched!r} is better the {better} it is: set train.stop_goal={better!r}.")
 
 
+def _read_sections(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Section `data`, or of a mixture its parts, by setting."""
+    parts = data.get("parts")
+    return {"data": data} if parts is None else {f"data.parts.{name}": part for name, part in parts.items()}
+
+
 def check_told(config: configs.Config) -> None:
     """A student learns from a teacher, or from what one has said beforehand, and so all parts of a mixture.
 
     A part that has neither would end the run at its own first batch, which may be long after others.
     """
     task, data = config["task"], config["data"]
-    parts = data.get("parts")
-    sections = {"data": data} if parts is None else {f"data.parts.{name}": part for name, part in parts.items()}
+    sections = _read_sections(data)
     told = [where for where, section in sections.items() if section.get("predictions") is not None]
     if not told:
         return
@@ -145,9 +150,8 @@ def check_told(config: configs.Config) -> None:
 
 def check_start(config: configs.Config) -> None:
     """The id that a decoder begins with must be in the model's table: what is beyond it is NaN."""
-    size, data = config["model"].get("vocab_size"), config["data"]
-    sections = {"data": data} | {f"data.parts.{name}": part for name, part in (data.get("parts") or {}).items()}
-    for where, section in sections.items():
+    size = config["model"].get("vocab_size")
+    for where, section in _read_sections(config["data"]).items():
         start = section.get("decoder_start")
         if start is not None and size is not None and not 0 <= start < size:
             raise UserError(
