@@ -113,6 +113,7 @@ def test_predict_fns():
     [
         (dict(vocab_chunk=-1), "task.vocab_chunk=-1: 0 for no chunks, or the entries in one."),
         (dict(label_smoothing=1.0), "task.label_smoothing=1.0: a weight in [0, 1)."),
+        (dict(z_loss=-1.0), "task.z_loss=-1.0: must be at least 0."),
     ],
 )
 def test_errors(arguments, message):
