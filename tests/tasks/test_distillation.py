@@ -128,7 +128,7 @@ def test_the_loss_is_the_weighted_sum(make_config, teacher):
 
 def test_bad_input(make_config, teacher, tmp_path):
     for named in (teacher, teacher / "checkpoints" / "3"):
-        with says(f"{named} reads other ids than this data gives: set data.tokenizer=run:{teacher}."):
+        with says(f"task.teacher={named} reads other ids than this data gives: set data.tokenizer=run:{teacher}."):
             build(student(make_config, named, **{"data.tokenizer": "chars"}))
     assert load_tokenizer(teacher / "tokenizer").vocab_size == 257
     with pytest.raises(UserError, match="is not a run directory"):
@@ -180,7 +180,7 @@ def test_a_teachers_classes_in_another_order(tmp_path):
     rundir.begin(folder, config, byte_tokenizer())
     wrapped = {"name": "distillation", "teacher": str(folder), "task": task}
     with says(
-        f"{folder} has data.names=['positive', 'negative'], and here it is ['negative', 'positive']: set data.names in the"
+        f"task.teacher={folder} has data.names=['positive', 'negative'], and here it is ['negative', 'positive']: set data.names in the"
         " teacher's order."
     ):
         built(wrapped)
@@ -219,7 +219,9 @@ def test_a_teacher_whose_numbers_have_another_unit(tmp_path, mixed):
     student = {"name": "distillation", "teacher": str(folder)}
     built(5.0, **student)
     setting = "task.tasks.a.scale" if mixed else "task.scale"
-    with says(f"{folder} has {setting}=5.0, and here it is 1.0: a student's numbers are in its teacher's unit."):
+    with says(
+        f"task.teacher={folder} has {setting}=5.0, and here it is 1.0: a student's numbers are in its teacher's unit."
+    ):
         built(1.0, **student)
 
 
@@ -247,7 +249,9 @@ def test_a_teacher_with_fewer_segments(bert, tmp_path):  # noqa: F811
         teacher = built(own, types, None)
         rundir.begin(folder, teacher.config, teacher.data.tokenizer)
         if types == 1:
-            with says(f"{folder} has model.types=1, and this data has 2: a teacher needs at least 2, or 0 for none."):
+            with says(
+                f"task.teacher={folder} has model.types=1, and this data has 2: a teacher needs at least 2, or 0 for none."
+            ):
                 built(wrapped, 2, "other")
             # Of single texts there is one segment.
             built(wrapped, 2, None)

@@ -183,10 +183,10 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
 def check_donors(config: configs.Config, task: Task, data: Any) -> None:
     """A teacher must read the ids that this data gives, tell as many segments apart, know its classes in their order, and have its
     numbers in the same unit."""
-    for run in task.donors.values():
-        folder = run_folder(Path(run))
+    for path, run in task.donors.items():
+        folder, named = run_folder(Path(run)), f"task.{Path(path).name}={run}"
         if reads_others(folder, data.tokenizer):
-            raise UserError(f"{run} reads other ids than this data gives: set data.tokenizer=run:{folder}.")
+            raise UserError(f"{named} reads other ids than this data gives: set data.tokenizer=run:{folder}.")
         if not (folder / "config.json").is_file():
             continue  # One whose folder is gone was looked at when the run began.
         there = read_config(folder)
@@ -194,21 +194,21 @@ def check_donors(config: configs.Config, task: Task, data: Any) -> None:
         # One without any takes no notice of them; a row that a table has not is NaN.
         if types and types < wanted:
             raise UserError(
-                f"{run} has model.types={types}, and this data has {wanted}: a teacher needs at least {wanted}, or 0 for none."
+                f"{named} has model.types={types}, and this data has {wanted}: a teacher needs at least {wanted}, or 0 for none."
             )
         theirs_by = _scales(there["task"])
         for part, scale in _scales(config["task"]).items():
             if theirs_by.get(part, scale) != scale:
                 setting = f"task.tasks.{part}.scale" if part else "task.scale"
                 raise UserError(
-                    f"{run} has {setting}={theirs_by[part]}, and here it is {scale}: a student's numbers are in its teacher's unit."
+                    f"{named} has {setting}={theirs_by[part]}, and here it is {scale}: a student's numbers are in its teacher's unit."
                 )
         known = _class_names(there["data"])
         for setting, names in _class_names(config["data"]).items():
             theirs = known.get(setting, names)
             if not same_classes(names, theirs):
                 raise UserError(
-                    f"{run} has {setting}={theirs}, and here it is {names}: set {setting} in the teacher's order."
+                    f"{named} has {setting}={theirs}, and here it is {names}: set {setting} in the teacher's order."
                 )
 
 

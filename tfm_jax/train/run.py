@@ -181,6 +181,7 @@ class _Loop:
             waiting = 100 * pipe.bubble
             log.info("pipeline: %d stages, %d microbatches, waiting %.1f %%.", pipe.stages, pipe.microbatches, waiting)
         programs = Programs(experiment.jitted_step(), self.meter.compiling)
+        log.info("compiling the step of %s parameters.", f"{experiment.parameter_count:,}")
         programs.get(self.state, experiment.batch(self.first))
         progress = Progress(start=self.first, total=self.total, shown=self.main)
         batches = Prefetcher(experiment.batch, self.first, self.total)
