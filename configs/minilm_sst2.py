@@ -54,6 +54,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "outputs": ("classes",),
                 "dropout": 0.1,
                 "attention_dropout": 0.1,
+                "matmul_dtype": "bfloat16",
             },
             "task": {"name": "classification"},
             "data": {
@@ -90,7 +91,6 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         lr, decay = (1e-3, 0.1) if arguments == "lora" else (2e-3, 0.01)
         config.optim.update({"lr": lr, "weight_decay": decay})
         config.train.eval_every = 0
-        config.model.matmul_dtype = "bfloat16"
     if arguments == "smoke":
         config.model.update({"variant": "mini", "layers": 1, "width": 32, "max_len": 64})
         config.data.update({"tokenizer": "wordpiece:200", "text": "text", "batch_size": 16})
