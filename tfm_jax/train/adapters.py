@@ -26,7 +26,7 @@ from tfm_jax.train import rundir
 from tfm_jax.train.build import build_task
 from tfm_jax.train.checkpoint import Checkpointer
 from tfm_jax.train.restore import load_params, load_trained
-from tfm_jax.train.surgery import LINE, transfer
+from tfm_jax.train.surgery import LINE, Misfit, transfer
 
 ARRAYS, RECORD = "adapter.safetensors", "adapter.json"
 
@@ -101,11 +101,8 @@ def put_on(folder: Path, base: Path, run: Path) -> dict[str, Any]:
             resize_positions=settings["resize_positions"],
             resize=family(config["model"]["name"], "RESIZE", LINE),
         )
-    except UserError as error:
-        # What it advises are settings of training. Of several parameters with another shape the last will do.
-        *_, last = str(error).splitlines()
-        said = last.strip().partition(" (checkpoint.")[0].rstrip(".")
-        raise UserError(f"{base} is not what these adapters were trained on: {said}.") from None
+    except Misfit as error:
+        raise UserError(f"{base} is not what these adapters were trained on: {error.why}.") from None
     if report.missing:
         raise UserError(f"{base} has no {report.missing[0]}, which these adapters stand on.")
     leaves = flatten(taken)

@@ -27,6 +27,14 @@ def _linear(table_ND: jax.Array, length: int) -> jax.Array:
 LINE: tuple[Resize, ...] = ((r"position_embedding/embedding$", _linear),)
 
 
+class Misfit(UserError):
+    """A donor does not fit; `why` says so without the settings of training that could mend it."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
 class Report(NamedTuple):
     """What `transfer` did, by parameter path."""
 
@@ -65,7 +73,8 @@ def transfer(
       resize: which tables those are, and how.
 
     Raises:
-      UserError: shapes differ (all are listed), or nothing at all fits.
+      Misfit: shapes differ (all are listed), layers are not there, or nothing at all fits.
+      UserError: a rule of `rename` is wrong.
     """
     target = flatten(params)
     renamed = _rename(donor, rename)
@@ -86,15 +95,17 @@ def transfer(
                 resized.append(path)
             else:
                 hint = " (checkpoint.resize_positions=True would interpolate)" if interpolate is not None else ""
-                wrong.append(f"  {path}: donor {value.shape}, model {leaf.shape}{hint}")
+                wrong.append((f"{path}: donor {value.shape}, model {leaf.shape}", hint))
                 continue
         values[path] = value
     if wrong:
-        raise UserError("checkpoint.init_from: these parameters have another shape:\n" + "\n".join(wrong))
+        listed = "".join(f"\n  {difference}{hint}" for difference, hint in wrong)
+        raise Misfit(f"checkpoint.init_from: these parameters have another shape:{listed}", why=wrong[0][0])
     if not values:
-        raise UserError(
+        raise Misfit(
             "checkpoint.init_from: no parameter of the donor fits this model. Donor: "
-            f"{', '.join(list(source)[:5])} ...; model: {', '.join(list(target)[:5])} ... Use checkpoint.rename."
+            f"{', '.join(list(source)[:5])} ...; model: {', '.join(list(target)[:5])} ... Use checkpoint.rename.",
+            why="none of its parameters fits",
         )
     report = Report(
         sorted(values), sorted(set(target) - set(source)), sorted(set(source) - set(target)), sorted(resized)
@@ -134,7 +145,8 @@ def _chosen(donor: dict[str, jax.Array], layers: Sequence[int], wanted: int) -> 
     count = _count(donor)
     for i in layers:
         if not 0 <= i < count:
-            raise UserError(f"checkpoint.layers={tuple(layers)}: the donor has layers 0 to {count - 1}.")
+            why = f"the donor has layers 0 to {count - 1}"
+            raise Misfit(f"checkpoint.layers={tuple(layers)}: {why}.", why)
     if len(layers) != wanted:
         raise UserError(f"checkpoint.layers={tuple(layers)} are {len(layers)}, and this model has {wanted} layers.")
     for path, value in donor.items():
