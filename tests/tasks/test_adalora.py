@@ -86,14 +86,22 @@ def test_importance_and_budget_against_numpy():
         params = jax.tree.map(lambda x: jnp.where(x == 0, 0.5, x), params)
 
 
-def test_the_penalty_is_that_of_the_paper():
+def test_the_penalty_is_that_of_the_paper_and_its_code():
     loss = LossOut(jnp.float32(3.0), jnp.float32(4.0), {}, {})
     task = adalora.wrap(Task(loss=lambda *_: loss), steps=10, rank=2, pattern="kernel$", orthogonality=0.5)
-    params = task.init_params({"a": {"kernel": jnp.ones((5, 4))}}, jax.random.key(1))
-    p, q = (np.asarray(params["adapter"]["a"]["kernel"][name], np.float64) for name in "pq")
-    wanted = np.sum((p.T @ p - np.eye(3)) ** 2) + np.sum((q @ q.T - np.eye(3)) ** 2)
+    # One kernel, and two in one array.
+    kernels = {"a": {"kernel": jnp.ones((5, 4))}, "b": {"kernel": jnp.ones((2, 6, 5))}}
+    made = task.init_params(kernels, jax.random.key(1))
+    # As they are made they are orthogonal.
+    shifted = jax.tree.map(lambda x: x + 0.1, made["adapter"])
+    params, wanted = {**made, "adapter": shifted}, []
+    for name in "ab":
+        p, q = (np.asarray(shifted[name]["kernel"][letter], np.float64) for letter in "pq")
+        for one in [*p.reshape(-1, *p.shape[-2:]), *np.swapaxes(q, -1, -2).reshape(-1, q.shape[-1], q.shape[-2])]:
+            wanted.append(np.sum((one.T @ one - np.eye(3)) ** 2))
+    assert len(wanted) == 6 and min(wanted) > 0.01
     out = task.loss(None, params, task.init_extra(params), {}, None, True)
-    assert float(out.total) == pytest.approx(3.0 + 0.5 * 4.0 * wanted, rel=1e-6)
+    assert float(out.total) == pytest.approx(3.0 + 0.5 * 4.0 * np.mean(wanted), rel=1e-6)
     rank, kernels = out.metrics["rank"]
     assert float(rank) / float(kernels) == 3.0
     assert task.loss(None, params, task.init_extra(params), {}, None, False) is loss

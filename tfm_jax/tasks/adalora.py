@@ -41,7 +41,9 @@ def wrap(
     (.., r, out) are trained. s starts at zero, P and Q orthogonal: from the paper's small random ones the penalty's gradient,
     many times the loss's at first, stays in the optimizer's second moments for a thousand steps.
 
-    The loss gets orthogonality * sum (|P'P - 1|^2 + |QQ' - 1|^2) (equation 4). Every `every` steps the triplets of all
+    The loss gets orthogonality times the mean of |P'P - 1|^2 and |QQ' - 1|^2 over all kernels: equation 4 has their sum, the
+    authors' code the mean, and the weights that they give are of that; of many kernels' sum, P and Q would follow the penalty
+    alone. Every `every` steps the triplets of all
     kernels are ranked by their importance (equations 7 to 11) and those beyond the budget lose their s, which may grow
     again until the last stage. The budget falls from `initial_rank` to `rank` a kernel (equation 12).
 
@@ -140,12 +142,12 @@ def wrap(
         out = wider.loss(apply, params, extra, batch, rng, train)
         if not train:
             return out
-        penalty = sum(_off(x) for x in by_kernel(params[KEY]).values())
         kept = jax.tree.leaves(extra[STATE]["kept"])
         kernels = jnp.asarray(sum(math.prod(x.shape[:-1]) for x in kept), jnp.float32)
+        penalty = sum(_off(x) for x in by_kernel(params[KEY]).values()) / (2 * kernels)
         alive = sum((jnp.sum(x) for x in kept), jnp.zeros((), jnp.float32))
         metrics = out.metrics | {
-            "orthogonality": (jnp.asarray(penalty), jnp.ones((), jnp.float32)),
+            "orthogonality": (penalty, jnp.ones((), jnp.float32)),
             "rank": (alive, kernels),
         }
         return out._replace(total=out.total + orthogonality * penalty * out.weight, metrics=metrics)
@@ -181,7 +183,7 @@ def important(scores: Mapping[str, jax.Array], budget: jax.Array) -> dict[str, j
 
 
 def _off(arrays: Arrays) -> jax.Array:
-    """How far P and Q are from orthogonal, equation 4."""
+    """How far P and Q are from orthogonal, summed over leading axes: R of equation 4."""
     p, q = arrays["p"], arrays["q"]
     one = jnp.broadcast_to(jnp.eye(p.shape[-1]), (*p.shape[:-2], p.shape[-1], p.shape[-1]))
     left, right = jnp.swapaxes(p, -1, -2) @ p - one, q @ jnp.swapaxes(q, -1, -2) - one
