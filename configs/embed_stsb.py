@@ -36,7 +36,6 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "outputs": ("embedding",),
                 "dropout": 0.1,
                 "attention_dropout": 0.1,
-                "matmul_dtype": "bfloat16",
             },
             "task": {"name": "sentence_embedding", "loss": "cosine", "scale": 5.0},
             "data": {

@@ -33,7 +33,6 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "outputs": ("span",),
                 "dropout": 0.1,
                 "attention_dropout": 0.1,
-                "matmul_dtype": "bfloat16",
             },
             "task": {"name": "span_extraction"},
             "data": {

@@ -42,8 +42,7 @@ def wrap(
     many times the loss's at first, stays in the optimizer's second moments for a thousand steps.
 
     The loss gets orthogonality times the mean of |P'P - 1|^2 and |QQ' - 1|^2 over all kernels: equation 4 has their sum, the
-    authors' code the mean, and the weights that they give are of that; of many kernels' sum, P and Q would follow the penalty
-    alone. Every `every` steps the triplets of all
+    authors' code the mean, and the weights that they give are of that. Every `every` steps the triplets of all
     kernels are ranked by their importance (equations 7 to 11) and those beyond the budget lose their s, which may grow
     again until the last stage. The budget falls from `initial_rank` to `rank` a kernel (equation 12).
 
