@@ -53,6 +53,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "outputs": ("classes",),
                 "dropout": 0.1,
                 "attention_dropout": 0.1,
+                "matmul_dtype": "bfloat16",
             },
             "task": {"name": "classification"} if arguments == "alone" else task,
             "data": {
