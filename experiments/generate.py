@@ -215,19 +215,22 @@ def _settings(path: Path) -> dict[str, Any] | None:
     return {**origin["parts"][""]["config"], **(json.loads(own.read_text()) if own.is_file() else {})}
 
 
-def sample(path: Path) -> str | None:
-    """A short sample for the end of a training run; None for a run that does not make text from nothing."""
+def sample(path: Path) -> tuple[str | None, str | None]:
+    """For the end of a training run, a short sample, where it makes text from nothing, and what to ask it, where it makes any."""
     from tfm_jax.decode.sample import Sampling
 
     try:
         run = Loaded(path)
     except UserError:
-        return None
-    if run.answers or not run.generates:
-        return None
+        return None, None
+    if not run.generates:
+        return None, None
+    if run.answers:
+        return None, "--prompt 'a text' --beams 4"
     text, _ = run.drawn("", Sampling(0.8, 40), None, 0)
     # A model that has learnt little may say anything, terminal control codes too.
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text, "--prompt 'def '"
 
 
 if __name__ == "__main__":

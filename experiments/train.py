@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not multihost.is_main():
         return code
     if outcome.status == "finished":
-        _summary(flags.workdir, config, outcome.result, profile is not None)
+        _summary(flags.workdir, outcome.result, profile is not None)
     if flags.json:
         cli.print_json({"status": outcome.status, **outcome.result})
     return code
@@ -66,7 +66,7 @@ def _window(text: str | None) -> tuple[int, int] | None:
     return int(first), int(count)
 
 
-def _summary(run: Path, config: configs.Config, result: dict[str, Any], profiled: bool) -> None:
+def _summary(run: Path, result: dict[str, Any], profiled: bool) -> None:
     """The figures beside two compressors' on the same bytes, a sample, and how to go on."""
     import jax
 
@@ -81,16 +81,14 @@ def _summary(run: Path, config: configs.Config, result: dict[str, Any], profiled
     if len(rows) > 1:
         print(cli.table(rows))
     # Reading a checkpoint takes all processes, and only this one is here.
-    sample = generate.sample(run) if jax.process_count() == 1 else None
+    sample, asked = generate.sample(run) if jax.process_count() == 1 else (None, None)
     if sample is not None:
         print(f"\nA sample:\n{sample}")
     python = cli.python()
     print(f"\nPicture     {run / 'plots' / 'loss.png'}")
     print(f"Evaluate    {python} -m experiments.evaluate --run {run}")
-    # One that has learnt from pairs answers a text, which it cannot make up.
-    asked = "'def '" if sample is not None else "'a text' --beams 4" if config["data"]["name"] == "pairs" else None
     if asked is not None:
-        print(f"Generate    {python} -m experiments.generate --run {run} --prompt {asked}")
+        print(f"Generate    {python} -m experiments.generate --run {run} {asked}")
     if profiled:
         print(f"Profile     tensorboard --logdir {run / 'profile'}   (pip install tensorboard-plugin-profile)")
     print(f"Watch       tensorboard --logdir {run}   (pip install tensorboard)")

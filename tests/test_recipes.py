@@ -374,10 +374,14 @@ def _figures(mean, deviation=0.0, seeds=1, **also):
     ({"beside": "other", "times": 1.1}, "at least 0.88 (1.1 times `other`)", False),
     # 0.8 + 2 sqrt(0.03^2 / 4 + 0.04^2 / 4) = 0.85
     ({"beside": "other", "errors": 2.0}, "at least 0.85 (`other` and 2 standard errors)", False),
+    ({"beside": "other", "seed": 3, "times": 1.1}, "at least 0.77 (1.1 times `other`, seed 3)", True),
+    ({"beside": "other", "seed": 4}, "at least `other`, seed 4, which has no figure yet", None),
     ({"beside": "none"}, "at least `none`, which has no figure yet", None),
 ])  # fmt: skip
 def test_goals(goal, words, met, tmp_path):
-    (tmp_path / "other.json").write_text(json.dumps({"figures": _figures(0.8, 0.03, 4)}))
+    other = _figures(0.8, 0.03, 4)
+    other["by_seed"][3] = 0.7
+    (tmp_path / "other.json").write_text(json.dumps({"figures": other}))
     assert check(goal, _figures(0.849, 0.04, 4, b=3.5), tmp_path) == (words, met)
     with says("A goal is for eval/test/c, and the recipe's metrics are eval/test/a."):
         check({**goal, "metric": "eval/test/c"}, _figures(1.0), tmp_path)

@@ -18,6 +18,7 @@ class Goal(TypedDict, total=False):
       metric: which; the recipe's first if it is not said.
       least, most: the bound.
       beside: name of the result that has the bound; the figure is to be higher, or lower with `lower`.
+      seed: of the other's, the one that has the bound; the mean of all if it is not said.
       lower: whether lower is better.
       times, plus: the bound is so many times the other's figure, and so much more.
       errors: standard errors of the two means' difference that the figure is to be better by, from the seeds' deviations.
@@ -27,6 +28,7 @@ class Goal(TypedDict, total=False):
     least: float
     most: float
     beside: str
+    seed: int
     lower: bool
     times: float
     plus: float
@@ -55,13 +57,17 @@ def _beside(goal: Goal, figures: Mapping[str, Any], folder: Path, sign: int) -> 
     other = goal["beside"]
     times, plus, errors = goal.get("times", 1.0), goal.get("plus", 0.0), goal.get("errors", 0.0)
     how = (f"{number(times)} times " if times != 1 else "") + f"`{other}`"
+    how += f", seed {goal['seed']}" if "seed" in goal else ""
     how += f" {'less' if plus < 0 else 'and'} {number(abs(plus))}" if plus else ""
     how += f" and {number(errors)} standard errors" if errors else ""
     path = folder / f"{other}.json"
     if not path.is_file():
         return None, how
     theirs = json.loads(path.read_text())["figures"]
-    bound = times * _mean(theirs, theirs["metric"]) + plus
+    if "seed" in goal and str(goal["seed"]) not in theirs["by_seed"]:
+        return None, how
+    own = theirs["by_seed"][str(goal["seed"])] if "seed" in goal else _mean(theirs, theirs["metric"])
+    bound = times * own + plus
     if errors:
         if min(len(x["by_seed"]) for x in (figures, theirs)) < 2:
             return None, f"{how}, with several seeds each"

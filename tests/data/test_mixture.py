@@ -209,7 +209,7 @@ def test_a_mixture_is_distilled(sources, tmp_path):
     teacher.config["data"]["parts"]["tone"]["names"] = ["good", "bad"]
     rundir.begin(folder, teacher.config, None)
     with says(
-        f"task.teacher={folder} has data.parts.tone.names=['good', 'bad'], and here it is ['bad', 'good']: set data.parts.tone.names in"
+        f"task.teacher={str(folder)!r} has data.parts.tone.names=['good', 'bad'], and here it is ['bad', 'good']: set data.parts.tone.names in"
         " the teacher's order."
     ):
         built(1, {**heat, "task": mixed})

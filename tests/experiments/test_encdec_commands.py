@@ -46,7 +46,7 @@ def test_a_run_and_a_journey_there_and_back(name, corpus, tmp_path, capsys):
     bring_in(tmp_path / "theirs", tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "run")[0], load_params(tmp_path / "again")[0])
 
-    assert generate.sample(tmp_path / "run") is None
+    assert generate.sample(tmp_path / "run") == (None, "--prompt 'a text' --beams 4")
     made = [f"--run={tmp_path / 'run'}", "--max_new=5", "--json"]
     with says("An encoder-decoder answers a text: give one with --prompt."):
         generate.main(made)

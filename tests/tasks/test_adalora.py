@@ -86,7 +86,7 @@ def test_importance_and_budget_against_numpy():
         params = jax.tree.map(lambda x: jnp.where(x == 0, 0.5, x), params)
 
 
-def test_the_penalty_is_that_of_the_paper_and_its_code():
+def test_the_penalty_is_the_mean_over_kernels():
     loss = LossOut(jnp.float32(3.0), jnp.float32(4.0), {}, {})
     task = adalora.wrap(Task(loss=lambda *_: loss), steps=10, rank=2, pattern="kernel$", orthogonality=0.5)
     # One kernel, and two in one array.
@@ -102,6 +102,7 @@ def test_the_penalty_is_that_of_the_paper_and_its_code():
     assert len(wanted) == 6 and min(wanted) > 0.01
     out = task.loss(None, params, task.init_extra(params), {}, None, True)
     assert float(out.total) == pytest.approx(3.0 + 0.5 * 4.0 * np.mean(wanted), rel=1e-6)
+    assert float(out.metrics["orthogonality"][0]) == pytest.approx(np.mean(wanted), rel=1e-6)
     rank, kernels = out.metrics["rank"]
     assert float(rank) / float(kernels) == 3.0
     assert task.loss(None, params, task.init_extra(params), {}, None, False) is loss

@@ -128,7 +128,9 @@ def test_the_loss_is_the_weighted_sum(make_config, teacher):
 
 def test_bad_input(make_config, teacher, tmp_path):
     for named in (teacher, teacher / "checkpoints" / "3"):
-        with says(f"task.teacher={named} reads other ids than this data gives: set data.tokenizer=run:{teacher}."):
+        with says(
+            f"task.teacher={str(named)!r} reads other ids than this data gives: set data.tokenizer=run:{teacher}."
+        ):
             build(student(make_config, named, **{"data.tokenizer": "chars"}))
     assert load_tokenizer(teacher / "tokenizer").vocab_size == 257
     with pytest.raises(UserError, match="is not a run directory"):
@@ -155,7 +157,7 @@ def test_a_teacher_must_have_its_models_parameters(teacher):
 
     jax.tree.map(np.testing.assert_array_equal, filled().extra["teacher"], told)
     table = told["token_embedding"]["embedding"]
-    begins = f"{teacher}: its parameters are not those of task.teacher_model;"
+    begins = f"task.teacher={str(teacher)!r}: its parameters are not those of task.teacher_model;"
     with says(f"{begins} missing: new/kernel; of another shape: token_embedding/embedding."):
         filled(new={"kernel": jnp.ones(3)}, token_embedding={"embedding": table[1:]})
     with says(f"{begins} extra: token_embedding/embedding."):
@@ -180,7 +182,7 @@ def test_a_teachers_classes_in_another_order(tmp_path):
     rundir.begin(folder, config, byte_tokenizer())
     wrapped = {"name": "distillation", "teacher": str(folder), "task": task}
     with says(
-        f"task.teacher={folder} has data.names=['positive', 'negative'], and here it is ['negative', 'positive']: set data.names in the"
+        f"task.teacher={str(folder)!r} has data.names=['positive', 'negative'], and here it is ['negative', 'positive']: set data.names in the"
         " teacher's order."
     ):
         built(wrapped)
@@ -220,7 +222,7 @@ def test_a_teacher_whose_numbers_have_another_unit(tmp_path, mixed):
     built(5.0, **student)
     setting = "task.tasks.a.scale" if mixed else "task.scale"
     with says(
-        f"task.teacher={folder} has {setting}=5.0, and here it is 1.0: a student's numbers are in its teacher's unit."
+        f"task.teacher={str(folder)!r} has {setting}=5.0, and here it is 1.0: a student's numbers are in its teacher's unit."
     ):
         built(1.0, **student)
 
@@ -250,7 +252,7 @@ def test_a_teacher_with_fewer_segments(bert, tmp_path):  # noqa: F811
         rundir.begin(folder, teacher.config, teacher.data.tokenizer)
         if types == 1:
             with says(
-                f"task.teacher={folder} has model.types=1, and this data has 2: a teacher needs at least 2, or 0 for none."
+                f"task.teacher={str(folder)!r} has model.types=1, and this data has 2: a teacher needs at least 2, or 0 for none."
             ):
                 built(wrapped, 2, "other")
             # Of single texts there is one segment.

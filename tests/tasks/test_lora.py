@@ -121,7 +121,10 @@ def test_bad_input(make_config):
         build(with_(pattern="down/kernel", train=["mlp/"]))
     with pytest.raises(UserError) as error:
         build(with_(rank=17))
-    assert str(error.value) == "train.adapter.rank=17: stack/block_0/attention/query/kernel is only 16 x 16."
+    assert (
+        str(error.value)
+        == "train.adapter: stack/block_0/attention/query/kernel is only 16 x 16, too small for a rank of 17."
+    )
 
 
 @pytest.mark.parametrize("name", ["run", "averaged"])

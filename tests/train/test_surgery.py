@@ -12,7 +12,7 @@ from tfm_jax.errors import UserError
 from tfm_jax.models.gpt import Model
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.paths import flatten
-from tfm_jax.train.surgery import Report, transfer
+from tfm_jax.train.surgery import Misfit, Report, transfer
 
 
 @functools.cache
@@ -92,39 +92,44 @@ def test_positions_are_resized_only_when_asked():
 def test_all_wrong_shapes_are_listed():
     donor = {"a": jnp.ones(2), "b": jnp.ones((3, 3)), "c": jnp.ones(1)}
     fresh = {"a": jnp.ones(3), "b": jnp.ones(3), "c": jnp.ones(1)}
-    with pytest.raises(UserError) as found:
+    with pytest.raises(Misfit) as found:
         transfer(donor, fresh, resize_positions=True)
+    assert found.value.why == "a: donor (2,), model (3,)"
     assert str(found.value) == (
         "checkpoint.init_from: these parameters have another shape:\n  a: donor (2,), model (3,)\n  b: donor (3, 3), model (3,)"
     )
 
 
 @pytest.mark.parametrize(
-    ("donor", "rename", "message"),
+    ("donor", "rename", "message", "why"),
     [
         (
             ["x", "y"], [],
             "checkpoint.init_from: no parameter of the donor fits this model. Donor: x, y ...; model: a ..."
-            " Use checkpoint.rename.",
+            " Use checkpoint.rename.", "none of its parameters fits",
         ),
-        (["a"], [("b", "c")], "checkpoint.rename: 'b' matches no parameter of the donor."),
-        (["a"], [("a", "b", "c")], "checkpoint.rename: ('a', 'b', 'c') is not a pair (regex, replacement)."),
-        (["x1", "x2"], [(r"\d", "")], "checkpoint.rename: ('\\\\d', '') gives several parameters the same name."),
+        (["a"], [("b", "c")], "checkpoint.rename: 'b' matches no parameter of the donor.", "it has no parameter that 'b' renames"),
+        (
+            ["x1", "x2"], [(r"\d", "")], "checkpoint.rename: ('\\\\d', '') gives several parameters the same name.",
+            "('\\\\d', '') gives several of its parameters the same name",
+        ),
+        (["a"], [("a", "b", "c")], "checkpoint.rename: ('a', 'b', 'c') is not a pair (regex, replacement).", None),
         (
             ["a"], [("(", "")],
-            "checkpoint.rename: '(' is not a regular expression: missing ), unterminated subpattern at position 0.",
+            "checkpoint.rename: '(' is not a regular expression: missing ), unterminated subpattern at position 0.", None,
         ),
     ],
 )  # fmt: skip
-def test_errors(donor, rename, message):
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+def test_errors(donor, rename, message, why):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$") as found:
         transfer({name: jnp.ones(1) for name in donor}, {"a": jnp.ones(1)}, rename=rename)
+    assert getattr(found.value, "why", None) == why
 
 
 def test_layers_with_gaps_cannot_be_stacked():
     donor = {"stack/block_0/w": jnp.ones(1), "stack/block_2/w": jnp.ones(1)}
     message = "checkpoint.init_from: layers [0, 2] of stack/blocks/w have gaps; they cannot be stacked."
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(Misfit, match=f"^{re.escape(message)}$"):
         transfer(donor, {"stack": {"blocks": {"w": jnp.ones((2, 1))}}})
 
 
@@ -139,7 +144,8 @@ def test_some_of_the_layers(donor_loop, loop):
         want = donor[f"stack/blocks/{path}"][old] if donor_loop == "scan" else donor[f"stack/block_{old}/{path}"]
         got = found[f"stack/blocks/{path}"][new] if loop == "scan" else found[f"stack/block_{new}/{path}"]
         np.testing.assert_array_equal(got, want)
-    with pytest.raises(UserError, match=r"^checkpoint\.layers=\(0, 4\): the donor has layers 0 to 3\.$"):
+    with pytest.raises(Misfit, match=r"^checkpoint\.layers=\(0, 4\): the donor has layers 0 to 3\.$") as found:
         transfer(donor, params(2, loop)[1], layers=(0, 4))
+    assert found.value.why == "it has layers 0 to 3, and layer 4 was taken"
     with pytest.raises(UserError, match=r"^checkpoint\.layers=\(0, 1, 2\) are 3, and this model has 2 layers\.$"):
         transfer(donor, params(2, loop)[1], layers=(0, 1, 2))

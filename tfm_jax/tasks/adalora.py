@@ -38,11 +38,10 @@ def wrap(
     beta2: float = 0.85,
 ) -> Task:
     """The task with kernels W + alpha / rank P diag(s) Q (equation 3), of which `p` (.., in, r), `s` (.., r) and `q`
-    (.., r, out) are trained. s starts at zero, P and Q orthogonal: from the paper's small random ones the penalty's gradient,
-    many times the loss's at first, stays in the optimizer's second moments for a thousand steps.
+    (.., r, out) are trained. s starts at zero, P and Q orthogonal, where the penalty is zero; the paper's are small and random.
 
-    The loss gets orthogonality times the mean of |P'P - 1|^2 and |QQ' - 1|^2 over all kernels: equation 4 has their sum, the
-    authors' code the mean, and the weights that they give are of that. Every `every` steps the triplets of all
+    The loss gets orthogonality times the mean of |P'P - 1|^2 and |QQ' - 1|^2 over all kernels. Equation 4 has their sum; a mean,
+    which the authors' code takes, of norms that are not squared, weighs the same for any number of kernels. Every `every` steps the triplets of all
     kernels are ranked by their importance (equations 7 to 11) and those beyond the budget lose their s, which may grow
     again until the last stage. The budget falls from `initial_rank` to `rank` a kernel (equation 12).
 

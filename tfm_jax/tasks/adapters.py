@@ -68,7 +68,8 @@ def adapted(
             if not path.endswith("/kernel"):
                 raise UserError(f"train.adapter.pattern={pattern!r} matches {path}, which is no kernel.")
             if rank > min(x.shape[-2:]):
-                raise UserError(f"train.adapter.rank={rank}: {path} is only {x.shape[-2]} x {x.shape[-1]}.")
+                room = f"{path} is only {x.shape[-2]} x {x.shape[-1]}"
+                raise UserError(f"train.adapter: {room}, too small for a rank of {rank}.")
         for regex in named:
             if not any(regex.search(path) for path in leaves):
                 raise UserError(

@@ -184,7 +184,7 @@ def check_donors(config: configs.Config, task: Task, data: Any) -> None:
     """A teacher must read the ids that this data gives, tell as many segments apart, know its classes in their order, and have its
     numbers in the same unit."""
     for path, run in task.donors.items():
-        folder, named = run_folder(Path(run)), f"task.{Path(path).name}={run}"
+        folder, named = run_folder(Path(run)), f"task.{Path(path).name}={run!r}"
         if reads_others(folder, data.tokenizer):
             raise UserError(f"{named} reads other ids than this data gives: set data.tokenizer=run:{folder}.")
         if not (folder / "config.json").is_file():

@@ -251,7 +251,8 @@ def with_donors(state: TrainState, donors: Mapping[str, str]) -> TrainState:
         }
         if any(odd.values()):
             said = [f"{what}: {', '.join(sorted(names)[:8])}" for what, names in odd.items() if names]
-            raise UserError(f"{run}: its parameters are not those of task.teacher_model; {'; '.join(said)}.")
+            named = f"task.{Path(path).name}={run!r}"
+            raise UserError(f"{named}: its parameters are not those of task.teacher_model; {'; '.join(said)}.")
         values = {f"{path}/{name}": x for name, x in found.items()}
 
         def taken(name: str, x: Any, values: Mapping[str, Any] = values) -> Any:

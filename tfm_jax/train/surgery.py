@@ -73,8 +73,9 @@ def transfer(
       resize: which tables those are, and how.
 
     Raises:
-      Misfit: shapes differ (all are listed), layers are not there, or nothing at all fits.
-      UserError: a rule of `rename` is wrong.
+      Misfit: shapes differ (all are listed), layers are not there, `rename` names nothing of the donor's or several parameters
+        alike, or nothing at all fits.
+      UserError: a rule of `rename` is no pair with a regex, or `layers` are not as many as the model's.
     """
     target = flatten(params)
     renamed = _rename(donor, rename)
@@ -126,9 +127,15 @@ def _rename(donor: dict[str, jax.Array], rules: Sequence[Any]) -> dict[str, jax.
         (pattern,) = compile_patterns([rule[0]], setting="checkpoint.rename")
         renamed = {pattern.sub(rule[1], path): value for path, value in donor.items()}
         if list(renamed) == list(donor):
-            raise UserError(f"checkpoint.rename: {rule[0]!r} matches no parameter of the donor.")
+            raise Misfit(
+                f"checkpoint.rename: {rule[0]!r} matches no parameter of the donor.",
+                why=f"it has no parameter that {rule[0]!r} renames",
+            )
         if len(renamed) < len(donor):
-            raise UserError(f"checkpoint.rename: {rule!r} gives several parameters the same name.")
+            raise Misfit(
+                f"checkpoint.rename: {rule!r} gives several parameters the same name.",
+                why=f"{rule!r} gives several of its parameters the same name",
+            )
         donor = renamed
     return donor
 
@@ -145,8 +152,10 @@ def _chosen(donor: dict[str, jax.Array], layers: Sequence[int], wanted: int) -> 
     count = _count(donor)
     for i in layers:
         if not 0 <= i < count:
-            why = f"the donor has layers 0 to {count - 1}"
-            raise Misfit(f"checkpoint.layers={tuple(layers)}: {why}.", why)
+            raise Misfit(
+                f"checkpoint.layers={tuple(layers)}: the donor has layers 0 to {count - 1}.",
+                why=f"it has layers 0 to {count - 1}, and layer {i} was taken",
+            )
     if len(layers) != wanted:
         raise UserError(f"checkpoint.layers={tuple(layers)} are {len(layers)}, and this model has {wanted} layers.")
     for path, value in donor.items():
@@ -173,8 +182,7 @@ def _restack(donor: dict[str, jax.Array], *, stacked: bool) -> dict[str, jax.Arr
             out[path] = value
     for path, by_index in layers.items():
         if sorted(by_index) != list(range(len(by_index))):
-            raise UserError(
-                f"checkpoint.init_from: layers {sorted(by_index)} of {path} have gaps; they cannot be stacked."
-            )
+            why = f"layers {sorted(by_index)} of {path} have gaps; they cannot be stacked"
+            raise Misfit(f"checkpoint.init_from: {why}.", why)
         out[path] = jnp.stack([by_index[i] for i in range(len(by_index))])
     return out
