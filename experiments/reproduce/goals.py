@@ -57,16 +57,17 @@ def _beside(goal: Goal, figures: Mapping[str, Any], folder: Path, sign: int) -> 
     other = goal["beside"]
     times, plus, errors = goal.get("times", 1.0), goal.get("plus", 0.0), goal.get("errors", 0.0)
     how = (f"{number(times)} times " if times != 1 else "") + f"`{other}`"
-    how += f", seed {goal['seed']}" if "seed" in goal else ""
+    seed = goal.get("seed")
+    how += "" if seed is None else f", seed {seed}"
     how += f" {'less' if plus < 0 else 'and'} {number(abs(plus))}" if plus else ""
     how += f" and {number(errors)} standard errors" if errors else ""
     path = folder / f"{other}.json"
     if not path.is_file():
         return None, how
     theirs = json.loads(path.read_text())["figures"]
-    if "seed" in goal and str(goal["seed"]) not in theirs["by_seed"]:
+    own = _mean(theirs, theirs["metric"]) if seed is None else theirs["by_seed"].get(str(seed))
+    if own is None:
         return None, how
-    own = theirs["by_seed"][str(goal["seed"])] if "seed" in goal else _mean(theirs, theirs["metric"])
     bound = times * own + plus
     if errors:
         if min(len(x["by_seed"]) for x in (figures, theirs)) < 2:

@@ -37,7 +37,7 @@ class Recipe(TypedDict, total=False):
       metrics: of a run's `result.json`; the first is the figure.
       goals: what the figures should be.
       published: a figure to stand beside it, where it is from and under which protocol.
-      tried: where the figure falls short, what did not help.
+      tried: other settings and their figures, above all where it falls short.
       model: the run directory that an imported model goes to (`--model`).
       needs: runs of other recipes that it starts from.
       picture: the picture among a run's `plots/` that stands beside the figure, of the first seed.

@@ -41,9 +41,10 @@ def wrap(
     (.., r, out) are trained. s starts at zero, P and Q orthogonal, where the penalty is zero; the paper's are small and random.
 
     The loss gets orthogonality times the mean of |P'P - 1|^2 and |QQ' - 1|^2 over all kernels. Equation 4 has their sum; a mean,
-    which the authors' code takes, of norms that are not squared, weighs the same for any number of kernels. Every `every` steps the triplets of all
-    kernels are ranked by their importance (equations 7 to 11) and those beyond the budget lose their s, which may grow
-    again until the last stage. The budget falls from `initial_rank` to `rank` a kernel (equation 12).
+    which the authors' code takes, of norms that are not squared, weighs the same for any number of kernels.
+
+    Every `every` steps the triplets of all kernels are ranked by their importance (equations 7 to 11) and those beyond the budget
+    lose their s, which may grow again until the last stage. The budget falls from `initial_rank` to `rank` a kernel (equation 12).
 
     Args:
       steps: of the whole run (not a config key).

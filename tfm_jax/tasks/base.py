@@ -145,6 +145,11 @@ class Task:
     unit: str = "token"
 
 
+def donor_setting(path: str, run: str) -> str:
+    """What a config says of one of a task's `donors`, `task.teacher='runs/big'`, also of a task that others are around."""
+    return f"task.{path.rpartition('/')[2]}={run!r}"
+
+
 def unknown_inputs(model: nn.Module, inputs: Iterable[str]) -> list[str]:
     """The inputs that a model has no argument for."""
     taken = inspect.signature(type(model).__call__).parameters

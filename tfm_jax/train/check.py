@@ -21,7 +21,7 @@ from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.parallel.devices import has_host_memory
 from tfm_jax.parallel.sharding import ROW_AXES, Layout
 from tfm_jax.sections import build_model, family
-from tfm_jax.tasks.base import Task, unknown_inputs
+from tfm_jax.tasks.base import Task, donor_setting, unknown_inputs
 from tfm_jax.train import mup, optim, schedules, settings
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.stages import pipeline_of
@@ -184,7 +184,7 @@ def check_donors(config: configs.Config, task: Task, data: Any) -> None:
     """A teacher must read the ids that this data gives, tell as many segments apart, know its classes in their order, and have its
     numbers in the same unit."""
     for path, run in task.donors.items():
-        folder, named = run_folder(Path(run)), f"task.{Path(path).name}={run!r}"
+        folder, named = run_folder(Path(run)), donor_setting(path, run)
         if reads_others(folder, data.tokenizer):
             raise UserError(f"{named} reads other ids than this data gives: set data.tokenizer=run:{folder}.")
         if not (folder / "config.json").is_file():

@@ -16,7 +16,7 @@ from tfm_jax.data.types import Tokenizer
 from tfm_jax.errors import UserError, nearest
 from tfm_jax.paths import flatten, map_with_path
 from tfm_jax.sections import computes, family
-from tfm_jax.tasks.base import Task
+from tfm_jax.tasks.base import Task, donor_setting
 from tfm_jax.train.build import Experiment, build_task, frozen
 from tfm_jax.train.checkpoint import Checkpointer, CorruptCheckpoint, Restored, first_state
 from tfm_jax.train.rundir import differences, nearest_run, read_config, run_folder
@@ -251,7 +251,7 @@ def with_donors(state: TrainState, donors: Mapping[str, str]) -> TrainState:
         }
         if any(odd.values()):
             said = [f"{what}: {', '.join(sorted(names)[:8])}" for what, names in odd.items() if names]
-            named = f"task.{Path(path).name}={run!r}"
+            named = donor_setting(path, run)
             raise UserError(f"{named}: its parameters are not those of task.teacher_model; {'; '.join(said)}.")
         values = {f"{path}/{name}": x for name, x in found.items()}
 
