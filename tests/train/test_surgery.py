@@ -12,6 +12,7 @@ from tfm_jax.errors import UserError
 from tfm_jax.models.gpt import Model
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.paths import flatten
+from tfm_jax.train.adapters import tree_of
 from tfm_jax.train.surgery import Misfit, Report, transfer
 
 
@@ -124,6 +125,31 @@ def test_errors(donor, rename, message, why):
     with pytest.raises(UserError, match=f"^{re.escape(message)}$") as found:
         transfer({name: jnp.ones(1) for name in donor}, {"a": jnp.ones(1)}, rename=rename)
     assert getattr(found.value, "why", None) == why
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_layers_of_stacks_that_differ_in_depth(scanned):
+    """None is left as initialised, or taken twice, where one stack is shallower than what is taken."""
+
+    def stacks(encoder, decoder):
+        sizes = {"encoder": encoder, "decoder": decoder}
+        if scanned:
+            return {f"{name}/blocks/w": jnp.arange(count * 2.0).reshape(count, 2) for name, count in sizes.items()}
+        return {f"{name}/block_{i}/w": jnp.full(2, i) for name, count in sizes.items() for i in range(count)}
+
+    blank = tree_of({path: jnp.zeros_like(x) for path, x in stacks(3, 3).items()})
+    with pytest.raises(Misfit, match=r"^checkpoint\.layers=\(0, 2, 4\): the donor has layers 0 to 2 in decoder\.$"):
+        transfer(stacks(6, 3), blank, layers=(0, 2, 4))
+    with pytest.raises(Misfit, match=r"^checkpoint\.layers=\(0, 2, 4\): the donor has layers 0 to 2 in encoder\.$"):
+        transfer(stacks(3, 6), blank, layers=(0, 2, 4))
+    found, _ = transfer(stacks(6, 4), blank, layers=(0, 2, 3))
+    want = stacks(6, 4)["encoder/blocks/w"][jnp.asarray((0, 2, 3))] if scanned else jnp.full(2, 3)
+    np.testing.assert_array_equal(flatten(found)["encoder/blocks/w" if scanned else "encoder/block_2/w"], want)
+    deeper = tree_of({path: jnp.zeros_like(x) for path, x in stacks(3, 2).items()})
+    with pytest.raises(
+        UserError, match=r"^checkpoint\.layers=\(0, 2, 3\) are 3, and this model has 2 layers in decoder\.$"
+    ):
+        transfer(stacks(6, 4), deeper, layers=(0, 2, 3))
 
 
 def test_layers_with_gaps_cannot_be_stacked():

@@ -75,12 +75,13 @@ def transfer(
     Raises:
       Misfit: shapes differ (all are listed), layers are not there, `rename` names nothing of the donor's or several parameters
         alike, or nothing at all fits.
-      UserError: a rule of `rename` is no pair with a regex, or `layers` are not as many as the model's.
+      UserError: a rule of `rename` is no pair with a regex, or `layers` are not as many as those of one of the
+        model's stacks.
     """
     target = flatten(params)
     renamed = _rename(donor, rename)
     source = _restack(
-        renamed if layers is None else _chosen(renamed, layers, _count(target)),
+        renamed if layers is None else _chosen(renamed, layers, _depths(target)),
         stacked=any(_BLOCKS.search(path) for path in target),
     )
     resized, wrong, values = [], [], {}
@@ -140,31 +141,43 @@ def _rename(donor: dict[str, jax.Array], rules: Sequence[Any]) -> dict[str, jax.
     return donor
 
 
-def _count(params: dict[str, jax.Array]) -> int:
-    """Of layers."""
-    numbers = {i for path in params if (found := _BLOCK.search(path)) for i in [int(found[2])]}
-    return next((x.shape[0] for path, x in params.items() if _BLOCKS.search(path)), len(numbers))
+def _depths(params: dict[str, jax.Array]) -> dict[str, int]:
+    """Layers of each stack, by its path."""
+    found: dict[str, int] = {}
+    for path, x in params.items():
+        if one := _BLOCK.search(path):
+            stack = path[: one.start()]
+            found[stack] = max(found.get(stack, 0), int(one[2]) + 1)
+        elif stacked := _BLOCKS.search(path):
+            found[path[: stacked.start()]] = x.shape[0]
+    return found
 
 
-def _chosen(donor: dict[str, jax.Array], layers: Sequence[int], wanted: int) -> dict[str, jax.Array]:
-    """Some of the layers, numbered anew, as many as are wanted."""
+def _chosen(donor: dict[str, jax.Array], layers: Sequence[int], wanted: dict[str, int]) -> dict[str, jax.Array]:
+    """Some of the layers of each stack that is wanted, numbered anew, as many as are wanted."""
     out: dict[str, jax.Array] = {}
-    count = _count(donor)
-    for i in layers:
-        if not 0 <= i < count:
-            raise Misfit(
-                f"checkpoint.layers={tuple(layers)}: the donor has layers 0 to {count - 1}.",
-                why=f"it has layers 0 to {count - 1}, and layer {i} was taken",
+    depths = {stack: depth for stack, depth in _depths(donor).items() if stack in wanted}
+    for stack, depth in depths.items():
+        of = f" in {stack}" if len(depths) > 1 else ""
+        for i in layers:
+            if not 0 <= i < depth:
+                raise Misfit(
+                    f"checkpoint.layers={tuple(layers)}: the donor has layers 0 to {depth - 1}{of}.",
+                    why=f"it has layers 0 to {depth - 1}{of}, and layer {i} was taken",
+                )
+        if len(layers) != wanted[stack]:
+            raise UserError(
+                f"checkpoint.layers={tuple(layers)} are {len(layers)}, and this model has {wanted[stack]} layers{of}."
             )
-    if len(layers) != wanted:
-        raise UserError(f"checkpoint.layers={tuple(layers)} are {len(layers)}, and this model has {wanted} layers.")
     for path, value in donor.items():
-        if found := _BLOCK.search(path):
+        if (found := _BLOCK.search(path)) and path[: found.start()] in depths:
             for new, old in enumerate(layers):
                 if old == int(found[2]):
                     out[_BLOCK.sub(rf"\g<1>block_{new}/", path)] = value
+        elif (found := _BLOCKS.search(path)) and path[: found.start()] in depths:
+            out[path] = value[jnp.asarray(layers)]
         else:
-            out[path] = value[jnp.asarray(layers)] if _BLOCKS.search(path) else value
+            out[path] = value
     return out
 
 
