@@ -1,8 +1,9 @@
 """Write what a run predicts for each example of a split, in the data's own order.
 
-A `.npy` has logits (N, C), which `data.predictions` of another run takes for a teacher's, with the names of the classes in a
-`.names.json` beside it, or numbers (N,), in their own unit, which it does not take. A `.jsonl` has a line for each example: the likeliest class as `label`, or a `number`; the translation or
-summary as `text`; the `answer` to a question; the `tags` of a sentence's words, null for a word without a place in its row.
+A `.npy` has logits (N, C), which `data.predictions` of another run takes for a teacher's, with the names of the classes and a digest of
+the texts in a `.about.json` beside it, or numbers (N,), in their own unit, which it does not take. A `.jsonl` has a line for each
+example: the likeliest class as `label`, or a `number`; the translation or summary as `text`; the `answer` to a question; the `tags`
+of a sentence's words, null for a word without a place in its row.
 Texts are searched for as the run's own evaluator of that split does, so that what is written is what was scored, or as that of
 another split, or as its defaults say where the run has none; a flag counts more.
 `--config.KEY=VALUE` changes the run's config, for other data or another mesh: `--config.data.split=all` has every example of a
@@ -79,9 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if multihost.is_main():
         write_atomic(flags.to, _content(found))
         if not isinstance(found, list):
-            # For the student that learns from them, whose classes may come in another order.
-            beside, names = flags.to.with_suffix(".names.json"), _fitting(_names(told["data"], flags.split), found)
-            write_atomic(beside, configs.to_json({"names": names})) if names else beside.unlink(missing_ok=True)
+            # For the student that learns from them, whose classes and examples may come in another order.
+            beside, names = flags.to.with_suffix(".about.json"), _fitting(_names(told["data"], flags.split), found)
+            about = {"names": names, "texts": data.texts(flags.split)} if names and data.texts else None
+            write_atomic(beside, configs.to_json(about)) if about else beside.unlink(missing_ok=True)
         record = {"step": step, "split": flags.split, "examples": len(found)}
         record |= {} if isinstance(found, list) else {"shape": list(found.shape)}
         print(cli.table([(name, str(value)) for name, value in record.items()]))

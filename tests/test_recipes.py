@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -152,10 +153,22 @@ def test_a_teacher_that_has_spoken_beforehand(reviews, trained, tmp_path):
     )
     assert build(gone, for_training=False).data.evals("validation", 8).batch_at(0)["weights"].sum() > 0
     with says(
-        f"data.predictions='{file}' is of the classes ['bad', 'good'], as told.names.json says, and here they are ['good', 'bad']:"
+        f"data.predictions='{file}' is of the classes ['bad', 'good'], as told.about.json says, and here they are ['good', 'bad']:"
         " set data.names in the teacher's order."
     ):
         build(configs.resolve(apart, [("data.names", "('good', 'bad')")]))
+    # The same texts in another order: each would be told what another one is.
+    lines, turned = (
+        Path(reviews.removeprefix("jsonl:").replace("*", "train")).read_text().splitlines(),
+        tmp_path / "data",
+    )
+    turned.mkdir()
+    (turned / "train.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    (turned / "valid.jsonl").write_text("\n".join(lines[:60]) + "\n")
+    with says(
+        f"data.predictions='{file}' is of other texts, or of these in another order, as told.about.json says: make it of this data's train split."
+    ):
+        build(configs.resolve(apart, [("data.source", f"jsonl:{turned}/*.jsonl")]))
     # Of the examples that a run learns from, and not of others that it is evaluated by.
     elsewhere = {"name": "loss", "split": "train", "data": {"source": reviews.replace("*", "valid"), "split": "all"}}
     other = build(configs.resolve({**apart, "evals": {"other": elsewhere}})).evaluation_data("other")

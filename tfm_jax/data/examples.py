@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,8 +66,8 @@ def make(
       names: the classes in their order, each once; those of the train split, sorted, if None, and kept with the run. Labels
         may be their places in it instead, from 0, where no name is a number itself.
       predictions: a `.npy` of what a teacher predicts for each example of the train split, in its order, (N, C) float, as
-        `python -m experiments.predict` writes it, and beside it a `.names.json` with its classes; a training batch
-        then has it as `teacher`.
+        `python -m experiments.predict` writes it, and beside it a `.about.json` with its classes and a digest of the texts,
+        which are compared; a training batch then has it as `teacher`.
       kind: `class`, whose names or numbers are those of the train split, or a finite `number`.
       tokenizer: as for `data.tokens`.
       seq_len: longest row, marks included; of longer examples the longer text is cut at its end.
@@ -116,7 +116,11 @@ def make(
             # A misspelt label of the train split is a class of its own.
             said = ", ".join(f"{name} {times[name]}" for name in classes[:20]) + (", ..." if len(classes) > 20 else "")
             log.info("labels: %d classes in the train split: %s.", len(classes), said)
-    told = None if predictions is None else _told(predictions, counts["train"], classes)
+
+    def texts(name: str) -> str:
+        return _digest(corpora, name, [text] if pair is None else [text, pair])
+
+    told = None if predictions is None else _told(predictions, counts["train"], classes, texts)
 
     @functools.cache
     def made(name: str) -> _Examples | _Apart:
@@ -148,6 +152,7 @@ def make(
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         filled_in={"names": classes} if label is not None and kind == "class" else {},
         told=digest,
+        texts=texts,
         sizes=sizes | ({"types": 2} if pair is not None and not apart and frame.types else {}),
     )
 
@@ -165,8 +170,17 @@ def named_once(names: Sequence[str] | None, what: str) -> list[str]:
     return known
 
 
-def _told(path: str, examples: int, classes: Sequence[Any]) -> np.ndarray:
-    """A teacher's predictions for the train split, (N, C) float32, of the same classes as far as it has told them."""
+def _digest(corpora: Sequence[Corpus], split: str, fields: Sequence[str]) -> str:
+    """Of a split's texts, one after the other."""
+    found = hashlib.sha256()
+    for corpus, field in zip(corpora, fields, strict=True):
+        for _, value in _placed(corpus, split, field):
+            found.update(json.dumps(value).encode())
+    return found.hexdigest()
+
+
+def _told(path: str, examples: int, classes: Sequence[Any], texts: Callable[[str], str]) -> np.ndarray:
+    """A teacher's predictions for the train split, (N, C) float32, of the same classes and texts as far as it has told them."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"data.predictions={path!r}: there is no such file. python -m experiments.predict writes it.")
@@ -180,8 +194,17 @@ def _told(path: str, examples: int, classes: Sequence[Any]) -> np.ndarray:
         raise UserError(f"data.predictions={path!r} is {found.shape}, and the train split has {examples} examples.")
     if (wrong := np.flatnonzero(~np.isfinite(found).all(axis=1))).size:
         raise UserError(f"data.predictions={path!r}: row {wrong[0]} has a number that is not finite.")
-    said = file.with_suffix(".names.json")
-    names = json.loads(said.read_text())["names"] if said.is_file() else classes
+    said = file.with_suffix(".about.json")
+    if not said.is_file():
+        log.warning("data.predictions=%r: no %s beside it says which classes and texts these are of.", path, said.name)
+        return found.astype(np.float32)
+    about = json.loads(said.read_text())
+    names = about["names"]
+    if about["texts"] != texts("train"):
+        raise UserError(
+            f"data.predictions={path!r} is of other texts, or of these in another order, as {said.name} says: make it of this"
+            " data's train split."
+        )
     if classes and not same_classes(names, classes):
         raise UserError(
             f"data.predictions={path!r} is of the classes {names}, as {said.name} says, and here they are {[*classes]}: set"

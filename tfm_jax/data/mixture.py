@@ -75,12 +75,21 @@ def make(
             raise UserError(f"data.parts.{name}.batch_size={data.train.batch_size}: all parts have {batch_size} rows.")
     counts = {name: _examples(name, data) for name, data in made.items()}
 
-    def evals(name: str, rows: int | None) -> Dataset:
+    def placed(name: str) -> tuple[str, str]:
         part, _, split = name.partition("/")
         if part not in made or not split:
             known = [f"{p}/{s}" for p, data in made.items() for s in data.facts]
             raise UserError(f"evals: there is no split {name!r} in the mixture.{nearest(name, known)}")
+        return part, split
+
+    def evals(name: str, rows: int | None) -> Dataset:
+        part, split = placed(name)
         return _Named(made[part].evals(split, rows), part)
+
+    def texts(name: str) -> str:
+        part, split = placed(name)
+        found = made[part].texts
+        return "" if found is None else found(split)
 
     facts = [{name: data.fingerprint for name, data in made.items()}, temperature]
     told = {name: data.told for name, data in made.items() if data.told}
@@ -95,6 +104,7 @@ def make(
         facts={f"{name}/{split}": found for name, data in made.items() for split, found in data.facts.items()},
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         told=hashlib.sha256(json.dumps(told).encode()).hexdigest() if told else "",
+        texts=texts,
         filled_in={"parts": {name: {**section, **made[name].filled_in} for name, section in parts.items()}},
         sizes={
             "classes": {name: data.sizes["classes"] for name, data in made.items() if "classes" in data.sizes},

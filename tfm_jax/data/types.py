@@ -139,3 +139,5 @@ class Data:
     """Keys of its own section that it has decided and a run is to keep: the names of its classes."""
     told: str = ""
     """A digest of what only training reads besides: a teacher's predictions. Hosts compare both, and a run records them."""
+    texts: Callable[[str], str] | None = None
+    """A digest of a split's texts in their order, whatever tokenizer reads them, where each is an example to predict for."""
