@@ -1,23 +1,50 @@
 """Adaptive low-rank adapters: importance and budget against slow numpy, and what is left at the end of a run."""
 
+import csv
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments import evaluate
 from tests.errors import says
 from tests.tasks.test_lora import saved
 from tfm_jax.paths import flatten
 from tfm_jax.tasks import adalora
 from tfm_jax.tasks.base import LossOut, Task
-from tfm_jax.train import adapters
+from tfm_jax.train import adapters, rundir
 from tfm_jax.train.build import build
-from tfm_jax.train.restore import load_params
+from tfm_jax.train.restore import load_params, restore_for_evaluation
 from tfm_jax.train.run import train
 
 SETTINGS = {"name": "adalora", "rank": 2, "initial_rank": 4, "start": 0.2, "settled": 0.3, "every": 2,
             "pattern": "attention/(query|value)/kernel$"}  # fmt: skip
+
+
+def test_without_the_average_and_the_mean_of_checkpoints(make_config, tmp_path, caplog):
+    """What a run evaluates with is within the budget however it is asked; of its two last checkpoints the first is not yet."""
+    changes = {"train.adapter": str({**SETTINGS, "settled": 0.0}), "train.steps": 10, "train.ema": 0.5,
+               "checkpoint.every": 5}  # fmt: skip
+    train(make_config(changes), tmp_path / "run")
+    assert "what is frozen stays as it was drawn: checkpoint.init_from names no run to begin with." in caplog.messages
+    losses = []
+    for flags in ([], ["--config.train.ema=None"], ["--average=2"], ["--average=2", "--config.train.ema=None"]):
+        assert evaluate.main([f"--run={tmp_path / 'run'}", f"--table={tmp_path}/t.csv", *flags]) == 0
+        lines = list(csv.DictReader((tmp_path / "t.csv").open()))
+        losses.append(lines[0]["eval/validation/loss"])
+    assert len(set(losses)) == 4
+    config = rundir.read_config(tmp_path / "run")
+    config["train"]["ema"] = None
+    plain = build(config, tokenizer_dir=tmp_path / "run" / "tokenizer", for_training=False)
+    with jax.set_mesh(plain.layout.mesh):
+        each = [restore_for_evaluation(plain, tmp_path / "run", 10, average=count)[0].params for count in (1, 2)]
+    for params in each:
+        s = [
+            np.asarray(x) for path, x in flatten(params).items() if path.startswith("adapter/") and path.endswith("/s")
+        ]
+        assert 0 < sum(int(np.sum(x != 0)) for x in s) <= 2 * sum(x.size // x.shape[-1] for x in s)
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", pytest.param("loop", marks=pytest.mark.journey)])
@@ -86,6 +113,22 @@ def test_importance_and_budget_against_numpy():
         params = jax.tree.map(lambda x: jnp.where(x == 0, 0.5, x), params)
 
 
+def test_what_was_chosen_for_a_longer_run_is_chosen_once_more():
+    """Else a state that is resumed behind the last choice would stay at its rank."""
+    nothing = LossOut(jnp.zeros(()), jnp.ones(()), {}, {})
+    task = adalora.wrap(Task(loss=lambda *_: nothing), steps=10, rank=1, initial_rank=3, pattern="kernel$")
+    params = task.init_params({"a": {"kernel": jnp.ones((5, 4))}, "b": {"kernel": jnp.ones((6, 4))}}, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(1), x.shape), params)
+    extra, kept = task.init_extra(params), []
+    extra["adalora"]["step"] = jnp.asarray(8, jnp.int32)
+    for _ in range(3):
+        extra = task.update_extra(params, extra, {"gradient": params})
+        params = task.project(params, extra)
+        kept.append([np.flatnonzero(x) for x in (params["adapter"][name]["kernel"]["s"] for name in "ab")])
+    assert [sum(map(len, step)) for step in kept] == [2, 2, 2]
+    assert all(np.array_equal(a, b) for step in kept for a, b in zip(step, kept[0], strict=True))
+
+
 def test_the_penalty_is_the_mean_over_kernels():
     loss = LossOut(jnp.float32(3.0), jnp.float32(4.0), {}, {})
     task = adalora.wrap(Task(loss=lambda *_: loss), steps=10, rank=2, pattern="kernel$", orthogonality=0.5)
@@ -114,6 +157,12 @@ def test_bad_input(make_config):
 
     with says("config: unknown key 'train.adapter.initial' (=3). Did you mean 'initial_rank'?"):
         with_(initial=3)
+    with says(
+        "train.adapter.name='adalora' is down to its rank at the end of train.steps, and train.stop_metric may end the run before: leave"
+        " one of them out."
+    ):
+        build(make_config({"train.adapter": str(SETTINGS), "train.stop_metric": "eval/validation/loss", "train.eval_every": 4,
+                           "train.stop_goal": "lower"}))  # fmt: skip
     for few in (0, 1):
         with says(f"train.adapter.initial_rank={few}: must be at least train.adapter.rank=2."):
             with_(initial_rank=few)

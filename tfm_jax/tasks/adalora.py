@@ -25,6 +25,7 @@ def wrap(
     task: Task,
     *,
     steps: int,
+    stops_early: bool = False,
     rank: int = 8,
     initial_rank: int | None = None,
     alpha: float = 16.0,
@@ -48,6 +49,7 @@ def wrap(
 
     Args:
       steps: of the whole run (not a config key).
+      stops_early: whether it may end before (not a config key).
       rank: triplets a kernel at the end, on average.
       initial_rank: triplets a kernel at first; half more than `rank` if None.
       alpha: weight of the product, over `rank`.
@@ -79,6 +81,11 @@ def wrap(
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise UserError(f"train.adapter.{name}={beta}: must lie in [0, 1).")
+    if stops_early:
+        raise UserError(
+            "train.adapter.name='adalora' is down to its rank at the end of train.steps, and train.stop_metric may end the run"
+            " before: leave one of them out."
+        )
     first, last = round(start * steps), steps - round(settled * steps)
 
     def make(key: jax.Array, x: jax.Array) -> Arrays:
@@ -113,12 +120,15 @@ def wrap(
         )
         scores = {path: score(x) for path, x in by_kernel(jax.tree.map(jnp.multiply, importance, uncertainty)).items()}
         chosen = important(scores, budget(step))
-        choosing = _choosing(step)
+        alive = sum(jnp.sum(x) for x in jax.tree.leaves(state["kept"]))
+        kernels = sum(map(_kernels, jax.tree.leaves(state["kept"])))
+        # One more, where what is resumed was chosen for a longer run.
+        choosing = _due(step) & ((step <= last) | (alive > rank * kernels))
         kept = map_with_path(lambda path, x: jnp.where(choosing, chosen[path.removesuffix("/s")], x), state["kept"])
         return {"step": step, "importance": importance, "uncertainty": uncertainty, "kept": kept}
 
-    def _choosing(step: jax.Array) -> jax.Array:
-        return (step >= first) & (((step % every == 0) & (step < last)) | (step == last))
+    def _due(step: jax.Array) -> jax.Array:
+        return (step >= first) & ((step % every == 0) | (step >= last))
 
     def budget(step: jax.Array) -> jax.Array:
         """Triplets a kernel, equation 12."""
@@ -127,7 +137,7 @@ def wrap(
 
     def project(params: Params, extra: Extra) -> Params:
         state = extra[STATE]
-        due, kept = _choosing(state["step"]) | (state["step"] >= last), flatten(state["kept"])
+        due, kept = _due(state["step"]), flatten(state["kept"])
 
         def leaf(path: str, x: jax.Array) -> jax.Array:
             return jnp.where(due & ~kept[path], 0.0, x) if path in kept else x
@@ -142,7 +152,7 @@ def wrap(
         if not train:
             return out
         kept = jax.tree.leaves(extra[STATE]["kept"])
-        kernels = jnp.asarray(sum(math.prod(x.shape[:-1]) for x in kept), jnp.float32)
+        kernels = jnp.asarray(sum(map(_kernels, kept)), jnp.float32)
         penalty = sum(_off(x) for x in by_kernel(params[KEY]).values()) / (2 * kernels)
         alive = sum((jnp.sum(x) for x in kept), jnp.zeros((), jnp.float32))
         metrics = out.metrics | {
@@ -152,6 +162,11 @@ def wrap(
         return out._replace(total=out.total + orthogonality * penalty * out.weight, metrics=metrics)
 
     return dataclasses.replace(wider, loss=loss, project=project)
+
+
+def _kernels(kept: jax.Array) -> int:
+    """How many an array (.., r) is of."""
+    return math.prod(kept.shape[:-1])
 
 
 def _orthogonal(key: jax.Array, lead: tuple[int, ...], size: int, count: int, dtype: Any) -> jax.Array:

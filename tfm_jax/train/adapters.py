@@ -35,6 +35,7 @@ def save(run: Path, folder: Path, step: int | None = None) -> dict[str, Any]:
     """Write a run's adapters, and what `train.adapter.train` names, with its config and a hash of what they stand on.
 
     Of a run with an average (`train.ema`) they are the average's, and the config that is kept has none; nor has it a teacher.
+    Triplets that AdaLoRA has dropped are written too, and counted, with an s of zero.
 
     Raises:
       UserError: the run has no adapters, or the folder is not new.

@@ -157,7 +157,7 @@ def build(
       devices: of the mesh; all that there are if None. They may be those of a topology that is elsewhere.
       jit: what compiles; other than `jax.jit` where several runs share their programs.
       for_training: whether it is to be trained; evaluation pads its own batches, which need not divide over the mesh, and reads
-        no predictions of a teacher.
+        no predictions of a teacher, nor is one asked.
 
     Raises:
       UserError: whatever does not fit together, by the config's own names.
@@ -185,7 +185,8 @@ def build(
     for section in (config["model"], *([teacher] if teacher else [])):
         layout = layout.with_rules(family(section["name"], "RULES", ()))
     task = build_task(config)
-    check_donors(config, task, data)
+    if for_training:
+        check_donors(config, task, data)
     inputs = data.train.batch_at(0, slice(0, 1))["inputs"]
     check_inputs(config, model, inputs)
     key = jax.random.key(0)
@@ -270,7 +271,13 @@ def build_task(config: configs.Config) -> Task:
     if config["model"].get("experts"):
         task = with_auxiliary(task)
     if train.adapter is not None:
-        task = make_named("adapter", train.adapter, task=lambda _: task, steps=lambda _: train.steps)
+        task = make_named(
+            "adapter",
+            train.adapter,
+            task=lambda _: task,
+            steps=lambda _: train.steps,
+            stops_early=lambda _: train.stop_metric is not None,
+        )
     return task if train.ema is None else with_ema(task, train.ema)
 
 

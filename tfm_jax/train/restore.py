@@ -77,14 +77,21 @@ def restore_for_evaluation(
     abstract = experiment.abstract_state()._replace(opt={})
     if experiment.task.carry is not None:
         abstract = abstract._replace(extra=experiment.task.carry.forget(abstract.extra))
-    restored = _read(checkpoints, path, found, abstract._asdict(), average, decay)
+    wanted = abstract._asdict()
+    # Without the average that it was trained with, the run's own task is what that is around.
+    inside = experiment.train.ema is None and read_config(run_folder(path))["train"]["ema"] is not None
+    if inside:
+        wanted["extra"] = {"inner": wanted["extra"]}
+    restored = _read(checkpoints, path, found, wanted, average, decay)
     trained_on, here = restored.meta.get("data"), experiment.data.fingerprint
     if same_data and trained_on not in (None, here):
         raise UserError(
             f"The data here is not what {path} was trained on (fingerprint {trained_on} then, {here} now): the figures"
             " would not be comparable. Restore the data, or name other data on purpose with --config.data.source."
         )
-    return abstract._replace(**restored.state), found
+    state = abstract._replace(**restored.state)
+    state = state._replace(extra=state.extra["inner"]) if inside else state
+    return state._replace(params=experiment.task.project(state.params, state.extra)), found
 
 
 def latest(path: Path, steps: Sequence[int], last: int, count: int) -> list[int]:
@@ -183,7 +190,8 @@ def load_trained(
 
     abstract = {name: map_with_path(place, tree) for name, tree in wanted.items()}
     mean = _read(checkpoints, path, found, abstract, average, decay).state
-    return Trained(task, mean["params"], mean["extra"], found)
+    # A mean of what some of the checkpoints hold at zero is not zero there.
+    return Trained(task, task.project(mean["params"], mean["extra"]), mean["extra"], found)
 
 
 # Settings of the data that parameters have been trained for.
@@ -316,6 +324,8 @@ def starting_state(experiment: Experiment, checkpoints: Checkpointer, *, main: b
         initialise=experiment.fresh_state,
         init_from=init_from if settings.init_from else None,
     )
+    if main and origin == "scratch" and frozen(experiment.config, experiment.task):
+        log.warning("what is frozen stays as it was drawn: checkpoint.init_from names no run to begin with.")
     if origin in ("initialised", "scratch"):
         start = start._replace(state=with_donors(start.state, experiment.task.donors))
     for key, what, here in (
