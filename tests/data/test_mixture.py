@@ -206,6 +206,15 @@ def test_a_mixture_is_distilled(sources, tmp_path):
         " that of all: task.name='distillation' around task.task.name='mixture'."
     ):
         built(1, {"name": "mixture", "tasks": {**tasks, "tone": {**heat, "task": tasks["tone"]}}})
+    # One head's classes would be learnt as those of each part that has as many.
+    single = build(configs.resolve({"model": {**trunk, "layers": 2}, "task": tasks["tone"], "train": {"steps": 200},
+                                    "data": {**data, **parts(sources)["tone"], "name": "examples"}}))  # fmt: skip
+    rundir.begin(tmp_path / "single", single.config, single.data.tokenizer)
+    # Raised where it is traced, which adds a line to it.
+    with pytest.raises(
+        UserError, match="single' has one head for all parts, and here each part has its own: take a teacher of the"
+    ):
+        built(1, {**heat, "teacher": str(tmp_path / "single"), "task": mixed})
     teacher.config["data"]["parts"]["tone"]["names"] = ["good", "bad"]
     rundir.begin(folder, teacher.config, None)
     with says(

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +19,13 @@ from tfm_jax.data.vocabularies import byte_tokenizer
 from tfm_jax.errors import UserError
 from tfm_jax.models.albert import Model as AlbertModel
 from tfm_jax.models.bert import Model as BertModel
+from tfm_jax.models.electra import Model as ElectraModel
 from tfm_jax.models.t5 import Model as T5Model
 from tfm_jax.models.transformer_xl import Model as TransformerXl
 from tfm_jax.nn.spec import BlockSpec
 from tfm_jax.paths import flatten
 from tfm_jax.sections import build_model
-from tfm_jax.tasks import span_extraction, token_prediction
+from tfm_jax.tasks import replaced_token, span_extraction, token_prediction
 from tfm_jax.tasks.base import bind
 from tfm_jax.tasks.distillation import captured, divergence, make
 from tfm_jax.train import rundir
@@ -141,6 +143,18 @@ def test_bad_input(make_config, teacher, tmp_path):
     ):
         with says(message):
             build(student(make_config, teacher, **{f"task.{key}": value}))
+    read = rundir.read_config(teacher)
+    for changes, message in (
+        (
+            {"max_len": 7},
+            "model.max_len=7, and here data.seq_len=8: take a teacher that reads as far, or shorter rows.",
+        ),
+        ({"vocab_size": 256}, "model.vocab_size=256, and this data has 257 ids: a teacher needs them all."),
+    ):
+        (tmp_path / "small").mkdir(exist_ok=True)
+        rundir.begin(tmp_path / "small", {**read, "model": {**read["model"], **changes}}, None)
+        with says(f"task.teacher={str(tmp_path / 'small')!r} has {message}"):
+            build(student(make_config, tmp_path / "small"))
     with pytest.raises(UserError, match=r"its logits are \(8, 8, 257\), the student's \(8, 8, 300\)"):
         train(student(make_config, teacher, **{"model.vocab_size": 300}), tmp_path / "run")
 
@@ -324,6 +338,19 @@ def test_what_is_captured_costs_nothing_unasked(make_config):
     assert with_.as_text().count("stablehlo.dot") == plainly.count("stablehlo.dot")
 
 
+class Plain(nn.Module):
+    """Of one's own."""
+
+    @nn.compact
+    def __call__(self, tokens, *, train=False):
+        return {"logits": nn.Dense(9)(nn.BatchNorm(not train)(jax.nn.one_hot(tokens, 9)))}
+
+
+class Counting(Plain):
+    def example(self):
+        return {"tokens": jnp.zeros((1, 6), jnp.int32)}
+
+
 def test_bad_pairs():
     small = BertModel(BlockSpec(width=8, heads=2), vocab_size=9, max_len=6, layers=1)
     other = BertModel(BlockSpec(width=8, heads=4), vocab_size=9, max_len=6, layers=1)
@@ -346,6 +373,12 @@ def test_bad_pairs():
         "task.teacher='x' has a memory of the segments before, and a teacher is asked about each batch alone: take one without."
     ):
         tried(other=remembers)
+    with says(
+        "task.teacher='x': its model Plain has no method `example()` that returns inputs, by which its parameters are known. Add one."
+    ):
+        make(teacher="x", taught_by=Plain(), model=small, build=plain, task={}).init_extra({})
+    with says("task.teacher='x' has batch_stats besides parameters, which a teacher cannot."):
+        make(teacher="x", taught_by=Counting(), model=small, build=plain, task={}).init_extra({})
     with says("task.hidden: 3 is not a pair (layer of the student, layer of the teacher)."):
         tried(hidden=(3,))
     with says("task.hidden: the teacher has no layer 2; its last is 1."):
@@ -394,11 +427,32 @@ def test_what_has_no_logits_is_refused():
         task.loss(bind(small, {}), params, {"inner": {}, "teacher": params}, batch, None, True)
 
 
+def test_what_asks_its_model_twice_is_refused():
+    """Of the two, the generator's logits alone would be matched, and it is thrown away."""
+    small = BertModel(BlockSpec(width=8, heads=2), vocab_size=9, max_len=6, layers=1)
+    electra = ElectraModel(BlockSpec(width=8, heads=2), vocab_size=9, max_len=6, layers=1, generator_heads=1)
+    tokens = jnp.zeros((1, 6), jnp.int32)
+    batch = {"inputs": {"tokens": tokens}, "targets": tokens, "weights": jnp.ones((1, 6))}
+    task = make(teacher="x", taught_by=small, model=electra, build=lambda _: replaced_token.make(),
+                task={"name": "replaced_token"})  # fmt: skip
+    inputs = electra.example() | {"corrupted": tokens}
+    params = electra.init(jax.random.key(0), **inputs)["params"]
+    told = small.init(jax.random.key(0), **small.example())["params"]
+    with says(
+        "task.name=distillation matches what a model says of a batch at once, and task.task.name='replaced_token' asks it twice."
+    ):
+        task.loss(bind(electra, {}), params, {"inner": {}, "teacher": told}, batch, None, True)
+
+
 def test_a_trained_student_needs_its_teachers_folder_no_more(make_config, teacher, tmp_path):
     shutil.copytree(teacher, tmp_path / "teacher")
     config = student(make_config, tmp_path / "teacher", **{"train.steps": 3})
     train(config, tmp_path / "run")
     want = flatten(load_params(tmp_path / "run")[0])
+    # Nor does another in its place matter.
+    rundir.begin(tmp_path / "teacher", make_config({"model.max_len": 4, "data.seq_len": 4}), None)
+    kept = rundir.read_config(tmp_path / "run")
+    build(kept, tokenizer_dir=tmp_path / "run" / "tokenizer", for_training=False)
     (tmp_path / "teacher").rename(tmp_path / "moved")
     for path, x in flatten(load_params(tmp_path / "run")[0]).items():
         np.testing.assert_array_equal(x, want[path])

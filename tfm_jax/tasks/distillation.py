@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from tfm_jax.errors import UserError
+from tfm_jax.nn.capture import AUXILIARY, SAID
 from tfm_jax.paths import flatten
 from tfm_jax.sections import Inside
 from tfm_jax.tasks.base import Apply, Extra, LossOut, Params, Task, bind, extended, unknown_inputs
@@ -77,7 +78,7 @@ def make(
     states, heads = _pairs("hidden", hidden, 0), _pairs("attention", attention, 1)
     widths = [_width(m) for m in (model, taught_by)] if states and taught_by is not None else [0, 0]
     bridges = {"embeddings": any(s == 0 for s, _ in states), "states": any(s > 0 for s, _ in states)}
-    inner = build(task)
+    inner, inner_name = build(task), task.get("name", "token_prediction")
     remembers = getattr(taught_by, "init_memory", None)
     if remembers is not None and remembers(1) is not None:
         raise UserError(
@@ -91,8 +92,7 @@ def make(
         # Filled in from `teacher` when a run begins; see `Task.donors`.
         if taught_by is None:
             return {}
-        shapes = jax.eval_shape(lambda: taught_by.init(jax.random.key(0), **taught_by.example()))["params"]
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _parameters(str(teacher), taught_by))
 
     def init_params(params: Params, key: jax.Array) -> Params:
         params = inner.init_params(params, key)
@@ -118,7 +118,7 @@ def make(
         if not isinstance(found, jax.Array):
             raise UserError(
                 f"task.name=distillation matches logits, and the {name} gives none that are one array for"
-                f" task.task.name={task.get('name', 'token_prediction')!r}."
+                f" task.task.name={inner_name!r}."
             )
         return found
 
@@ -129,6 +129,11 @@ def make(
         listening = bool(states or heads)
 
         def listened(params: Params, /, **inputs: Any) -> dict[str, Any]:
+            if said:
+                raise UserError(
+                    f"task.name=distillation matches what a model says of a batch at once, and task.task.name={inner_name!r} asks it"
+                    " twice."
+                )
             out = apply(params, **inputs, capture=listening)
             said.update(out)
             return out
@@ -139,6 +144,11 @@ def make(
         if taught_by is not None:
             told = bind(taught_by, {})(extra[KEY], **batch["inputs"], train=False, capture=listening)
             told = jax.lax.stop_gradient(told)
+            if _by_part(said) - _by_part(told):
+                raise UserError(
+                    f"task.teacher={teacher!r} has one head for all parts, and here each part has its own: take a teacher of the same"
+                    " parts."
+                )
         elif "teacher" in batch:
             told = {"logits": batch["teacher"]}
         else:
@@ -177,6 +187,27 @@ def make(
         donors={**wider.donors, **({} if teacher is None else {KEY: teacher})},
         eval_params=lambda params, extra: wider.eval_params(plain(params), extra),
     )
+
+
+def _parameters(teacher: str, model: nn.Module) -> Any:
+    """The shapes of a teacher's parameters."""
+    example = getattr(model, "example", None)
+    if example is None:
+        raise UserError(
+            f"task.teacher={teacher!r}: its model {type(model).__name__} has no method `example()` that returns inputs, by which its"
+            " parameters are known. Add one."
+        )
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), **example()))
+    if besides := sorted({*variables} - {"params", AUXILIARY, SAID}):
+        raise UserError(
+            f"task.teacher={teacher!r} has {', '.join(besides)} besides parameters, which a teacher cannot."
+        )
+    return variables["params"]
+
+
+def _by_part(out: Mapping[str, Any]) -> set[str]:
+    """The outputs of which a model has one for each part of a mixture."""
+    return {key for key, x in out.items() if isinstance(x, Mapping) and key.endswith("logits")}
 
 
 def _read(model: nn.Module) -> set[str]:

@@ -181,8 +181,8 @@ def check_batch(config: configs.Config, layout: Layout) -> None:
 
 
 def check_donors(config: configs.Config, task: Task, data: Any) -> None:
-    """A teacher must read the ids that this data gives, tell as many segments apart, know its classes in their order, and have its
-    numbers in the same unit."""
+    """A teacher must read the ids that this data gives, as many and as far, tell as many segments apart, know its classes in their
+    order, and have its numbers in the same unit."""
     for path, run in task.donors.items():
         folder, named = run_folder(Path(run)), donor_setting(path, run)
         if reads_others(folder, data.tokenizer):
@@ -190,6 +190,17 @@ def check_donors(config: configs.Config, task: Task, data: Any) -> None:
         if not (folder / "config.json").is_file():
             continue  # One whose folder is gone was looked at when the run began.
         there = read_config(folder)
+        size, wanted = there["model"].get("vocab_size"), data.vocab_size
+        if size is not None and wanted is not None and size < wanted:
+            raise UserError(
+                f"{named} has model.vocab_size={size}, and this data has {wanted} ids: a teacher needs them all."
+            )
+        limit = there["model"].get("max_len")
+        for setting, length in _lengths(config["data"]).items():
+            if limit is not None and length > limit:
+                raise UserError(
+                    f"{named} has model.max_len={limit}, and here {setting}={length}: take a teacher that reads as far, or shorter rows."
+                )
         types, wanted = there["model"].get("types"), data.sizes.get("types", 0)
         # One without any takes no notice of them; a row that a table has not is NaN.
         if types and types < wanted:
@@ -210,6 +221,14 @@ def check_donors(config: configs.Config, task: Task, data: Any) -> None:
                 raise UserError(
                     f"{named} has {setting}={theirs}, and here it is {names}: set {setting} in the teacher's order."
                 )
+
+
+def _lengths(data: Mapping[str, Any]) -> dict[str, int]:
+    """How long the rows of a `data` section may be, by setting."""
+    own = {f"{where}.seq_len": section.get("seq_len") for where, section in _read_sections(data).items()}
+    shared = data.get("seq_len")
+    found = {"data.seq_len" if length is None else where: length or shared for where, length in own.items()}
+    return {where: length for where, length in found.items() if length is not None}
 
 
 def _scales(task: Mapping[str, Any]) -> dict[str, float]:
