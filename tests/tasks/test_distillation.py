@@ -280,6 +280,27 @@ def test_a_teacher_with_fewer_segments(bert, tmp_path):  # noqa: F811
         assert np.isfinite(out.metrics["soft_loss"][0])
 
 
+def test_a_model_without_segments_reads_pairs(bert, tmp_path):  # noqa: F811
+    """As DistilBERT, imported or as a student: a table of them would be no part of what it has learnt."""
+    rows = [{"text": "the whale", "other": "a ship", "label": i % 2} for i in range(16)]
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def built(types):
+        model = {"name": "bert", "layers": 1, "width": 16, "heads": 2, "max_len": 16, "outputs": ("classes",)}
+        data = {"name": "examples", "source": f"jsonl:{tmp_path}/*.jsonl", "tokenizer": f"file:{bert}", "seq_len": 16,
+                "batch_size": 8, "pair": "other"}  # fmt: skip
+        section = {"model": {**model, "types": types}, "task": {"name": "classification"}, "data": data}
+        return build(configs.resolve({**section, "train": {"steps": 200}}))
+
+    with says("model.types=1 is too small: the data has 2. Set at least 2, or leave it out."):
+        built(1)
+    student = built(0)
+    with jax.set_mesh(student.layout.mesh):
+        state, metrics = student.jitted_step()(student.fresh_state(), student.batch(0))
+    assert np.isfinite(metrics["loss"][0]) and "type_embedding" not in state.params["embeddings"]
+
+
 SIZES = [("loop", "loop", 16), ("scan", "loop", 8), ("loop", "scan", 8)]
 
 
