@@ -117,8 +117,8 @@ def test_what_can_be_told_is_learnt(tmp_path, objective, least):
 
 
 def test_bad_input(corpus, tokenizer):
-    def loss(**changes):
-        built = build(config(corpus, tokenizer, **{"objective": "order", **changes}))
+    def loss(objective="order", **changes):
+        built = build(config(corpus, tokenizer, objective, **changes))
         batch = built.data.train.batch_at(0)
         state = built.fresh_state()
         return built.task.loss(lambda params, **inputs: built.model.apply({"params": params}, **{
@@ -126,5 +126,9 @@ def test_bad_input(corpus, tokenizer):
 
     with says("task.name=masked_pairs needs pairs of segments: data.objective=order or follow."):
         loss(objective="mask")
+    with says(
+        "task.name=token_prediction wants no pairs of segments (data.objective=order or follow): set task.name='masked_pairs'."
+    ):
+        loss(task={"name": "token_prediction"})
     with says("task.name=masked_pairs needs a model with model.outputs=('tokens', 'pair')."):
         loss(model={"outputs": ("tokens",)})

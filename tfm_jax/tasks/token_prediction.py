@@ -35,6 +35,11 @@ def make(*, vocab_chunk: int = 0, label_smoothing: float = 0.0, z_loss: float = 
     def loss(apply: Apply, params: Params, extra: Extra, batch: Any, rng: jax.Array | None, train: bool) -> LossOut:
         rngs = None if rng is None else {"dropout": rng}
         out = apply(params, **batch["inputs"], train=train, rngs=rngs)
+        if isinstance(targets_of(batch), dict):
+            raise UserError(
+                "task.name=token_prediction wants no pairs of segments (data.objective=order or follow): set"
+                " task.name='masked_pairs'."
+            )
         if targets_of(batch).ndim != 2:
             shape = targets_of(batch).shape
             raise UserError(f"task.name=token_prediction wants a token a position; this data's targets are {shape}.")
