@@ -79,6 +79,9 @@ def test_bad_input():
         make(scale=-1)
     with says("task.name='sentence_embedding' needs data.pair=FIELD and data.pair_as='apart'."):
         make().loss(bind(MODEL, {}), PARAMS, {}, {k: v for k, v in BATCH.items() if k != "other"}, None, False)
+    with says("task.loss='cosine' learns numbers, and this data's targets are classes: set data.kind='number'."):
+        classes = {**BATCH, "targets": jnp.zeros(B, jnp.int32)}
+        make(loss="cosine").loss(bind(MODEL, {}), PARAMS, {}, classes, None, False)
     plain = Model(BlockSpec(width=16, heads=2), vocab_size=20, max_len=8, layers=1, outputs=())
     with says("task.name='sentence_embedding' needs 'embedding' in model.outputs."):
         make().loss(bind(plain, {}), PARAMS, {}, BATCH, None, False)

@@ -42,6 +42,10 @@ def make(
             each, found = in_batch(first, second, weights, temperature)
             total, more = jnp.sum(each * weights), {"accuracy": (jnp.sum(found * weights), weight)}
         else:
+            if not jnp.issubdtype(targets_of(batch).dtype, jnp.floating):
+                raise UserError(
+                    "task.loss='cosine' learns numbers, and this data's targets are classes: set data.kind='number'."
+                )
             # A padded row may hold anything, infinities included; weight 0 must silence it.
             error = jnp.where(weights > 0, jnp.sum(first * second, axis=-1) - targets_of(batch) / scale, 0.0)
             total = jnp.sum(error**2 * weights)
