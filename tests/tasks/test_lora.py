@@ -108,6 +108,17 @@ def test_bad_input(make_config):
     assert "/kernel" in str(error.value) and "embedding" not in str(error.value), "what has no adapters is no choice"
     with pytest.raises(UserError, match=r"^train\.adapter\.train: 'head' matches no parameter\. There are: "):
         build(with_(train=["head"]))
+    # The names of two groups, each good alone.
+    for names, last, why in (
+        (["(?i)final_norm/"], "(?i)final_norm/", "global flags not at the start of the expression"),
+        (["(?P<a>norm)/", "(?P<a>mlp)/"], "(?P<a>mlp)/", "redefinition of group name 'a' as group 2; was group 1"),
+    ):
+        with says(
+            f"train.adapter.train: {last!r} cannot stand inside a regular expression: {why}. Flags are for a part of one there,"
+            " (?i:head)."
+        ):
+            build(with_(train=names))
+    build(with_(train=["(?i:FINAL_norm)/"]))
     with pytest.raises(UserError) as error:
         build(with_(pattern="token_embedding"))
     assert (

@@ -41,13 +41,23 @@ def adapted(
       change: (.., in, out) from a kernel's arrays.
 
     Raises:
-      UserError: at the model's making, a pattern that matches nothing, or not a kernel, or one that is too small.
+      UserError: one of `train` that cannot stand inside another regex; at the model's making, a pattern that matches nothing, or
+        not a kernel, or one that is too small.
     """
     if rank < 1:
         raise UserError(f"train.adapter.rank={rank}: must be at least 1.")
     (chosen,) = compile_patterns([pattern], setting="train.adapter.pattern")
     named = compile_patterns(list(train), setting="train.adapter.train")
-    trained = [*named, *(re.compile(pattern) for pattern in task.own)]
+    trained, others = [*named, *(re.compile(pattern) for pattern in task.own)], ""
+    for regex in trained:
+        others += f"(?!.*(?:{regex.pattern}))"
+        try:
+            re.compile(others)
+        except re.error as error:
+            raise UserError(
+                f"train.adapter.train: {regex.pattern!r} cannot stand inside a regular expression: {error.msg}. Flags are for a"
+                " part of one there, (?i:head)."
+            ) from None
 
     def init_params(params: Params, key: jax.Array) -> Params:
         leaves = flatten(params)
@@ -99,7 +109,6 @@ def adapted(
         # Evaluation has merged them already.
         return task.loss(apply, merged(params) if KEY in params else params, extra, batch, rng, train)
 
-    others = "".join(f"(?!.*(?:{regex.pattern}))" for regex in trained)
     return dataclasses.replace(
         task,
         loss=loss,
