@@ -400,17 +400,19 @@ def test_goals(goal, words, met, tmp_path):
         check({**goal, "metric": "eval/test/c"}, _figures(1.0), tmp_path)
 
 
-def test_adapters_go_on_from_it_and_are_evaluated_like_any_run(common, trained, tmp_path, capsys):
+@pytest.mark.parametrize("variant", ["lora", "adalora"])
+def test_adapters_go_on_from_it_and_are_evaluated_like_any_run(common, trained, tmp_path, capsys, variant):
+    """The recipe's own, whose patterns mean parameters of the smoke form too."""
     (base, told), (_, first) = common, trained
-    lora = "{'rank': 4, 'pattern': 'attention/(query|value)/kernel$', 'train': ['class_head/']}"
-    more = [f"--config.checkpoint.init_from={base}/minilm_sst2-smoke-0", f"--config.train.adapter={lora}",
+    adapter = configs.load(f"{FOLDER}/minilm_sst2.py:{variant}").train.adapter.to_dict()
+    more = [f"--config.checkpoint.init_from={base}/minilm_sst2-smoke-0", f"--config.train.adapter={adapter}",
             f"--config.data.tokenizer=run:{base}/minilm_sst2-smoke-0"]  # fmt: skip
     # The first one's figures are read by other tests, whichever comes before.
-    more += ["--seeds=1", f"--results={tmp_path}"]
+    more += ["--seeds=1", f"--results={tmp_path}", f"--workdir={tmp_path}"]
     assert first == trained_here([f"--config={FOLDER}/minilm_sst2.py:smoke", *told, *more]) == 0
     assert set(json.loads((tmp_path / "minilm_sst2-smoke.json").read_text())["figures"]["by_seed"]) == {"1"}
-    run = base / "minilm_sst2-smoke-1"
-    assert rundir.read_config(run)["train"]["adapter"]["rank"] == 4
+    run = tmp_path / "minilm_sst2-smoke-1"
+    assert rundir.read_config(run)["train"]["adapter"]["name"] == variant
     result = json.loads((run / "result.json").read_text())
     assert evaluate.main([f"--run={run}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
