@@ -332,6 +332,35 @@ def test_a_parts_head_is_that_of_a_model_of_its_own(sources, tagged):
         assert float(losses[0]["loss"][0]) > 0
 
 
+def test_evaluators_say_before_training_what_they_give(sources, tagged, tmp_path):
+    """And what they cannot."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("seqeval")
+    rows = [{"question": "a b", "context": "p x q", "answers": {"text": ["x"], "answer_start": [2]}}] * 8
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = of_tags(sources, tagged)
+    config["model"]["outputs"] += ("span",)
+    config["task"]["tasks"]["ask"] = {"name": "span_extraction"}
+    config["data"]["parts"]["ask"] = {"name": "questions", "source": f"jsonl:{tmp_path}/*.jsonl", "overlap": 2,
+                                      "longest_question": 6}  # fmt: skip
+    evals = {
+        "tone": {"name": "scores", "split": "tone/validation", "metrics": ("accuracy", "macro_f1")},
+        "count": {"split": "count/validation"},
+        "thing": {"name": "entities", "split": "thing/validation"},
+        "ask": {"name": "squad", "split": "ask/validation"},
+    }
+    built = build(configs.resolve(config | {"evals": evals}), devices=ONE)
+    with jax.set_mesh(built.layout.mesh):
+        state = built.fresh_state()
+        for evaluate in built.evaluators().values():
+            assert {*evaluate.gives(built.abstract_state())} == evaluate(state).keys()
+    evals["tone"]["split"] = "thing/validation"
+    with pytest.raises(UserError, match=r"^The task of 'thing' has no 'predict'\. Valid: next_token\."):
+        train(configs.resolve(config | {"evals": evals}), tmp_path / "run", devices=ONE)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_heads_of_the_wrong_kind(sources, tagged):
     for outputs, message in (
         (("classes",), "This model predicts no tokens: it returns"),

@@ -103,9 +103,9 @@ def test_the_score_is_sacrebleus_over_the_rows_that_there_are(config, monkeypatc
 
     monkeypatch.setattr(generation, "beam_search", search)
     context = Context(built.task, built.model, built.layout, built.data, 32)
-    found = generation.make(context, batch_size=16)(
-        type("State", (), {"params": {}, "extra": {"ema": {}, "inner": {}}})
-    )
+    evaluate = generation.make(context, batch_size=16)
+    found = evaluate(type("State", (), {"params": {}, "extra": {"ema": {}, "inner": {}}}))
+    assert evaluate.gives(None) == found.keys()
     wanted = [text for texts in batches for (text,) in texts]
     want = sacrebleu.corpus_bleu([twice(text) for text in wanted], [wanted]).score
     assert found["bleu"] == pytest.approx(want) and 50 < want < 99 and found["sentences"] == 24

@@ -49,7 +49,10 @@ def slow(parts, corpus):
 def run(parts, **arguments):
     built, state, context = parts
     with jax.set_mesh(built.layout.mesh):
-        return loss.make(context, **arguments)(state)
+        evaluate = loss.make(context, **arguments)
+        found = evaluate(state)
+        assert evaluate.gives(built.abstract_state()) == found.keys()
+        return found
 
 
 def test_whole_split(parts, slow):

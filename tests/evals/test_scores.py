@@ -81,6 +81,12 @@ def test_bad_input(make_config):
     scores.make(Context(task, model, built.layout, classes, 8), metrics=("f1",), split="a/test")
     with says("evals: pearson is a score of numbers, and this task predicts classes."):
         scores.scored("pearson", np.zeros(3), np.zeros((3, 2)))
+    with says("evals: accuracy is a score of classes, and this task predicts numbers."):
+        task = Task(loss=None, predict_fns={"predict": lambda apply, params, extra, batch: {
+            "prediction": batch["weights"]}})  # fmt: skip
+        scores.make(Context(task, built.model, built.layout, classes, 8), metrics=("accuracy",)).gives(
+            built.abstract_state()
+        )
     with says("evals: metrics is empty: give for instance ('matthews',)."):
         scores.make(context, metrics=())
     with says("evals: matthews is a score of classes, and this task predicts numbers."):

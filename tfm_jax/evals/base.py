@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,22 @@ from tfm_jax.parallel.sharding import Layout
 from tfm_jax.tasks.base import Task, bind
 
 Evaluate = Callable[[Any], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """An `Evaluate` that says beforehand what it gives.
+
+    Attributes:
+      evaluate: from a training state, numbers by name.
+      gives: from the shapes of one, those names; what the task cannot do with the first batch is an error here.
+    """
+
+    evaluate: Evaluate
+    gives: Callable[[Any], Collection[str]]
+
+    def __call__(self, state: Any) -> dict[str, float]:
+        return self.evaluate(state)
 
 
 @dataclass(frozen=True)
@@ -77,15 +93,25 @@ def batches_of(dataset: Any, most: int | None) -> int:
 
 def predictions(context: Context, state: Any, dataset: Any, name: str) -> Iterator[tuple[Any, Any]]:
     """Each batch of a pass, and what the task's `predict_fns[name]` makes of it, both whole and as numpy arrays."""
-    task = context.task
-
-    def make() -> Callable[..., Any]:
-        def step(params: Any, extra: Any, mutables: Any, batch: Any) -> Any:
-            return task.predict_fns[name](bind(context.model, mutables), params, extra, batch)
-
-        return step
-
-    step, params = context.jitted(f"predict {name}", make), task.eval_params(state.params, state.extra)
+    step = context.jitted(f"predict {name}", lambda: _predict(context, name))
+    params = context.task.eval_params(state.params, state.extra)
     with Prefetcher(lambda i: global_batch(dataset, i, context.layout.batch()), 0, dataset.num_batches) as batches:
         for _, batch in batches:
             yield whole(batch), whole(step(params, state.extra, state.mutables, batch))
+
+
+def first_prediction(context: Context, state: Any, dataset: Any, name: str) -> Any:
+    """Shapes of what `predictions` makes of a pass's first batch."""
+
+    def predict(state: Any, batch: Any) -> Any:
+        params = context.task.eval_params(state.params, state.extra)
+        return _predict(context, name)(params, state.extra, state.mutables, batch)
+
+    return jax.eval_shape(predict, state, dataset.batch_at(0))
+
+
+def _predict(context: Context, name: str) -> Callable[..., Any]:
+    def step(params: Any, extra: Any, mutables: Any, batch: Any) -> Any:
+        return context.task.predict_fns[name](bind(context.model, mutables), params, extra, batch)
+
+    return step

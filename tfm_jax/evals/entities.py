@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from tfm_jax.errors import UserError
-from tfm_jax.evals.base import Context, Evaluate, needed, predictions
+from tfm_jax.evals.base import Context, Evaluator, first_prediction, needed, predictions
+
+SCORES = ("precision", "recall", "f1")
 
 
-def make(context: Context, *, split: str = "validation", batch_size: int | None = None) -> Evaluate:
+def make(context: Context, *, split: str = "validation", batch_size: int | None = None) -> Evaluator:
     """An evaluator of a training state.
 
     An entity is right if its type, its first word and its last agree; it begins at `B-TYPE`, and at an `I-TYPE` behind another
@@ -42,7 +44,11 @@ def make(context: Context, *, split: str = "validation", batch_size: int | None 
     def evaluate(state: Any) -> dict[str, float]:
         return scored(wanted, tags(context, state, dataset, "O")) | {"sentences": float(len(wanted))}
 
-    return evaluate
+    def gives(state: Any) -> tuple[str, ...]:
+        first_prediction(context, state, dataset, "next_token")
+        return (*SCORES, "sentences")
+
+    return Evaluator(evaluate, gives)
 
 
 def tags(context: Context, state: Any, dataset: Any, unseen: str | None) -> list[list[str | None]]:
@@ -64,5 +70,4 @@ def tags(context: Context, state: Any, dataset: Any, unseen: str | None) -> list
 def scored(wanted: list[list[str]], found: list[list[str | None]]) -> dict[str, float]:
     """Of the tags of each sentence's words."""
     measures = needed("seqeval.metrics", "evals: entities")
-    names = {"precision": "precision_score", "recall": "recall_score", "f1": "f1_score"}
-    return {name: float(getattr(measures, how)(wanted, found, zero_division=0)) for name, how in names.items()}
+    return {name: float(getattr(measures, f"{name}_score")(wanted, found, zero_division=0)) for name in SCORES}

@@ -9,11 +9,12 @@ from typing import Any, Literal
 from tfm_jax.decode.beam import beam_search, check_beams
 from tfm_jax.decode.inputs import check_room
 from tfm_jax.errors import UserError
-from tfm_jax.evals.base import Context, Evaluate, batches_of, needed
+from tfm_jax.evals.base import Context, Evaluator, batches_of, needed
 
 log = logging.getLogger(__name__)
 
 Metric = Literal["bleu", "bleu_lowercase", "chrf", "rouge"]
+ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def make(
@@ -26,7 +27,7 @@ def make(
     max_new: int = 128,
     batch_size: int = 64,
     max_batches: int | None = None,
-) -> Evaluate:
+) -> Evaluator:
     """An evaluator of a training state.
 
     Args:
@@ -64,7 +65,8 @@ def make(
         log.info("evals: for instance %r, where the reference is %r.", made[len(made) // 2], wanted[len(made) // 2][0])
         return scored(made, wanted, metrics) | {"sentences": float(len(made))}
 
-    return evaluate
+    names = {name for metric in metrics for name in (ROUGE if metric == "rouge" else (metric,))}
+    return Evaluator(evaluate, lambda _: {*names, "sentences"})
 
 
 def written(
@@ -118,9 +120,8 @@ def scored(made: Sequence[str], wanted: Sequence[Sequence[str]], metrics: Sequen
         if "chrf" in metrics:
             out["chrf"] = float(sacrebleu.CHRF().corpus_score(made, streams).score)
     if "rouge" in metrics:
-        kinds = ("rouge1", "rouge2", "rougeL")
-        scorer = needed("rouge_score.rouge_scorer", "evals: rouge").RougeScorer(kinds, use_stemmer=True)
-        for kind in kinds:
+        scorer = needed("rouge_score.rouge_scorer", "evals: rouge").RougeScorer(ROUGE, use_stemmer=True)
+        for kind in ROUGE:
             best = [
                 max(scorer.score(t, text)[kind].fmeasure for t in texts)
                 for text, texts in zip(made, wanted, strict=True)

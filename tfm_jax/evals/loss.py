@@ -10,14 +10,14 @@ import jax
 
 from tfm_jax.data.prefetch import Prefetcher
 from tfm_jax.errors import UserError
-from tfm_jax.evals.base import Context, Evaluate, batches_of
+from tfm_jax.evals.base import Context, Evaluator, batches_of
 from tfm_jax.parallel.multihost import global_batch
 from tfm_jax.tasks.base import bind
 
 
 def make(
     context: Context, *, split: str = "validation", batch_size: int | None = None, max_batches: int | None = None
-) -> Evaluate:
+) -> Evaluator:
     """An evaluator of a training state.
 
     Args:
@@ -60,7 +60,17 @@ def make(
                 out["bits_per_byte"] = out["loss"] / math.log(2) * (facts["tokens"] - 1) / facts["bytes"]
         return out
 
-    return evaluate
+    def gives(state: Any) -> set[str]:
+        def first(state: Any, batch: Any) -> Any:
+            params = context.task.eval_params(state.params, state.extra)
+            return _step(context)(params, begin(state.extra), state.mutables, batch)[0]
+
+        names = {*jax.eval_shape(first, state, dataset.batch_at(0)), f"{unit}s"}
+        if unit == "token":
+            names |= {"perplexity", *(("bits_per_byte",) if facts.get("bytes") else ())}
+        return names
+
+    return Evaluator(evaluate, gives)
 
 
 def _step(context: Context) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from tfm_jax.errors import UserError
-from tfm_jax.evals.base import Context, Evaluate, needed, predictions
+from tfm_jax.evals.base import Context, Evaluator, first_prediction, needed, predictions
 from tfm_jax.tasks.base import targets_of
 
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
@@ -21,7 +21,7 @@ def make(
     metrics: Sequence[Metric],
     split: str = "validation",
     batch_size: int | None = None,
-) -> Evaluate:
+) -> Evaluator:
     """An evaluator of a training state, from 0 to 1 (correlations from -1).
 
     Args:
@@ -32,7 +32,7 @@ def make(
 
     Raises:
       UserError: no metric is asked for, a library is not installed, the task predicts no classes or numbers, or a score is not of
-        what the data has; when evaluating, a score that is not of what the task predicts.
+        what the data has; given a state, a score that is not of what the task predicts.
     """
     if not metrics:
         raise UserError("evals: metrics is empty: give for instance ('matthews',).")
@@ -60,7 +60,13 @@ def make(
         wanted, values = np.concatenate(targets), np.concatenate(found)
         return {metric: scored(metric, wanted, values) for metric in metrics} | {"examples": float(len(wanted))}
 
-    return evaluate
+    def gives(state: Any) -> tuple[str, ...]:
+        found = first_prediction(context, state, dataset, "predict")["prediction"]
+        for metric in metrics:
+            _check_kind(metric, found.ndim)
+        return (*metrics, "examples")
+
+    return Evaluator(evaluate, gives)
 
 
 def _classes(model: Any, split: str) -> int | None:
@@ -74,16 +80,21 @@ def _check_two(classes: int | None) -> None:
         raise UserError(f"evals: f1 is of class 1 among two; this task has {classes}. Take macro_f1.")
 
 
+def _check_kind(metric: str, ndim: int) -> None:
+    """Predictions are logits (N, C) of classes, or numbers (N,)."""
+    if metric in NUMBERS and ndim != 1:
+        raise UserError(f"evals: {metric} is a score of numbers, and this task predicts classes.")
+    if metric not in NUMBERS and ndim != 2:
+        raise UserError(f"evals: {metric} is a score of classes, and this task predicts numbers.")
+
+
 def scored(metric: str, wanted: np.ndarray, found: np.ndarray) -> float:
     """One score of predictions: logits (N, C) of classes (N,), or numbers (N,)."""
+    _check_kind(metric, found.ndim)
     if metric in NUMBERS:
         stats = needed("scipy.stats", "evals: scores")
-        if found.ndim != 1:
-            raise UserError(f"evals: {metric} is a score of numbers, and this task predicts classes.")
         which = stats.pearsonr if metric == "pearson" else stats.spearmanr
         return float(which(wanted, found).statistic)
-    if found.ndim != 2:
-        raise UserError(f"evals: {metric} is a score of classes, and this task predicts numbers.")
     measures, chosen = needed("sklearn.metrics", "evals: scores"), np.argmax(found, axis=-1)
     if metric == "accuracy":
         return float(measures.accuracy_score(wanted, chosen))

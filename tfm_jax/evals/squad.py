@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from tfm_jax.errors import UserError
-from tfm_jax.evals.base import Context, Evaluate, predictions
+from tfm_jax.evals.base import Context, Evaluator, first_prediction, predictions
 
 log = logging.getLogger(__name__)
 
 
-def make(context: Context, *, split: str = "validation", longest: int = 30, batch_size: int | None = None) -> Evaluate:
+def make(context: Context, *, split: str = "validation", longest: int = 30, batch_size: int | None = None) -> Evaluator:
     """An evaluator of a training state.
 
     The answer to a question is the stretch of at most `longest` tokens, in any of its windows, whose first and last token
@@ -47,7 +47,11 @@ def make(context: Context, *, split: str = "validation", longest: int = 30, batc
         log.info("evals: for instance %r, where the answer is %r.", found[len(found) // 2], wanted[len(found) // 2][0])
         return scored(found, wanted) | {"questions": float(len(wanted))}
 
-    return evaluate
+    def gives(state: Any) -> tuple[str, ...]:
+        first_prediction(context, state, dataset, "spans")
+        return "exact_match", "f1", "questions"
+
+    return Evaluator(evaluate, gives)
 
 
 def answers(context: Context, state: Any, dataset: Any, longest: int) -> list[str]:

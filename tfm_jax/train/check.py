@@ -14,6 +14,7 @@ from tfm_jax import config as configs
 from tfm_jax.data.examples import same_classes
 from tfm_jax.data.tokenizers import reads_others
 from tfm_jax.errors import UserError, nearest
+from tfm_jax.evals.base import Evaluate, Evaluator
 from tfm_jax.metrics import goal_of
 from tfm_jax.nn import remat
 from tfm_jax.nn.attention import check as check_attention
@@ -97,8 +98,7 @@ def check(config: configs.Config, layout: Layout) -> None:
 
 
 def _check_watched(config: configs.Config) -> None:
-    """What may end a run must be of an evaluator, and better in the direction that is said; its own name is known beforehand
-    where the evaluator is told what to give."""
+    """What may end a run must be of an evaluator, and better in the direction that is said."""
     watched, goal = config["train"]["stop_metric"], config["train"]["stop_goal"]
     if watched is None:
         return
@@ -107,13 +107,24 @@ def _check_watched(config: configs.Config) -> None:
     if kind != "eval" or name not in config["evals"]:
         known = [f"eval/{name}/{key or 'loss'}" for name in config["evals"]]
         raise UserError(f"train.stop_metric={watched!r} is of no evaluator.{nearest(watched, known)}")
-    told = [str(metric) for metric in config["evals"][name].get("metrics") or ()]
-    # rouge gives several, which are named after it.
-    if told and key not in told and not ("rouge" in told and key.startswith("rouge")):
-        raise UserError(f"train.stop_metric={watched!r} is not of evals.{name}.metrics.{nearest(key, told)}")
     better = goal_of(watched)
     if better not in (None, goal):
         raise UserError(f"train.stop_metric={watched!r} is better the {better} it is: set train.stop_goal={better!r}.")
+
+
+def check_evaluators(config: configs.Config, evaluators: Mapping[str, Evaluate], state: Any) -> None:
+    """Each evaluator must be able to evaluate a state of these shapes, and what may end a run must be among what its own gives:
+    the first evaluation may come long after training has begun.
+
+    One of another package need not say so (`evals.base.Evaluator`).
+    """
+    given = {name: one.gives(state) for name, one in evaluators.items() if isinstance(one, Evaluator)}
+    watched = config["train"]["stop_metric"]
+    if watched is None:
+        return
+    name, _, key = watched.partition("/")[2].partition("/")
+    if name in given and key not in given[name]:
+        raise UserError(f"train.stop_metric={watched!r} is none that evals.{name} gives.{nearest(key, given[name])}")
 
 
 def _read_sections(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -26,6 +26,7 @@ from tfm_jax.files import write_atomic, write_status
 from tfm_jax.parallel import multihost, watchdog
 from tfm_jax.train import rundir
 from tfm_jax.train.build import Experiment, build
+from tfm_jax.train.check import check_evaluators
 from tfm_jax.train.checkpoint import Checkpointer, Restored
 from tfm_jax.train.log import Metrics, Progress, Writers, read_metrics, read_step
 from tfm_jax.train.meter import Meter
@@ -78,6 +79,8 @@ def train(
             tokenizer = run / "tokenizer" if rundir.has_checkpoint(run) else None
             experiment = build(rundir.with_own(run, config), tokenizer_dir=tokenizer, devices=devices, jit=jit)  # 1
             evaluators = experiment.evaluators()
+            with jax.set_mesh(experiment.layout.mesh):
+                check_evaluators(experiment.config, evaluators, experiment.abstract_state())
         except UserError as error:
             multihost.agree({}, problem=str(error))
             raise
