@@ -147,7 +147,7 @@ def test_bad_input(sources):
         model = {"name": "bert", "variant": "mini", "layers": 1, "width": 32, "heads": 2, "outputs": ("classes",)}
         raw = {"model": model, "data": section, "task": {"name": "mixture", "tasks": tasks}, "train": {"steps": 200}}
         for key, value in changes.items():
-            raw[key] = {**raw[key], **value}
+            raw[key] = {k: v for k, v in {**raw[key], **value}.items() if v is not None}
         return build(configs.resolve(raw))
 
     with says("config: unknown key 'task.tasks.tone.label_smooth' (=0.1). Did you mean 'label_smoothing'?"):
@@ -156,6 +156,12 @@ def test_bad_input(sources):
         built(task={"tasks": {name: {"name": "classification"} for name in ("tone", "count", "tune")}})
     with says("data.parts.count has no task. Valid: tone. See task.tasks."):
         built(task={"tasks": {"tone": {"name": "classification"}}})
+    for task in ({"name": "classification"}, {"name": "distillation", "task": {"name": "regression"}}):
+        with says(
+            f"model.outputs=('classes',): each part of the data has a head of its own, and task.name={task.get('task', task)['name']!r} is"
+            " one task. Set task.name='mixture', and each part's task in task.tasks."
+        ):
+            built(task={"tasks": None, **task})
     # Before training, and not at the first batch of that part.
     with pytest.raises(
         UserError, match=r"^task\.name=classification wants classes, and this data's targets are numbers: try"

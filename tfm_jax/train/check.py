@@ -48,6 +48,13 @@ def check(config: configs.Config, layout: Layout) -> None:
         )
     if tasks is not None and parts is not None and (alone := sorted({*parts} - {*tasks})):
         raise UserError(f"data.parts.{alone[0]} has no task.{nearest(alone[0], tasks)} See task.tasks.")
+    outputs, one = config["model"].get("outputs") or (), inside if isinstance(inside, Mapping) else task
+    foreign = ":" in task["name"] or ":" in one["name"]  # of another package, and may read them
+    if tasks is None and parts is not None and not foreign and {"classes", "tags"} & {*outputs}:
+        raise UserError(
+            f"model.outputs={tuple(outputs)}: each part of the data has a head of its own, and task.name={one['name']!r} is one"
+            " task. Set task.name='mixture', and each part's task in task.tasks."
+        )
     _check_watched(config)
     objective, fitting = config["data"].get("objective"), family(config["model"]["name"], "OBJECTIVES", None)
     if objective is not None and fitting is not None and objective not in fitting:
