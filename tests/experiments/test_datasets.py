@@ -1,6 +1,7 @@
 """The builders of published data sets, on files of their form."""
 
 import gzip
+import os
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import tensorflow_datasets as tfds
 from experiments.reproduce import datasets
 from tests.errors import says
 from tfm_jax.data.examples import make
-from tfm_jax.data.records import tfds_folder
+from tfm_jax.data.records import MADE_OF, tfds_folder
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,35 @@ def test_files_that_are_others_than_those_it_was_prepared_from(tmp_path, monkeyp
         fingerprint(4.5)
     shutil.rmtree(folder)
     assert fingerprint(4.5)[1] != before
+
+
+class Untold(datasets.Cola):
+    """A builder of one's own, which does not say what it was made of."""
+
+    def _split_generators(self, dl_manager):
+        found = super()._split_generators(dl_manager)
+        del self.info.metadata[MADE_OF]
+        return found
+
+
+def test_labels_that_were_put_right(files, tmp_path):
+    """What is kept of equal names, sizes and numbers is of other records; of equal records in another place it is theirs."""
+    right = shutil.copytree(files, tmp_path / "right")
+    for file in (right / "cola").iterdir():
+        file.write_text("".join(f"x\t{(i + 1) % 2}\t*\tsentence {i}\n" for i in range(300)))
+
+    def opened(folder, place):
+        source = prepared(Untold, folder, tmp_path / place)
+        for file in (tmp_path / place).rglob("*.*"):
+            os.utime(file, (0, 0))  # old enough for what it holds to be kept
+        common = dict(text="sentence", tokenizer="bytes", seq_len=32, cache_dir=str(tmp_path / "cache"))
+        first, again = (make(source=source, **common).fingerprint for _ in range(2))
+        assert first == again
+        return first, make(source=source, **common).evals("test", 300).batch_at(0)["targets"].tolist()
+
+    before, after = opened(files, "one"), opened(right, "two")
+    assert after[0] != before[0] and after[1] == [1 - label for label in before[1]]
+    assert opened(files, "three") == before
 
 
 def test_files_that_one_must_have(monkeypatch, tmp_path):

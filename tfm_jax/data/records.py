@@ -22,6 +22,7 @@ from tfm_jax.files import digest, folders_beside
 
 MADE_OF = "made_of"
 """The key of a builder's metadata that has `tfm_jax.files.digest` of each file it was made of, by name without `.gz`."""
+_RECORDS_AT_ONCE = 200
 
 
 class RecordSplit(NamedTuple):
@@ -180,7 +181,7 @@ def write_data_set(builder: Any, **options: Any) -> None:
     builder.download_and_prepare(**options)
 
 
-def _made_of(folder: Path) -> dict[str, str]:
+def made_of(folder: Path) -> dict[str, str]:
     """The digest of each file that a prepared data set says it was made of, by name."""
     about = folder / "metadata.json"
     found: dict[str, str] = json.loads(about.read_text()).get(MADE_OF, {}) if about.is_file() else {}
@@ -193,7 +194,7 @@ def found_file(folder: Path, name: str) -> Path | None:
 
 
 def _check_made_of(folder: Path, manual_dir: Path) -> None:
-    for name, told in _made_of(folder).items():
+    for name, told in made_of(folder).items():
         file = found_file(manual_dir, name)
         if file is not None and digest(file) != told:
             raise UserError(
@@ -236,9 +237,23 @@ def open_tfds_folder(folder: Path, feature: str | None) -> RecordSet:
 def tfds_record_set(folder: Path, info: Any, feature: str) -> RecordSet:
     splits = tuple(RecordSplit(s.name, s.num_examples, s.num_bytes) for s in info.splits.values())
     facts = [info.full_name, [[s.name, s.num_bytes, s.shard_lengths] for s in info.splits.values()]]
-    facts += [made_of] if (made_of := _made_of(folder)) else []
+    facts += [told] if (told := made_of(folder)) else []
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return RecordSet("tfds", str(folder), feature, splits, fingerprint)
+
+
+def tfds_digest(folder: Path) -> str:
+    """SHA-256 of a prepared data set's records, the same on every machine: in a file, the order of a record's fields is by chance."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    builder, found = tfds.builder_from_directory(str(folder)), hashlib.sha256()
+    for split in builder.info.splits:
+        records = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        for start in range(0, len(records), _RECORDS_AT_ONCE):
+            for record in records.__getitems__(range(start, min(start + _RECORDS_AT_ONCE, len(records)))):
+                found.update(tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True))
+    return found.hexdigest()
 
 
 def tfds_info(folder: Path) -> Any:

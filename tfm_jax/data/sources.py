@@ -8,6 +8,7 @@ hf:DIR                        a Hugging Face `datasets` folder on disk (extra: h
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -19,6 +20,7 @@ import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from tfm_jax.data import files, records
 from tfm_jax.data.splits import Keep, check_rule, draw, split_in_name
@@ -27,6 +29,7 @@ from tfm_jax.errors import UserError, closest, nearest
 from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 KINDS = ("stdlib", "text:GLOB", "jsonl:GLOB", "tfds:NAME", "hf:DIR")
 PLAN_VERSION = 1
@@ -68,7 +71,7 @@ def open_source(
         raise UserError(f"data.feature is {feature!r}, but a {kind} source has no features to choose from.")
 
     if kind in ("stdlib", "tfds"):
-        data = _open_stdlib(cache_dir) if kind == "stdlib" else records.open_tfds(rest, feature, manual_dir)
+        data = _open_stdlib(cache_dir) if kind == "stdlib" else _open_tfds(rest, feature, manual_dir, cache_dir)
         return _record_source(source, data, split, valid_fraction, piece_bytes)
     if kind == "hf":
         folder = Path(rest).expanduser()
@@ -110,6 +113,18 @@ def _open_stdlib(cache_dir: Path) -> records.RecordSet:
     return records.open_tfds_folder(stdlib.prepare(cache_dir / "tfds"), "text")
 
 
+def _open_tfds(name: str, feature: str | None, manual_dir: str | None, cache_dir: Path) -> records.RecordSet:
+    data = records.open_tfds(name, feature, manual_dir)
+    folder = Path(data.folder)
+    if records.made_of(folder):
+        return data
+    # Labels that were put right leave the name and all sizes as they are, and times of change are other ones on every machine: the
+    # records are read, once for the files as they are.
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    content = _remembered(paths, folder, "records", cache_dir, lambda: records.tfds_digest(folder))
+    return dataclasses.replace(data, fingerprint=_digest([data.fingerprint, content]))
+
+
 def _matching(pattern: str, kind: str) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the files that the glob matches, sorted."""
     expanded = os.path.expanduser(pattern)
@@ -126,23 +141,25 @@ def _matching(pattern: str, kind: str) -> tuple[Path, list[Path]]:
 
 
 def _indices(paths: list[Path], base: Path, piece_bytes: int, cache_dir: Path) -> list[files.FileIndex]:
+    make = lambda: [files.index_file(p, p.relative_to(base).as_posix(), piece_bytes) for p in paths]  # noqa: E731
+    return _remembered(paths, base, piece_bytes, cache_dir, make)
+
+
+def _remembered(paths: list[Path], base: Path, how: int | str, cache_dir: Path, make: Callable[[], T]) -> T:
+    """What reading files through finds out, done once for files as they are."""
     stats = [path.stat() for path in paths]
     facts = [
         PLAN_VERSION,
-        piece_bytes,
+        how,
         str(base.absolute()),
         [(str(p.absolute()), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)],
     ]
-    make = lambda: [files.index_file(p, p.relative_to(base).as_posix(), piece_bytes) for p in paths]  # noqa: E731
     # A file changed a moment ago may change again within the clock's resolution.
     if any(time.time() - s.st_mtime < 2 for s in stats):
         return make()
-    return _remembered(cache_dir / "files" / f"{_digest(facts)[:32]}.pickle", make)
-
-
-def _remembered(path: Path, make: Callable[[], list[files.FileIndex]]) -> list[files.FileIndex]:
+    path = cache_dir / "files" / f"{_digest(facts)[:32]}.pickle"
     if path.exists():
-        found: list[files.FileIndex] = pickle.loads(path.read_bytes())
+        found: T = pickle.loads(path.read_bytes())
         return found
     made = make()
     try:
