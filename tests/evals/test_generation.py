@@ -89,7 +89,7 @@ def test_the_score_is_sacrebleus_over_the_rows_that_there_are(config, monkeypatc
     dataset = built.data.evals("validation", 16)
     batches = [dataset.references(step) for step in range(dataset.num_batches)]
     assert [len(texts) for texts in batches] == [16, 8]
-    waiting = iter(batches)
+    waiting = iter([*batches, batches[1]])
 
     def twice(text):
         return f"{text.split()[0]} {text}"
@@ -103,12 +103,17 @@ def test_the_score_is_sacrebleus_over_the_rows_that_there_are(config, monkeypatc
 
     monkeypatch.setattr(generation, "beam_search", search)
     context = Context(built.task, built.model, built.layout, built.data, 32)
+    state = type("State", (), {"params": {}, "extra": {"ema": {}, "inner": {}}})
     evaluate = generation.make(context, batch_size=16)
-    found = evaluate(type("State", (), {"params": {}, "extra": {"ema": {}, "inner": {}}}))
+    found = evaluate(state)
     assert evaluate.gives(None) == found.keys()
     wanted = [text for texts in batches for (text,) in texts]
     want = sacrebleu.corpus_bleu([twice(text) for text in wanted], [wanted]).score
     assert found["bleu"] == pytest.approx(want) and 50 < want < 99 and found["sentences"] == 24
+    # Of one batch of two, sorted by length, the middle of the pass is in the second.
+    some = generation.make(context, batch_size=16, max_batches=1)(state)
+    assert some["sentences"] == 8
+    assert some["bleu"] == pytest.approx(sacrebleu.corpus_bleu([twice(t) for t in wanted[16:]], [wanted[16:]]).score)
 
 
 def test_bad_input(make_config):

@@ -120,6 +120,7 @@ def test_evaluation_remembers_its_own_batches_only(config, ema, rows):
         context = Context(built.task, built.model, built.layout, built.data, ROWS)
         found = loss.make(context, batch_size=rows)(state)
         again = loss.make(context, batch_size=rows)(state)
+        few = loss.make(context, batch_size=rows, max_batches=2)(state)
     assert found == again and context._steps["loss"]._cache_size() <= 4
     params = jax.device_get(state.params if ema is None else state.extra["ema"])
     dataset = built.data.evals("validation", rows)
@@ -127,6 +128,8 @@ def test_evaluation_remembers_its_own_batches_only(config, ema, rows):
     sums, _ = by_hand(built.model, params, dataset, None)
     assert found["tokens"] == sums[:, 1].sum() == built.data.facts["validation"]["tokens"] - 1
     assert found["loss"] == pytest.approx(sums[:, 0].sum() / sums[:, 1].sum(), rel=1e-5)
+    # Spread over the pass, they would begin with another batch's memory.
+    assert few["loss"] == pytest.approx(sums[:2, 0].sum() / sums[:2, 1].sum(), rel=1e-5)
     alone = [by_hand(built.model, params, _One(dataset, i), None)[0][0] for i in range(dataset.num_batches)]
     assert abs(found["loss"] - np.sum(alone, axis=0)[0] / sums[:, 1].sum()) > 1e-3
 

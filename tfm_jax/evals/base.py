@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,15 +80,22 @@ def needed(module: str, what: str) -> Any:
         raise UserError(f"{what} needs {package}: pip install 'tfm_jax[metrics]'.") from None
 
 
-def batches_of(dataset: Any, most: int | None) -> int:
-    """How many batches of a pass an evaluator with `max_batches=most` reads.
+def batches_of(dataset: Any, most: int | None, *, following: bool = False) -> Sequence[int]:
+    """Which batches of a pass an evaluator with `max_batches=most` reads.
+
+    They are evenly spaced, for the first ones of a pass may be its shortest examples.
+
+    Args:
+      following: each must follow the one before, so they are the first ones.
 
     Raises:
       UserError: it is below 1.
     """
     if most is not None and most < 1:
         raise UserError(f"evals: max_batches={most}: must be at least 1, or None for the whole split.")
-    return min(dataset.num_batches, most or dataset.num_batches)
+    every = dataset.num_batches
+    count = min(every, most or every)
+    return range(count) if following else [(2 * i + 1) * every // (2 * count) for i in range(count)]
 
 
 def predictions(context: Context, state: Any, dataset: Any, name: str) -> Iterator[tuple[Any, Any]]:

@@ -35,7 +35,7 @@ def make(
       metrics: see `scored`.
       beams, length_penalty, max_new: see `decode.beam.beam_search`.
       batch_size: sources at a time.
-      max_batches: stop after this many; the whole split if None.
+      max_batches: read only this many, evenly spaced; the whole split if None.
 
     Returns:
       A function from a `TrainState` to what `scored` gives, and `sentences`.
@@ -55,12 +55,12 @@ def make(
         raise UserError("evals: generation needs a model that decodes: it has no init_caches.")
     check_beams(context.model, beams, context.data.tokenizer.end_id, context.data.tokenizer.vocab_size)
     check_room(context.model, 1, max_new)
-    count = batches_of(dataset, max_batches)
-    wanted = [texts for step in range(count) for texts in dataset.references(step)]
+    places = batches_of(dataset, max_batches)
+    wanted = [texts for step in places for texts in dataset.references(step)]
 
     def evaluate(state: Any) -> dict[str, float]:
         made = written(
-            context, state, dataset, beams=beams, length_penalty=length_penalty, max_new=max_new, batches=count
+            context, state, dataset, beams=beams, length_penalty=length_penalty, max_new=max_new, batches=places
         )
         log.info("evals: for instance %r, where the reference is %r.", made[len(made) // 2], wanted[len(made) // 2][0])
         return scored(made, wanted, metrics) | {"sentences": float(len(made))}
@@ -77,12 +77,12 @@ def written(
     beams: int,
     length_penalty: float,
     max_new: int,
-    batches: int | None = None,
+    batches: Sequence[int] | None = None,
 ) -> list[str]:
-    """What beam search makes of the sources of a pass, or of its first batches, in the pass's order."""
+    """What beam search makes of the sources of a pass, or of some of its batches, in their order."""
     params, tokenizer = context.task.eval_params(state.params, state.extra), context.data.tokenizer
     made = list[str]()
-    for step in range(dataset.num_batches if batches is None else batches):
+    for step in range(dataset.num_batches) if batches is None else batches:
         batch = dataset.batch_at(step)
         inputs = batch["inputs"]
         found = beam_search(

@@ -23,7 +23,8 @@ def make(
     Args:
       split: of the data set.
       batch_size: rows at a time; the training batch if None.
-      max_batches: stop after this many; the whole split if None.
+      max_batches: read only this many, evenly spaced, or the first ones where the task remembers the batch before; the whole split
+        if None.
 
     Returns:
       A function from a `TrainState` to `loss` (a mean over the task's units), each other metric of the task, and the
@@ -33,7 +34,7 @@ def make(
     """
     rows = context.rows(batch_size)
     dataset = context.data.evals(split, rows)
-    count = batches_of(dataset, max_batches)
+    places = batches_of(dataset, max_batches, following=context.task.carry is not None)
     step = context.jitted("loss", lambda: _step(context))
     begin = _begin(context, rows)
     facts, unit = context.data.facts.get(split, {}), context.task.unit
@@ -41,7 +42,8 @@ def make(
     def evaluate(state: Any) -> dict[str, float]:
         params = context.task.eval_params(state.params, state.extra)
         extra, sums = begin(state.extra), dict[str, list[float]]()
-        with Prefetcher(lambda i: global_batch(dataset, i, context.layout.batch()), 0, count) as batches:
+        read = lambda i: global_batch(dataset, places[i], context.layout.batch())  # noqa: E731
+        with Prefetcher(read, 0, len(places)) as batches:
             pending: Any = None
             for _, batch in batches:
                 # The previous batch's sums are read while this one computes.
@@ -51,7 +53,7 @@ def make(
                 pending = result
             _add(sums, pending)
         if sums["loss"][1] <= 0:
-            raise UserError(f"evals: the split {split!r} has no {unit} to predict in its first {count} batches.")
+            raise UserError(f"evals: the split {split!r} has no {unit} to predict in {len(places)} of its batches.")
         out = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
         out[f"{unit}s"] = sums["loss"][1]
         if unit == "token":
