@@ -213,6 +213,10 @@ def test_mistakes_on_the_command_line(raw_config, key, text, message):
          " Usual: optim.warmup_steps=0."),
         ({"data.seq_len": 17}, "data.seq_len=17 is longer than model.max_len=16."),
         (
+            {"evals.validation.data": {"seq_len": 17}},
+            "evals.validation.data.seq_len=17 is longer than model.max_len=16.",
+        ),
+        (
             {"model.attention": "cudnn"},
             "model.attention='cudnn' is not available on cpu. Available here: auto, xla, chunked.",
         ),

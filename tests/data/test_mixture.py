@@ -147,13 +147,20 @@ def test_bad_input(sources):
         model = {"name": "bert", "variant": "mini", "layers": 1, "width": 32, "heads": 2, "outputs": ("classes",)}
         raw = {"model": model, "data": section, "task": {"name": "mixture", "tasks": tasks}, "train": {"steps": 200}}
         for key, value in changes.items():
-            raw[key] = {k: v for k, v in {**raw[key], **value}.items() if v is not None}
+            raw[key] = {k: v for k, v in {**raw.get(key, {}), **value}.items() if v is not None}
         return build(configs.resolve(raw))
 
     with says("config: unknown key 'task.tasks.tone.label_smooth' (=0.1). Did you mean 'label_smoothing'?"):
         built(task={"tasks": {"tone": {"name": "classification", "label_smooth": 0.1}}})
     with says("task.tasks.tune: no part of the data is for it. Did you mean 'tone'? See data.parts."):
         built(task={"tasks": {name: {"name": "classification"} for name in ("tone", "count", "tune")}})
+    long = {**parts(sources)["count"], "seq_len": 513}
+    with says("data.parts.count.seq_len=513 is longer than model.max_len=512."):
+        built(data={"parts": {**parts(sources), "count": long}}, model={"max_len": 512})
+    with says(
+        "mesh.context=2 splits sequences of one length, and data.name='mixture' has rows of many. Use mesh.fsdp."
+    ):
+        built(mesh={"context": 2})
     with says("data.parts.count has no task. Valid: tone. See task.tasks."):
         built(task={"tasks": {"tone": {"name": "classification"}}})
     for task in ({"name": "classification"}, {"name": "distillation", "task": {"name": "regression"}}):

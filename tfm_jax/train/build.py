@@ -172,7 +172,8 @@ def build(
     pipeline = pipeline_of(config, layout)
     # What a teacher has said is to learn from, and need not be there any more.
     data = _open_data(config["data"] if for_training else _untold(config["data"]), tokenizer_dir)
-    if (split := layout.mesh.shape["context"]) > 1 and isinstance(data.train, OfManyLengths):
+    rows = data.train.parts.values() if isinstance(data.train, Mixed) else [data.train]
+    if (split := layout.mesh.shape["context"]) > 1 and any(isinstance(one, OfManyLengths) for one in rows):
         raise UserError(
             f"mesh.context={split} splits sequences of one length, and data.name={config['data']['name']!r} has rows of many."
             " Use mesh.fsdp."

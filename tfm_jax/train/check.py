@@ -36,9 +36,7 @@ def check(config: configs.Config, layout: Layout) -> None:
     schedules.make(steps=config["train"]["steps"], **{name: config["optim"][name] for name in names})
     optim.rule(config["optim"]["name"], config["optim"]["options"] or {}, config["optim"].get("moments", "float32"))
     mup.check(config)
-    length, limit = config["data"].get("seq_len"), config["model"].get("max_len")
-    if length is not None and limit is not None and length > limit:
-        raise UserError(f"data.seq_len={length} is longer than model.max_len={limit}.")
+    _check_lengths(config)
     task = config["task"]
     inside = task.get("task")
     tasks, parts = (inside if isinstance(inside, Mapping) else task).get("tasks"), config["data"].get("parts")
@@ -104,6 +102,24 @@ def check(config: configs.Config, layout: Layout) -> None:
             )
 
 
+def _check_lengths(config: configs.Config) -> None:
+    """No row of the data, of a part of a mixture or of what an evaluator reads may be longer than the model takes."""
+    limit = config["model"].get("max_len")
+    lengths = _lengths(config["data"])
+    for name, section in config["evals"].items():
+        lengths |= _lengths(section["data"] or {}, f"evals.{name}.data")
+    for setting, length in lengths.items():
+        if limit is not None and length > limit:
+            raise UserError(f"{setting}={length} is longer than model.max_len={limit}.")
+
+
+def _lengths(data: Mapping[str, Any], setting: str = "data") -> dict[str, int]:
+    """How long the rows of a `data` section and of its parts may be, by setting."""
+    sections = {setting: data, **_read_sections(data, setting)}
+    found = {f"{where}.seq_len": section.get("seq_len") for where, section in sections.items()}
+    return {where: length for where, length in found.items() if isinstance(length, int)}
+
+
 def _check_watched(config: configs.Config) -> None:
     """What may end a run must be of an evaluator, and better in the direction that is said."""
     watched, goal = config["train"]["stop_metric"], config["train"]["stop_goal"]
@@ -134,10 +150,10 @@ def check_evaluators(config: configs.Config, evaluators: Mapping[str, Evaluate],
         raise UserError(f"train.stop_metric={watched!r} is none that evals.{name} gives.{nearest(key, given[name])}")
 
 
-def _read_sections(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _read_sections(data: Mapping[str, Any], setting: str = "data") -> dict[str, Mapping[str, Any]]:
     """Section `data`, or of a mixture its parts, by setting."""
     parts = data.get("parts")
-    return {"data": data} if parts is None else {f"data.parts.{name}": part for name, part in parts.items()}
+    return {setting: data} if parts is None else {f"{setting}.parts.{name}": part for name, part in parts.items()}
 
 
 def check_told(config: configs.Config) -> None:
@@ -239,14 +255,6 @@ def check_donors(config: configs.Config, task: Task, data: Any) -> None:
                 raise UserError(
                     f"{named} has {setting}={theirs}, and here it is {names}: set {setting} in the teacher's order."
                 )
-
-
-def _lengths(data: Mapping[str, Any]) -> dict[str, int]:
-    """How long the rows of a `data` section may be, by setting."""
-    own = {f"{where}.seq_len": section.get("seq_len") for where, section in _read_sections(data).items()}
-    shared = data.get("seq_len")
-    found = {"data.seq_len" if length is None else where: length or shared for where, length in own.items()}
-    return {where: length for where, length in found.items() if length is not None}
 
 
 def _scales(task: Mapping[str, Any]) -> dict[str, float]:
