@@ -210,6 +210,25 @@ def test_a_stream_of_one_row_is_enough(tmp_path, books):
         make(**arguments(tmp_path, tokenizer="bytes", seq_len=tokens))
 
 
+@pytest.mark.parametrize("objective", ["next", "mask", "span", "denoise", "continue", "prefix"])
+def test_a_held_out_split_of_which_nothing_is_predicted(tmp_path, books, objective):
+    """Found before training, and not at the evaluation behind it."""
+    tokens = len(joined(books["validation"]))
+    common = arguments(tmp_path, tokenizer="bytes", objective=objective, batch_size=2)
+    # Of a row that is cut off, what is there of its second half.
+    enough = make(**common, seq_len=tokens - 1 if objective == "continue" else tokens // 2)
+    assert enough.evals("validation", 1).batch_at(0)["weights"].any()
+    data = make(**common, seq_len=tokens + 1)
+    if objective == "next":
+        assert data.evals("validation", 1).batch_at(0)["weights"].sum() == tokens - 1
+        return
+    with says(
+        f"data.source='{common['source']}': the split 'validation' has {tokens} tokens, too few for one row of"
+        f" data.seq_len={tokens + 1} and data.objective={objective!r}, which takes {data.train.objective.window}."
+    ):
+        data.evals("validation", None)
+
+
 def test_where_prepared_data_goes(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.delenv("TFM_JAX_CACHE", raising=False)

@@ -101,6 +101,13 @@ def make(
     def evals(name: str, rows: int | None) -> Pass:
         found = Pass(corpus.stream(name), made, rows or batch_size)
         _check_documents(found.laid, source, name)
+        # Of a row that is cut off most objectives predict nothing.
+        short = isinstance(found.laid, Windows) and found.stream.size < made.window
+        if short and not found.batch_at(0, slice(1))["weights"].any():
+            raise UserError(
+                f"data.source={source!r}: the split {name!r} has {found.stream.size} tokens, too few for one row of"
+                f" data.seq_len={seq_len} and data.objective={objective!r}, which takes {made.window}."
+            )
         return found
 
     plain = objective == "next"
