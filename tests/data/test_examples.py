@@ -180,6 +180,35 @@ def test_marks_of_roberta(bert, tmp_path):
     assert found == Frame([first], [last, last], [last], False)
 
 
+def test_a_text_that_spells_the_end_mark(tmp_path):
+    """Where the mark is a piece of the vocabulary, as T5's and ALBERT's are: its document would be two."""
+    pieces = [("</s>", 0.0), ("<unk>", 0.0), *((letter, -3.0) for letter in "\u2581abcde")]
+    engine = Tokenizer(models.Unigram(pieces, 1))
+    engine.pre_tokenizer = pre_tokenizers.Metaspace()
+    engine.add_special_tokens(["</s>", "<unk>"])
+    engine.post_processor = TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 0)])
+    (tmp_path / "tokenizer.json").write_text(engine.to_str())
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(("abc", "<s>a</s>", "de"))]
+    write(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "valid.jsonl", rows[:1])
+    common = dict(tokenizer=f"file:{tmp_path}/tokenizer.json", cache_dir=str(tmp_path / "cache"), seq_len=16)
+    with says(
+        f"{tmp_path}/train.jsonl, line 2: the text has '</s>' in it, which this tokenizer reads as the end of a document."
+        " Take it out."
+    ):
+        make(source=f"jsonl:{tmp_path}/*.jsonl", **common)
+    write(tmp_path / "train.jsonl", [rows[0], rows[2]])
+    make(source=f"jsonl:{tmp_path}/*.jsonl", **common)
+    # Of tokens from before such a text was refused nothing else tells.
+    (meta,) = (path for path in tmp_path.glob("cache/tokens/*/meta.json"))
+    meta.write_text(meta.read_text().replace('"documents": 2', '"documents": 1'))
+    with says(
+        f"data.source='jsonl:{tmp_path}/*.jsonl': a text of the split 'train' has the tokenizer's end mark in it. Delete"
+        f" tokens/{meta.parent.name} where prepared data is (data.cache_dir) and start again: it is said which one."
+    ):
+        make(source=f"jsonl:{tmp_path}/*.jsonl", **common)
+
+
 def test_predictions_are_logits_of_each_example(folder, bert, tmp_path):
     file = tmp_path / "told.npy"
     logits = DRAW.normal(size=(300, 3))

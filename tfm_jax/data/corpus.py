@@ -15,6 +15,7 @@ import numpy as np
 
 from tfm_jax.data.build import TokenStream, build_tokens, open_split
 from tfm_jax.data.locks import locked
+from tfm_jax.data.rows import Texts
 from tfm_jax.data.sources import open_source
 from tfm_jax.data.tokenizers import load_tokenizer
 from tfm_jax.data.types import Piece, Source, Tokenizer
@@ -58,6 +59,17 @@ class Corpus:
         if split not in self.streams:
             raise UserError(f"data.source={self.source!r} has no split {split!r}.{nearest(split, self.streams)}")
         return self.streams[split]
+
+    def texts(self, split: str) -> Texts:
+        """The documents of a split."""
+        found = Texts.of(self.stream(split), self.tokenizer.end_id)
+        if len(found.edges) - 1 != self.facts[split]["documents"]:
+            # Prepared before such texts were refused.
+            raise UserError(
+                f"data.source={self.source!r}: a text of the split {split!r} has the tokenizer's end mark in it. Delete"
+                f" tokens/{self.fingerprint} where prepared data is (data.cache_dir) and start again: it is said which one."
+            )
+        return found
 
     def told(self) -> dict[str, dict[str, Any]]:
         """The facts, those in bytes only where the tokens say all of the text, by the first documents that are held out:

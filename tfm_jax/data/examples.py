@@ -103,7 +103,7 @@ def make(
     if seq_len < marks + needed:
         raise UserError(f"data.seq_len={seq_len}: the marks alone take {marks}, and each text at least one more.")
     root = cache_root(cache_dir)
-    counts = {name: len(Texts.of(stream, codec.end_id).edges) - 1 for name, stream in corpora[0].streams.items()}
+    counts = {name: found["documents"] for name, found in corpora[0].facts.items()}
     if names is not None and kind != "class":
         raise UserError(f"data.names={tuple(names)}: a number has no classes. Leave it out.")
     known = named_once(names, "class")
@@ -130,7 +130,7 @@ def make(
         teacher = told if name == "train" else None
 
         def of(*corpora: Corpus) -> _Examples:
-            texts = tuple(Texts.of(corpus.streams[name], codec.end_id) for corpus in corpora)
+            texts = tuple(corpus.texts(name) for corpus in corpora)
             return _Examples(texts, targets, frame, seq_len, codec.end_id, teacher)
 
         return _Apart(*(of(corpus) for corpus in corpora)) if apart else of(*corpora)
@@ -308,12 +308,8 @@ class _Examples:
     told: np.ndarray | None
     """What a teacher predicts, (N, C)."""
 
-    def __post_init__(self) -> None:
-        for text in self.texts:
-            assert len(text.edges) == len(self) + 1, "A record gave more than one document, or none."
-
     def __len__(self) -> int:
-        return len(self.texts[0].edges) - 1 if self.targets is None else len(self.targets)
+        return len(self.texts[0].edges) - 1
 
     @property
     def marks(self) -> list[list[int]]:

@@ -77,8 +77,8 @@ def make(
     start = codec.end_id if decoder_start is None else decoder_start
     made = {
         name: _Pairs(
-            Texts.of(corpora[0].streams[name], codec.end_id),
-            Texts.of(corpora[1].streams[name], codec.end_id),
+            corpora[0].texts(name),
+            corpora[1].texts(name),
             frame,
             seq_len,
             codec.end_id,
@@ -116,9 +116,6 @@ class _Pairs:
     start_id: int
     pieces: Sequence[Any]
     field: str
-
-    def __post_init__(self) -> None:
-        assert len(self.source.edges) == len(self.target.edges), "A record gave more than one document, or none."
 
     def __len__(self) -> int:
         return len(self.source.edges) - 1

@@ -86,8 +86,8 @@ def make(
     root = cache_root(cache_dir)
     made = {
         name: _Windows.of(
-            Texts.of(corpora[0].streams[name], codec.end_id),
-            Texts.of(corpora[1].streams[name], codec.end_id),
+            corpora[0].texts(name),
+            corpora[1].texts(name),
             _records(corpora[1], name, context, answers),
             offsets(corpora[1], name, root),
             frame,

@@ -79,7 +79,7 @@ def make(
     known = _names(found["train"], names, source, tags)
     made = {
         name: _Tagged.of(
-            Texts.of(corpus.streams[name], codec.end_id),
+            corpus.texts(name),
             sentences,
             offsets(corpus, name, root),
             known,

@@ -16,10 +16,11 @@ Rows = slice | np.ndarray
 
 
 class Document(NamedTuple):
-    """A stretch of one document's text; `ends` says that it is the last one."""
+    """A stretch of one document's text; `ends` says that it is the last one, `where` where it stands, for errors."""
 
     text: str
     ends: bool
+    where: str
 
 
 class Piece(Protocol):
