@@ -74,7 +74,8 @@ def test_windows_against_a_slow_version(source, bert):  # noqa: F811
                 found.append((batch["inputs"]["tokens"][i][valid].tolist(), batch["inputs"]["token_types"][i][valid].tolist(),
                               batch["targets"][i].tolist()))  # fmt: skip
     assert sorted(found) == sorted(want) and len(want) > len(rows) and data.sizes == {"types": 2}
-    assert data.facts["validation"] == {"examples": len(want), "questions": 20}
+    assert data.facts["validation"] == {"questions": 20} and data.facts["train"]["questions"] == 60
+    assert data.facts["train"]["examples"] == len(data.train.examples) > 60
 
 
 def test_where_the_context_stands(source, bert):  # noqa: F811
@@ -119,10 +120,10 @@ def test_answers_are_found_by_the_recipes_smoke_form(tmp_path):
 def test_bad_input(tmp_path, bert):  # noqa: F811
     good = record("a", ["the", "ship", "sails"], 1, 1)
 
-    def made(row, **changes):
+    def made(row, valid=good, **changes):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
-        source = write(folder, train=[row, good], valid=[good])
+        source = write(folder, train=[row, good], valid=[valid])
         return folder, lambda: make(source=source, tokenizer=f"file:{bert}", **changes)
 
     folder, call = made({**good, "answers": {"text": ["ship"], "answer_start": [5]}})
@@ -142,6 +143,11 @@ def test_bad_input(tmp_path, bert):  # noqa: F811
         folder, call = made({**good, "answers": {"text": [answer], "answer_start": [start]}})
         with says(f"{folder}/train.jsonl, line 1: the answer {answer!r} is not in its context at {start}. {hint}"):
             call()
+    # A test set whose answers nobody knows is in nobody's way.
+    folder, call = made(good, valid={**good, "answers": None})
+    assert call().train.batch_at(0)["targets"].any()
+    with says(f"{folder}/valid.jsonl, line 1: the field 'answers' is not a dict with 'text' and 'answer_start'."):
+        call().evals("validation", None)
     folder, call = made({**good, "answers": "ship"})
     with says(f"{folder}/train.jsonl, line 1: the field 'answers' is not a dict with 'text' and 'answer_start'."):
         call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -60,7 +61,8 @@ def make(
       split, valid_fraction, cache_dir, workers, tokenizer_dir: as for `data.tokens`.
 
     Raises:
-      UserError: a field that the source lacks, or an answer that is not in its context where it says, with its place.
+      UserError: a field that the source lacks, or an answer that is not in its context where it says, with its place, in the
+        train split or when another is asked for.
     """
     corpora = open_records(
         "questions",
@@ -84,8 +86,11 @@ def make(
             f" leaves beside data.longest_question={longest_question}."
         )
     root = cache_root(cache_dir)
-    made = {
-        name: _Windows.of(
+
+    @functools.cache
+    def made(name: str) -> _Windows:
+        # Of splits that are asked for: a test set's answers may not be known.
+        return _Windows.of(
             corpora[0].texts(name),
             corpora[1].texts(name),
             _records(corpora[1], name, context, answers),
@@ -96,20 +101,20 @@ def make(
             longest_question,
             codec.end_id,
         )
-        for name in corpora[0].streams
-    }
 
     def evals(name: str, size: int | None) -> Dataset:
         corpora[0].stream(name)
-        return Pass(made[name], size or batch_size)
+        return Pass(made(name), size or batch_size)
 
     facts = [corpora[0].fingerprint, corpora[1].fingerprint, answers, seq_len, overlap, longest_question]
+    counts = {name: {"questions": found["documents"]} for name, found in corpora[0].facts.items()}
+    counts["train"]["examples"] = len(made("train"))
     return Data(
-        train=rows.Training(made["train"], batch_size, seed),
+        train=rows.Training(made("train"), batch_size, seed),
         evals=evals,
         vocab_size=codec.vocab_size,
         tokenizer=codec,
-        facts={name: {"examples": len(found.window), "questions": len(found.records)} for name, found in made.items()},
+        facts=counts,
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         sizes={"types": 2} if frame.types else {},
     )
