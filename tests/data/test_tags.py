@@ -119,6 +119,23 @@ def test_bad_input(tmp_path):
     with says(
         f"{folder}/valid.jsonl, line 1: 'B-Y' in the field 'tags' is no tag of the train split or of data.names. Did you mean 'B-X'?"
     ):
+        call().evals("validation", 1)
+    # Of another coding, if it is one.
+    folder, call = made(good, valid={**good, "tags": [0, 1]})
+    with says(
+        f"{folder}/valid.jsonl, line 1: 0 in the field 'tags' is no tag of the train split or of data.names. Valid: B-X, O."
+    ):
+        call().evals("validation", 1)
+    # A test set that nobody can tag is in nobody's way.
+    assert made(good, valid={"words": ["a"]})[1]().train.batch_at(0)["weights"].sum() == 2 * 32
+    for tag in (["O"], {"O": 1}, 1.5, None):
+        folder, call = made(good, {**good, "tags": ["O", tag]})
+        with says(f"{folder}/train.jsonl, line 2: {tag!r} in the field 'tags' is neither a name nor a whole number."):
+            call()
+    folder, call = made(good, {**good, "tags": ["O", 1]})
+    with says(
+        f"{folder}/train.jsonl, line 2: 1 in the field 'tags' stands beside 'O': tags are all names or all numbers."
+    ):
         call()
     with says("data.names=('O', 'B-X', 'B-X'): 'B-X' stands there twice. Name each tag once."):
         made(good, names=("O", "B-X", "B-X"))[1]()

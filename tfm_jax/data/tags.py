@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ def make(
     Args:
       source: `jsonl:GLOB`, `tfds:NAME` or `hf:DIR`; see `data.sources`.
       words: the field with a sentence's words.
-      tags: the field with as many tags, names or numbers.
+      tags: the field with as many tags, names or, in the train split too, numbers.
       names: those of the numbers, in their order; for tags that are names, those of the train split if None.
       tokenizer: as for `data.tokens`.
       seq_len: longest row, marks included; of longer sentences the end is cut, and its words have no tag.
@@ -55,7 +56,8 @@ def make(
       split, valid_fraction, cache_dir, workers, tokenizer_dir: as for `data.tokens`.
 
     Raises:
-      UserError: a field that the source lacks, more or fewer tags than words, a tag that the train split has not; with its place.
+      UserError: a field that the source lacks, more or fewer tags than words, a tag that the train split has not; with its place,
+        in the train split or when another is asked for.
     """
     (corpus,) = open_records(
         "tags",
@@ -74,34 +76,42 @@ def make(
     frame = codec.frame()
     if seq_len <= len(frame.before) + len(frame.after):
         raise UserError(f"data.seq_len={seq_len}: the marks alone take {len(frame.before) + len(frame.after)}.")
-    found = {name: _sentences(corpus, name, words, tags) for name in corpus.streams}
     named_once(names, "tag")
-    known = _names(found["train"], names, source, tags)
-    made = {
-        name: _Tagged.of(
+    train = _sentences(corpus, "train", words, tags)
+    kind = _kind(train, tags)
+    if kind is int and names is None:
+        raise UserError(f"data.source={source!r}: the tags in the field {tags!r} are numbers; name them: data.names.")
+    known = list(names) if names is not None else sorted({tag for sentence in train for tag in sentence.tags})
+    number: dict[Any, int] = {name: i for i, name in enumerate(known)}
+    # Numbers beside a train split of names are of a coding that is not known.
+    number |= {i: i for i in range(len(known))} if kind is int else {}
+
+    @functools.cache
+    def made(name: str) -> _Tagged:
+        # Of splits that are asked for: a test set's tags may not be known.
+        return _Tagged.of(
             corpus.texts(name),
-            sentences,
+            train if name == "train" else _sentences(corpus, name, words, tags),
             offsets(corpus, name, root),
             known,
+            number,
             tags,
             frame,
             seq_len,
             codec.end_id,
         )
-        for name, sentences in found.items()
-    }
 
     def evals(name: str, size: int | None) -> Dataset:
         corpus.stream(name)
-        return Pass(made[name], size or batch_size)
+        return Pass(made(name), size or batch_size)
 
     facts = [corpus.fingerprint, tags, known, seq_len]
     return Data(
-        train=rows.Training(made["train"], batch_size, seed),
+        train=rows.Training(made("train"), batch_size, seed),
         evals=evals,
         vocab_size=codec.vocab_size,
         tokenizer=codec,
-        facts={name: {"examples": len(one)} for name, one in made.items()},
+        facts={name: {"examples": found["documents"]} for name, found in corpus.facts.items()},
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         sizes={"classes": len(known)},
         filled_in={"names": known},
@@ -127,6 +137,8 @@ def _sentences(corpus: Corpus, split: str, words: str, tags: str) -> list[_Sente
                     raise UserError(f"{where}: the field {field!r} is a {type(value).__name__}, not a list.")
             kept = [text_of(word, where, words) for word in found]
             plain = [_plain(tag) for tag in given]
+            if wrong := [tag for tag in plain if type(tag) not in (str, int)]:
+                raise UserError(f"{where}: {wrong[0]!r} in the field {tags!r} is neither a name nor a whole number.")
             if len(kept) != len(plain):
                 raise UserError(f"{where}: {len(kept)} words, but {len(plain)} tags.")
             out.append(_Sentence(where, kept, plain))
@@ -139,19 +151,15 @@ def _plain(tag: Any) -> Any:
     return tag.item() if isinstance(tag, np.generic) else tag
 
 
-def _names(sentences: Sequence[_Sentence], names: Sequence[str] | None, source: str, field: str) -> list[str]:
-    kinds = {type(tag) for sentence in sentences for tag in sentence.tags}
-    if kinds == {int}:
-        if names is None:
+def _kind(sentences: Sequence[_Sentence], field: str) -> type[Any]:
+    """What all tags are, names or numbers."""
+    first = next(tag for sentence in sentences for tag in sentence.tags)
+    for sentence in sentences:
+        if wrong := [tag for tag in sentence.tags if type(tag) is not type(first)]:
             raise UserError(
-                f"data.source={source!r}: the tags in the field {field!r} are numbers; name them: data.names."
+                f"{sentence.where}: {wrong[0]!r} in the field {field!r} stands beside {first!r}: tags are all names or all numbers."
             )
-        return list(names)
-    if kinds != {str}:
-        raise UserError(
-            f"data.source={source!r}: the tags in the field {field!r} are neither all names nor all numbers."
-        )
-    return list(names) if names is not None else sorted({tag for sentence in sentences for tag in sentence.tags})
+    return type(first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,12 +181,12 @@ class _Tagged:
         sentences: Sequence[_Sentence],
         places: Sequence[np.ndarray],
         names: Sequence[str],
+        number: Mapping[Any, int],
         field: str,
         frame: Frame,
         seq_len: int,
         pad: int,
     ) -> _Tagged:
-        number: dict[Any, int] = {name: i for i, name in enumerate(names)} | {i: i for i in range(len(names))}
         first, tags = list[np.ndarray](), list[np.ndarray]()
         for sentence, spans in zip(sentences, places, strict=True):
             for tag in sentence.tags:
