@@ -231,13 +231,13 @@ def test_predictions_are_logits_of_each_example(folder, bert, tmp_path):
 
 
 def test_bad_input_is_named(folder, bert, tmp_path):
-    source = f"jsonl:{folder}/*.jsonl"
     with says("data.source='stdlib' has no fields: examples need jsonl:GLOB, tfds:NAME or hf:DIR."):
         make(source="stdlib")
     with says(f"{folder}/train.jsonl, line 1: no field 'mod'. Did you mean 'mood'?"):
         opened(folder, bert, label="mod")
     with says(
-        f"data.source={source!r}: the field 'score' mixes names and numbers, or has fractions; is it a number to predict (data.kind=number)?"
+        f"{folder}/train.jsonl, line 2: {1 / 7} in the field 'score' is not a whole number; is it a number to predict"
+        " (data.kind=number)?"
     ):
         opened(folder, bert, label="score")
     with says(f"{folder}/train.jsonl, line 1: the field 'mood' is 'good', not a finite number (float32)."):
@@ -254,9 +254,13 @@ def test_bad_input_is_named(folder, bert, tmp_path):
         opened(tmp_path, bert, label="mood").evals("validation", None)
     # GLUE's test sets have labels that are none: nobody is in the way of what nobody asks for.
     assert opened(tmp_path, bert, label="mood").evals("train", 9).batch_at(0)["targets"].shape == (9,)
-    write(tmp_path / "train.jsonl", [{**rows[0], "class": -1}, {**rows[1], "mood": ["x"]}])
-    with says(f"data.source='jsonl:{tmp_path}/*.jsonl': the class -1 in the field 'class' is below 0."):
+    write(tmp_path / "train.jsonl", [rows[0], {**rows[1], "class": -1, "place": "x", "mood": ["x"]}])
+    with says(f"{tmp_path}/train.jsonl, line 2: -1 in the field 'class' is a class below 0."):
         opened(tmp_path, bert, label="class")
+    with says(
+        f"{tmp_path}/train.jsonl, line 2: 'x' in the field 'place' stands beside 0: classes are all names or all numbers."
+    ):
+        opened(tmp_path, bert, label="place")
     with says(f"{tmp_path}/train.jsonl, line 2: the field 'mood' is a list, not a label."):
         opened(tmp_path, bert, label="mood")
 

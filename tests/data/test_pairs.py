@@ -85,6 +85,18 @@ def test_a_tokenizer_that_learns_reads_both_sides(folder):
     assert codec.vocab_size <= 300 and len(codec.encode_batch(["whale ship"])[0]) <= 4
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [(None, "is a NoneType, not text."), (3, "is a int, not text."), (["a", None], "is a NoneType, not text."), ([], "is empty.")],
+)  # fmt: skip
+def test_references_that_are_no_texts(tmp_path, wrong, message):
+    row = {"en": "a", "de": "b", "all": ["b", "c"]}
+    for split, rows in (("train", [row]), ("valid", [row, {**row, "all": wrong}])):
+        write(tmp_path / f"{split}.jsonl", rows)
+    with says(f"{tmp_path}/valid.jsonl, line 2: the field 'all' {message}"):
+        opened(tmp_path, "bytes", references="all").evals("validation", 2).references(0)
+
+
 def test_bad_input(folder):
     with says("data.source='stdlib' has no fields: pairs need jsonl:GLOB, tfds:NAME or hf:DIR."):
         make(source="stdlib")

@@ -112,7 +112,7 @@ def make(
         classes = known
         if not known:
             found = _labels(corpora[0], "train", label, root)
-            classes, times = _classes(found, source, label), collections.Counter(found)
+            classes, times = _classes(found, corpora[0], label), collections.Counter(found)
             # A misspelt label of the train split is a class of its own.
             said = ", ".join(f"{name} {times[name]}" for name in classes[:20]) + (", ..." if len(classes) > 20 else "")
             log.info("labels: %d classes in the train split: %s.", len(classes), said)
@@ -244,19 +244,20 @@ def _placed(corpus: Corpus, split: str, field: str) -> Iterator[tuple[str, Any]]
             yield where, plain
 
 
-def _classes(labels: Sequence[Any], source: str, field: str) -> list[Any]:
+def _classes(labels: Sequence[Any], corpus: Corpus, field: str) -> list[Any]:
     """The train split's: sorted names, or all whole numbers from 0."""
-    kinds = {str if isinstance(value, str) else int if float(value).is_integer() else float for value in labels}
-    if len(kinds) != 1 or kinds == {float}:
-        raise UserError(
-            f"data.source={source!r}: the field {field!r} mixes names and numbers, or has fractions; is it a number to"
-            " predict (data.kind=number)?"
-        )
-    if kinds == {str}:
-        return sorted(set(labels))
-    if min(labels) < 0:
-        raise UserError(f"data.source={source!r}: the class {min(labels)} in the field {field!r} is below 0.")
-    return list(range(int(max(labels)) + 1))
+    named = isinstance(labels[0], str)
+    for i, value in enumerate(labels):
+        if isinstance(value, str) != named:
+            wrong = f"stands beside {labels[0]!r}: classes are all names or all numbers."
+        elif isinstance(value, float) and not value.is_integer():
+            wrong = "is not a whole number; is it a number to predict (data.kind=number)?"
+        elif not named and value < 0:
+            wrong = "is a class below 0."
+        else:
+            continue
+        raise UserError(f"{_place(corpus, 'train', field, i)}: {value!r} in the field {field!r} {wrong}")
+    return sorted(set(labels)) if named else list(range(int(max(labels)) + 1))
 
 
 def _targets(

@@ -11,6 +11,7 @@ import numpy as np
 
 from tfm_jax.data import rows
 from tfm_jax.data.corpus import open_records
+from tfm_jax.data.files import text_of
 from tfm_jax.data.rows import Part, Texts, joined, width_for
 from tfm_jax.data.types import Batch, Data, Frame, Records
 from tfm_jax.errors import UserError
@@ -75,8 +76,10 @@ def make(
     if seq_len <= marks:
         raise UserError(f"data.seq_len={seq_len}: the marks alone take {marks}.")
     start = codec.end_id if decoder_start is None else decoder_start
-    made = {
-        name: _Pairs(
+
+    @functools.cache
+    def made(name: str) -> _Pairs:
+        return _Pairs(
             corpora[0].texts(name),
             corpora[1].texts(name),
             frame,
@@ -86,20 +89,18 @@ def make(
             tuple(corpora[1].pieces[name]),
             references or target,
         )
-        for name in corpora[0].streams
-    }
 
     def evals(name: str, size: int | None) -> Pass:
         corpora[0].stream(name)
-        return Pass(made[name], size or batch_size)
+        return Pass(made(name), size or batch_size)
 
     prints = [*(corpus.fingerprint for corpus in corpora), seq_len, start]
     return Data(
-        train=rows.Training(made["train"], batch_size, seed),
+        train=rows.Training(made("train"), batch_size, seed),
         evals=evals,
         vocab_size=codec.vocab_size,
         tokenizer=codec,
-        facts={name: {"examples": len(found)} for name, found in made.items()},
+        facts={name: {"examples": found["documents"]} for name, found in corpora[0].facts.items()},
         fingerprint=" ".join(map(str, prints)),
     )
 
@@ -168,10 +169,10 @@ class _Pairs:
         for piece in self.pieces:
             assert isinstance(piece, Records)
             for where, value in piece.values(self.field):
-                texts = [value] if isinstance(value, str | bytes) else list(value)
-                if not texts:
+                texts = value if isinstance(value, list | tuple | np.ndarray) else [value]
+                if not len(texts):
                     raise UserError(f"{where}: the field {self.field!r} is empty.")
-                out.append([t.decode("utf-8", "replace") if isinstance(t, bytes) else str(t) for t in texts])
+                out.append([text_of(text, where, self.field) for text in texts])
         return out
 
 
