@@ -121,7 +121,12 @@ def _open_tfds(name: str, feature: str | None, manual_dir: str | None, cache_dir
     # Labels that were put right leave the name and all sizes as they are, and times of change are other ones on every machine: the
     # records are read, once for the files as they are.
     paths = sorted(path for path in folder.iterdir() if path.is_file())
-    content = _remembered(paths, folder, "records", cache_dir, lambda: records.tfds_digest(folder))
+
+    def read() -> str:
+        log.info("data: reading the records of %s through.", folder)
+        return records.tfds_digest(folder)
+
+    content = _remembered(paths, folder, "records", cache_dir, read)
     return dataclasses.replace(data, fingerprint=_digest([data.fingerprint, content]))
 
 

@@ -64,7 +64,8 @@ class Frame(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. Marks such as `<|endoftext|>` inside a text are encoded as the plain text they are."""
+    """Text to ids and back. Marks such as `<|endoftext|>` inside a text are encoded as the plain text they are, unless the file has
+    them among the pieces of a text (`</s>` in T5's)."""
 
     @property
     def vocab_size(self) -> int: ...
