@@ -131,7 +131,7 @@ class Listed:
         self.texts, self.size = texts, sum(map(len, texts))
 
     def documents(self):
-        return iter([Document(text, True, text) for text in self.texts])
+        return iter([Document(text, True) for text in self.texts])
 
 
 def test_a_shard_without_a_document_is_no_obstacle(tmp_path):

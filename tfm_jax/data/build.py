@@ -83,7 +83,7 @@ def build_tokens(
       workers: processes; 0 for one a core.
 
     Raises:
-      UserError: no text in a split, a text that has the end mark in it, or a damaged finished build.
+      UserError: no text in a split, or a damaged finished build.
     """
     identity = [FORMAT, source.fingerprint, tokenizer.fingerprint, shard_bytes]
     folder = root / "tokens" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
@@ -191,11 +191,6 @@ def _write_shard(job: _Job, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
         found = itertools.chain.from_iterable(piece.documents() for piece in job.pieces)
         while batch := list(itertools.islice(found, _DOCUMENTS_AT_ONCE)):
             for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-                if (ids == end).any():
-                    raise UserError(
-                        f"{document.where}: the text has {tokenizer.pieces()[end[0]]!r} in it, which this tokenizer reads as the end"
-                        " of a document. Take it out."
-                    )
                 put(ids)
                 size += len(document.text.encode("utf-8"))
                 if document.ends:

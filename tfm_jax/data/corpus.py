@@ -26,6 +26,8 @@ from tfm_jax.files import write_atomic
 log = logging.getLogger(__name__)
 # Characters of documents, to see whether a tokenizer gives them back.
 _LOOKED_AT = 20_000
+# Characters of a text, in an error.
+_SHOWN = 80
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -61,13 +63,20 @@ class Corpus:
         return self.streams[split]
 
     def texts(self, split: str) -> Texts:
-        """The documents of a split."""
+        """The documents of a split, of which each is a record's.
+
+        Raises:
+          UserError: a text has the tokenizer's end mark among its pieces, and so is two.
+        """
         found = Texts.of(self.stream(split), self.tokenizer.end_id)
         if len(found.edges) - 1 != self.facts[split]["documents"]:
-            # Prepared before such texts were refused.
+            texts = (document.text for piece in self.pieces[split] for document in piece.documents())
+            end = self.tokenizer.end_id
+            wrong = next(text for text in texts if (self.tokenizer.encode_batch([text])[0] == end).any())
+            shown = wrong if len(wrong) <= _SHOWN else f"{wrong[:_SHOWN]} ..."
             raise UserError(
-                f"data.source={self.source!r}: a text of the split {split!r} has the tokenizer's end mark in it. Delete"
-                f" tokens/{self.fingerprint} where prepared data is (data.cache_dir) and start again: it is said which one."
+                f"data.source={self.source!r}: the text {shown!r} of the split {split!r} has {self.tokenizer.pieces()[end]!r} in it, which"
+                " this tokenizer reads as the end of a text. Take it out."
             )
         return found
 

@@ -125,7 +125,7 @@ class TextPiece:
 
     def documents(self) -> Iterator[Document]:
         for path, start, stop, ends in self.spans:
-            yield Document(_decoded(_read_range(path, start, stop), path, start), ends, path)
+            yield Document(_decoded(_read_range(path, start, stop), path, start), ends)
 
 
 def text_pieces(spans: list[TextSpan], piece_bytes: int) -> list[TextPiece]:
@@ -165,7 +165,7 @@ class JsonlPiece:
 
     def documents(self) -> Iterator[Document]:
         for where, value in self.values(self.feature):
-            yield Document(text_of(value, where, self.feature), True, where)
+            yield Document(text_of(value, where, self.feature), True)
 
     def values(self, field: str) -> Iterator[tuple[str, Any]]:
         lines = _read_range(self.path, self.start, self.stop).split(b"\n")

@@ -57,7 +57,7 @@ class RecordPiece:
 
     def documents(self) -> Iterator[Document]:
         for where, value in self.values(self.feature):
-            yield Document(text_of(value, where, self.feature), True, where)
+            yield Document(text_of(value, where, self.feature), True)
 
     def values(self, field: str) -> Iterator[tuple[str, Any]]:
         records = (

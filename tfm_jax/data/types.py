@@ -16,11 +16,10 @@ Rows = slice | np.ndarray
 
 
 class Document(NamedTuple):
-    """A stretch of one document's text; `ends` says that it is the last one, `where` where it stands, for errors."""
+    """A stretch of one document's text; `ends` says that it is the last one."""
 
     text: str
     ends: bool
-    where: str
 
 
 class Piece(Protocol):
@@ -65,7 +64,7 @@ class Frame(NamedTuple):
 
 class Tokenizer(Protocol):
     """Text to ids and back. Marks such as `<|endoftext|>` inside a text are encoded as the plain text they are, unless the file has
-    them among the pieces of a text (`</s>` in T5's)."""
+    them among the pieces of a text (`</s>` in T5's): there a document ends."""
 
     @property
     def vocab_size(self) -> int: ...
