@@ -20,10 +20,11 @@ RECIPES = {
     | {
         "title": "all-MiniLM-L6-v2 fine-tuned on SST-2: accuracy on GLUE's dev set",
         "goals": ({"least": 0.9},),
-        "tried": "in float32: this 0.9002 (seed 0) and 0.8968 (0 as well, in another order of the examples), 5e-5 with the token"
-        " embeddings frozen 0.8922, a rate of 1e-4 for three epochs 0.8865, 4e-5 for three 0.8933 and 0.8899 (two seeds), 5e-5 for two"
-        " without an average 0.898. Of seed 1, which has 0.8933: labels smoothed by 0.1 0.8945, whole sentences seven times as often"
-        " as phrases 0.8922, or 432 further steps on them alone 0.8911. 872 sentences have a standard error of 0.01",
+        "tried": "a rate that falls from 3e-5 to 0, with an average of 0.998: 0.8956 ± 0.0030 over three seeds; of these seed 1, which"
+        " has 0.8933, with labels smoothed by 0.1 0.8945, whole sentences seven times as often as phrases 0.8922, 432 further steps on"
+        " them alone 0.8911, model.pooling=mean 0.8922; in float32 seed 0 has 0.9002, with 5e-5 and the token embeddings frozen 0.8922,"
+        " 1e-4 for three epochs 0.8865, 4e-5 for three 0.8933 and 0.8899 (two seeds), 5e-5 for two without an average 0.898."
+        " 872 sentences have a standard error of 0.01",
         "published": "0.935 on GLUE's test server for BERT-base, five times as large (Devlin et al. 2019)",
     },
     "lora": _SST2
@@ -71,13 +72,13 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
                 "batch_size": 32,
             },
             "optim": {
-                "lr": 3e-5,
-                "schedule": "linear",
-                "end_factor": 0.0,
+                "lr": 5e-5,
+                # The average of a thousand steps makes up for a rate that falls, and ends lower: on seed 2 a loss of 0.281 for 0.315.
+                "schedule": "constant",
                 "warmup_steps": 200,
                 "weight_decay": 0.01,
             },
-            "train": {"steps": 4200, "eval_every": 1400, "ema": 0.998},
+            "train": {"steps": 4200, "eval_every": 1400, "ema": 0.999},
             "checkpoint": {"init_from": "runs/minilm", "every": 500},
             "evals": {"validation": {"split": "validation"}, "test": {"split": "test"}},
         }
@@ -95,8 +96,8 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
         if arguments == "adalora":
             config.train.adapter.initial_rank = 8
         # The best of a few for LoRA, all within the noise of one another (see `tried`).
-        config.optim.update({"lr": 1e-3, "weight_decay": 0.1})
-        config.train.eval_every = 0
+        config.optim.update({"lr": 1e-3, "schedule": "linear", "end_factor": 0.0, "weight_decay": 0.1})
+        config.train.update({"eval_every": 0, "ema": 0.998})
     if arguments == "smoke":
         config.model.update({"variant": "mini", "layers": 1, "width": 32, "max_len": 64})
         config.data.update({"tokenizer": "wordpiece:200", "text": "text", "batch_size": 16})
