@@ -20,8 +20,7 @@ from tfm_jax.errors import UserError
 
 EXAMPLES = """\
   python -m experiments.coordinates --config=configs/gpt_mup.py --to=runs/coordinates
-  python -m experiments.coordinates --config=configs/gpt_stdlib.py:smoke --widths 32 64 128 --to=runs/coordinates \\
-    --config.model.mlp_width=None"""
+  python -m experiments.coordinates --config=configs/gpt_mup.py --widths 64 128 256 --seeds 1 --to=runs/coordinates"""
 # A slope within it is flat: the changes of widths 64 and 1,024 differ by a factor of at most 2.
 FLAT = 0.25
 

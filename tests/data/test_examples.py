@@ -214,6 +214,10 @@ def test_predictions_are_logits_of_each_example(folder, bert, tmp_path):
     np.save(file, logits[:200])
     with says(f"data.predictions={str(file)!r} is (200, 3), and the train split has 300 examples."):
         opened(folder, bert, label="mood", predictions=str(file))
+    lines = tmp_path / "told.jsonl"
+    lines.write_text('{"label": "good"}\n' * 300)
+    with says(f"data.predictions={str(lines)!r} is no array: python -m experiments.predict --to FILE.npy writes one."):
+        opened(folder, bert, label="mood", predictions=str(lines))
     np.save(file, logits[:, 0])
     with says(
         f"data.predictions={str(file)!r} holds numbers (300,), and a student learns from logits (N, C). One that is"

@@ -155,8 +155,15 @@ def test_bad_input(make_config, teacher, tmp_path):
         rundir.begin(tmp_path / "small", {**read, "model": {**read["model"], **changes}}, None)
         with says(f"task.teacher={str(tmp_path / 'small')!r} has {message}"):
             build(student(make_config, tmp_path / "small"))
+    # Where they are traced, which is before training too.
     with pytest.raises(UserError, match=r"its logits are \(8, 8, 257\), the student's \(8, 8, 300\)"):
-        train(student(make_config, teacher, **{"model.vocab_size": 300}), tmp_path / "run")
+        build(student(make_config, teacher, **{"model.vocab_size": 300}))
+    with pytest.raises(UserError, match=r"^checkpoint\.init_from: .*nothing is not a run directory"):
+        build(
+            student(
+                make_config, teacher, **{"checkpoint.init_from": f"'{tmp_path / 'nothing'}'", "model.vocab_size": None}
+            )
+        )
 
 
 def test_a_teacher_must_have_its_models_parameters(teacher):
@@ -389,6 +396,10 @@ def test_bad_pairs():
     t5 = T5Model(BlockSpec(width=8, heads=2), vocab_size=9, encoder_layers=1, decoder_layers=1)
     with says("task.teacher='x' reads decoder_tokens, which this data has not."):
         tried(other=t5)
+    silent = BertModel(BlockSpec(width=8, heads=2), vocab_size=9, max_len=6, layers=1, outputs=())
+    with says("task.name=distillation matches logits, and task.teacher='x' gives none that are one array for"
+              " task.task.name='token_prediction'."):  # fmt: skip
+        tried(other=silent)
     remembers = TransformerXl(BlockSpec(width=8, heads=2), vocab_size=9, layers=1, mem_len=4)
     with says(
         "task.teacher='x' has a memory of the segments before, and a teacher is asked about each batch alone: take one without."

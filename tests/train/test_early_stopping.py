@@ -106,7 +106,9 @@ def test_bad_input(make_config, tmp_path):
         loop.train(make_config({**CHANGES, "train.stop_metric": "'eval/validation/accuracy'"}), tmp_path / "run")
     with says("train.stop_metric='eval/validation/loss' is better the lower it is: set train.stop_goal='lower'."):
         loop.train(make_config({**CHANGES, "train.stop_goal": "higher"}), tmp_path / "run")
-    with says("train.stop_metric='eval/validation/los' is none that evals.validation gives. Did you mean 'loss'?"):
+    with says(
+        "train.stop_metric='eval/validation/los' is none that evals.validation gives. Did you mean 'eval/validation/loss'?"
+    ):
         loop.train(make_config({**CHANGES, "train.stop_metric": "'eval/validation/los'"}), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
     # One of another package need not say beforehand what it gives.

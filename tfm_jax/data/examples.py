@@ -184,7 +184,12 @@ def _told(path: str, examples: int, classes: Sequence[Any], texts: Callable[[str
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"data.predictions={path!r}: there is no such file. python -m experiments.predict writes it.")
-    found: np.ndarray = np.load(file, allow_pickle=False)
+    try:
+        found: np.ndarray = np.load(file, allow_pickle=False)
+    except ValueError:
+        raise UserError(
+            f"data.predictions={path!r} is no array: python -m experiments.predict --to FILE.npy writes one."
+        ) from None
     if found.ndim == 1:
         raise UserError(
             f"data.predictions={path!r} holds numbers {found.shape}, and a student learns from logits (N, C). One that is"

@@ -110,14 +110,14 @@ def make(
     def plain(params: Params) -> Params:
         return {name: x for name, x in params.items() if name != BRIDGE}
 
-    def logits_of(name: str, out: Mapping[str, Any], batch: Any) -> jax.Array:
+    def logits_of(whose: str, out: Mapping[str, Any], batch: Any) -> jax.Array:
         if "part" in batch:
             (part,) = batch["part"]
             out = heard(out, part, batch)
         found = out.get("logits")
         if not isinstance(found, jax.Array):
             raise UserError(
-                f"task.name=distillation matches logits, and the {name} gives none that are one array for"
+                f"task.name=distillation matches logits, and {whose} gives none that are one array for"
                 f" task.task.name={inner_name!r}."
             )
         return found
@@ -153,9 +153,10 @@ def make(
             told = {"logits": batch["teacher"]}
         else:
             raise UserError("task.teacher is not set, and the data has no data.predictions of a teacher.")
-        answer, asked = (logits_of(name, out, batch) for name, out in (("student", said), ("teacher", told)))
+        asked_of = f"task.teacher={teacher!r}"
+        answer, asked = (logits_of(*each, batch) for each in (("the student", said), (asked_of, told)))
         if answer.shape != asked.shape:
-            whose = "data.predictions: the teacher's" if taught_by is None else f"task.teacher={teacher!r}: its"
+            whose = "data.predictions: the teacher's" if taught_by is None else f"{asked_of}: its"
             raise UserError(f"{whose} logits are {asked.shape}, the student's {answer.shape}.")
         weights = batch["weights"]
         found = divergence(asked, answer, temperature)

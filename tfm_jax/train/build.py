@@ -221,22 +221,26 @@ def build(
         step=_from_host(step) if layout.optimizer_memory == "host" else step,
         jit=jit,
     )
-    if for_training and isinstance(data.train, Mixed):
-        _check_parts(experiment, data.train)
+    if for_training and (isinstance(data.train, Mixed) or task.donors):
+        _check_batches(experiment)
     return experiment
 
 
-def _check_parts(experiment: Experiment, mixed: Mixed) -> None:
-    """Each part's task must read what its data and the model give: its first batch may come long after training has begun."""
-    task, model = experiment.task, experiment.model
+def _check_batches(experiment: Experiment) -> None:
+    """Each part's task must read what its data and the model give, whose first batch may come long after training has begun, and
+    a teacher must say what can be learnt from."""
+    task, model, train = experiment.task, experiment.model, experiment.data.train
+    batches = [train.batch_at(0)]
+    if isinstance(train, Mixed):
+        batches = [{**part.batch_at(0), "part": {name: None}} for name, part in train.parts.items()]
 
     def loss(state: TrainState, batch: Any, key: jax.Array) -> Any:
         return task.loss(bind(model, state.mutables), state.params, state.extra, batch, key, True).total
 
     with jax.set_mesh(experiment.layout.mesh):
         state = experiment.abstract_state()
-        for name, part in mixed.parts.items():
-            jax.eval_shape(loss, state, {**part.batch_at(0), "part": {name: None}}, jax.random.key(0))
+        for batch in batches:
+            jax.eval_shape(loss, state, batch, jax.random.key(0))
 
 
 def frozen(config: configs.Config, task: Task) -> list[str]:
@@ -305,6 +309,13 @@ def _teacher_model(section: Mapping[str, Any]) -> Any:
         raise UserError(f"task.teacher: {error}") from None
 
 
+def _donor_config(donor: str) -> configs.Config:
+    try:
+        return read_config(run_folder(Path(donor)))
+    except UserError as error:
+        raise UserError(f"checkpoint.init_from: {error}") from None
+
+
 def _filled_in(config: configs.Config, data: Any) -> configs.Config:
     """The config with everything that its data, donor and teacher decide (`configs.FILLED_IN`).
 
@@ -315,7 +326,7 @@ def _filled_in(config: configs.Config, data: Any) -> configs.Config:
     donor = config["checkpoint"]["init_from"]
     if donor is not None and model.get("vocab_size", 0) is None and data.vocab_size is not None:
         # Pretraining may have added ids for its masks, which stay where they are.
-        there = read_config(run_folder(Path(donor)))["model"].get("vocab_size")
+        there = _donor_config(donor)["model"].get("vocab_size")
         sizes["vocab_size"] = max(data.vocab_size, there or 0)
     if task.get("teacher") is not None and "teacher_model" in task:
         task["teacher_model"] = _teacher_model(task)

@@ -147,7 +147,8 @@ def check_evaluators(config: configs.Config, evaluators: Mapping[str, Evaluate],
         return
     name, _, key = watched.partition("/")[2].partition("/")
     if name in given and key not in given[name]:
-        raise UserError(f"train.stop_metric={watched!r} is none that evals.{name} gives.{nearest(key, given[name])}")
+        known = [f"eval/{name}/{one}" for one in given[name]]
+        raise UserError(f"train.stop_metric={watched!r} is none that evals.{name} gives.{nearest(watched, known)}")
 
 
 def _read_sections(data: Mapping[str, Any], setting: str = "data") -> dict[str, Mapping[str, Any]]:

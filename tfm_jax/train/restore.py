@@ -236,7 +236,10 @@ def load_donor(
     resize: Sequence[Resize] = LINE,
 ) -> tuple[Any, Report]:
     """Another run's parameters in the place of `params`; see `surgery.transfer`."""
-    donor, _ = load_params(path, sharding=_places(flatten(params)))
+    try:
+        donor, _ = load_params(path, sharding=_places(flatten(params)))
+    except UserError as error:
+        raise UserError(f"checkpoint.init_from: {error}") from None
     return transfer(
         flatten(donor), params, rename=rename, layers=layers, resize_positions=resize_positions, resize=resize
     )
