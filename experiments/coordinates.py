@@ -19,8 +19,7 @@ from tfm_jax import config as configs
 from tfm_jax.errors import UserError
 
 EXAMPLES = """\
-  python -m experiments.coordinates --config=configs/gpt_mup.py --to=runs/coordinates
-  python -m experiments.coordinates --config=configs/gpt_mup.py --widths 64 128 256 --seeds 1 --to=runs/coordinates"""
+  python -m experiments.coordinates --config=configs/gpt_mup.py --to=runs/coordinates"""
 # A slope within it is flat: the changes of widths 64 and 1,024 differ by a factor of at most 2.
 FLAT = 0.25
 
