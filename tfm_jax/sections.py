@@ -25,7 +25,7 @@ NAMED = {"task": ("tfm_jax.tasks", "make"), "data": ("tfm_jax.data", "make"), "a
 HIDDEN = {
     "task": ("model", "batch_size", "taught_by", "build"),
     "data": ("tokenizer_dir",),
-    "adapter": ("task", "steps", "stops_early"),
+    "adapter": ("task", "steps"),
 }
 _UNIONS = (types.UnionType, typing.Union)
 DEFAULT_NAMES = {"task": "token_prediction", "data": "tokens", "adapter": "lora"}

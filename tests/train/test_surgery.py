@@ -152,6 +152,17 @@ def test_layers_of_stacks_that_differ_in_depth(scanned):
         transfer(stacks(6, 4), deeper, layers=(0, 2, 3))
 
 
+def test_layers_of_a_stack_that_is_elsewhere():
+    blank = {"norm": jnp.zeros(2), "block_0": {"w": jnp.zeros(2)}}
+    donor = {"norm": jnp.ones(2), **{f"encoder/block_{i}/w": jnp.ones(2) for i in range(3)}}
+    with pytest.raises(
+        Misfit, match=r"^checkpoint\.layers=\(2,\): no stack of layers of the donor is where one of this model's is\."
+    ):
+        transfer(donor, blank, layers=(2,))
+    found, _ = transfer(donor, blank, layers=(2,), rename=(("^encoder/", ""),))
+    np.testing.assert_array_equal(found["block_0"]["w"], donor["encoder/block_2/w"])
+
+
 def test_layers_with_gaps_cannot_be_stacked():
     donor = {"stack/block_0/w": jnp.ones(1), "stack/block_2/w": jnp.ones(1)}
     message = "checkpoint.init_from: layers [0, 2] of stack/blocks/w have gaps; they cannot be stacked."

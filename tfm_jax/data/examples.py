@@ -118,7 +118,7 @@ def make(
             log.info("labels: %d classes in the train split: %s.", len(classes), said)
 
     def texts(name: str) -> str:
-        return _digest(corpora, name, [text] if pair is None else [text, pair])
+        return _digest(corpora, name, [text] if pair is None else [text, pair], root)
 
     told = None if predictions is None else _told(predictions, counts["train"], classes, texts)
 
@@ -170,13 +170,19 @@ def named_once(names: Sequence[str] | None, what: str) -> list[str]:
     return known
 
 
-def _digest(corpora: Sequence[Corpus], split: str, fields: Sequence[str]) -> str:
-    """Of a split's texts, one after the other."""
-    found = hashlib.sha256()
-    for corpus, field in zip(corpora, fields, strict=True):
-        for _, value in _placed(corpus, split, field):
-            found.update(json.dumps(value).encode())
-    return found.hexdigest()
+def _digest(corpora: Sequence[Corpus], split: str, fields: Sequence[str], root: Path) -> str:
+    """Of a split's texts, one after the other; read once and kept beside the labels."""
+    about = hashlib.sha256(json.dumps([split, *fields]).encode()).hexdigest()[:16]
+    path = root / "labels" / f"{corpora[0].fingerprint}-{about}.sha256"
+    with locked(path):
+        if not path.is_file():
+            found = hashlib.sha256()
+            for corpus, field in zip(corpora, fields, strict=True):
+                log.info("texts: reading the field %r of %s, %s.", field, corpus.source, split)
+                for _, value in _placed(corpus, split, field):
+                    found.update(json.dumps(value).encode())
+            write_atomic(path, found.hexdigest())
+    return path.read_text()
 
 
 def _told(path: str, examples: int, classes: Sequence[Any], texts: Callable[[str], str]) -> np.ndarray:

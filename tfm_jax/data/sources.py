@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tfm_jax.data import files, records
+from tfm_jax.data.locks import locked
 from tfm_jax.data.splits import Keep, check_rule, draw, split_in_name
 from tfm_jax.data.types import Piece, Source
 from tfm_jax.errors import UserError, closest, nearest
@@ -163,16 +164,13 @@ def _remembered(paths: list[Path], base: Path, how: int | str, cache_dir: Path, 
     if any(time.time() - s.st_mtime < 2 for s in stats):
         return make()
     path = cache_dir / "files" / f"{_digest(facts)[:32]}.pickle"
-    if path.exists():
-        found: T = pickle.loads(path.read_bytes())
-        return found
-    made = make()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, pickle.dumps(made))
-    except OSError as error:
-        raise UserError(f"The cache folder {path.parent} cannot be written: {error.strerror}.") from None
-    return made
+    # What is there is read from a folder that cannot be written too.
+    if not path.exists():
+        with locked(path):
+            if not path.exists():
+                write_atomic(path, pickle.dumps(make()))
+    found: T = pickle.loads(path.read_bytes())
+    return found
 
 
 def _rule_for_names(source: str, indices: list[files.FileIndex], rule: str) -> dict[str, list[files.FileIndex]]:

@@ -130,7 +130,8 @@ class Data:
     vocab_size: int | None
     tokenizer: Tokenizer | None
     facts: dict[str, dict[str, Any]]
-    """Per split: tokens, documents, bytes, and for held-out splits gzip_bytes and xz_bytes where measured."""
+    """Per split, what is known of it: tokens, documents and bytes, and for held-out splits gzip_bytes and xz_bytes where measured; or
+    examples, of which the train split's decide its share in a mixture, and questions."""
     fingerprint: str
     """Of all that the batches are cut from, and of the objective; a seed, or how many and how long the rows are, it may leave to
     the config."""

@@ -25,7 +25,6 @@ def wrap(
     task: Task,
     *,
     steps: int,
-    stops_early: bool = False,
     rank: int = 8,
     initial_rank: int | None = None,
     alpha: float = 16.0,
@@ -49,7 +48,6 @@ def wrap(
 
     Args:
       steps: of the whole run (not a config key).
-      stops_early: whether it may end before (not a config key).
       rank: triplets a kernel at the end, on average.
       initial_rank: triplets a kernel at first; half more than `rank` if None.
       alpha: weight of the product, over `rank`.
@@ -81,11 +79,6 @@ def wrap(
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise UserError(f"train.adapter.{name}={beta}: must lie in [0, 1).")
-    if stops_early:
-        raise UserError(
-            "train.adapter.name='adalora' is down to its rank at the end of train.steps, and train.stop_metric may end the run"
-            " before: leave one of them out."
-        )
     first, last = round(start * steps), steps - round(settled * steps)
 
     def make(key: jax.Array, x: jax.Array) -> Arrays:

@@ -54,8 +54,9 @@ def adapted(
         try:
             re.compile(others)
         except re.error as error:
+            whose = "train.adapter.train" if regex in named else "a pattern of the task's own"
             raise UserError(
-                f"train.adapter.train: {regex.pattern!r} cannot stand inside a regular expression: {error.msg}. Flags are for a"
+                f"{whose}: {regex.pattern!r} cannot stand inside a regular expression: {error.msg}. Flags are for a"
                 " part of one there, (?i:head)."
             ) from None
 

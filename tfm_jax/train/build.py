@@ -29,7 +29,7 @@ from tfm_jax.sections import build_model, family, fill, make_named, section_fiel
 from tfm_jax.tasks.base import Task, bind, with_auxiliary
 from tfm_jax.tasks.ema import with_ema
 from tfm_jax.train import mup, optim, quantize, settings
-from tfm_jax.train.check import check, check_batch, check_donors, check_inputs, check_start, check_told
+from tfm_jax.train.check import check, check_batch, check_budget, check_donors, check_inputs, check_start, check_told
 from tfm_jax.train.rundir import read_config, run_folder
 from tfm_jax.train.stages import pipeline_of
 from tfm_jax.train.state import TrainState, initialiser
@@ -168,6 +168,7 @@ def build(
     if for_training:
         check_batch(config, layout)
         check_told(config)
+        check_budget(config)
         quantize.check(train.quantize)
     pipeline = pipeline_of(config, layout)
     # What a teacher has said is to learn from, and need not be there any more.
@@ -276,13 +277,7 @@ def build_task(config: configs.Config) -> Task:
     if config["model"].get("experts"):
         task = with_auxiliary(task)
     if train.adapter is not None:
-        task = make_named(
-            "adapter",
-            train.adapter,
-            task=lambda _: task,
-            steps=lambda _: train.steps,
-            stops_early=lambda _: train.stop_metric is not None,
-        )
+        task = make_named("adapter", train.adapter, task=lambda _: task, steps=lambda _: train.steps)
     return task if train.ema is None else with_ema(task, train.ema)
 
 

@@ -183,6 +183,16 @@ def check_told(config: configs.Config) -> None:
         )
 
 
+def check_budget(config: configs.Config) -> None:
+    """AdaLoRA's ranks are the asked ones only at the end of all steps."""
+    adapter = config["train"]["adapter"]
+    if adapter is not None and adapter["name"] == "adalora" and config["train"]["stop_metric"] is not None:
+        raise UserError(
+            "train.adapter.name='adalora' is down to its rank at the end of train.steps, and train.stop_metric may end the run"
+            " before: leave one of them out."
+        )
+
+
 def check_start(config: configs.Config) -> None:
     """The id that a decoder begins with must be in the model's table: what is beyond it is NaN."""
     size = config["model"].get("vocab_size")

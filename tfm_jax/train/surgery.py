@@ -157,6 +157,11 @@ def _chosen(donor: dict[str, jax.Array], layers: Sequence[int], wanted: dict[str
     """Some of the layers of each stack that is wanted, numbered anew, as many as are wanted."""
     out: dict[str, jax.Array] = {}
     depths = {stack: depth for stack, depth in _depths(donor).items() if stack in wanted}
+    if not depths:
+        raise Misfit(
+            f"checkpoint.layers={tuple(layers)}: no stack of layers of the donor is where one of this model's is. Use checkpoint.rename.",
+            why="it has no stack of layers where one is wanted",
+        )
     for stack, depth in depths.items():
         of = f" in {stack}" if len(depths) > 1 else ""
         for i in layers:
