@@ -400,7 +400,7 @@ def test_goals(goal, words, met, tmp_path):
         check({**goal, "metric": "eval/test/c"}, _figures(1.0), tmp_path)
 
 
-@pytest.mark.parametrize("variant", ["lora", "adalora"])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("adalora", marks=pytest.mark.journey)])
 def test_adapters_go_on_from_it_and_are_evaluated_like_any_run(common, trained, tmp_path, capsys, variant):
     """The recipe's own, whose patterns mean parameters of the smoke form too."""
     (base, told), (_, first) = common, trained
