@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from tfm_jax.data.build import TokenStream, build_tokens, open_split
-from tfm_jax.data.locks import locked
+from tfm_jax.data.locks import once
 from tfm_jax.data.rows import Texts
 from tfm_jax.data.sources import open_source
 from tfm_jax.data.tokenizers import load_tokenizer
 from tfm_jax.data.types import Piece, Source, Tokenizer
 from tfm_jax.data.vocabularies import open_tokenizer
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
 # Characters of documents, to see whether a tokenizer gives them back.
@@ -177,17 +176,18 @@ def together(sources: Sequence[Source]) -> Source:
 def offsets(corpus: Corpus, split: str, root: Path) -> list[np.ndarray]:
     """Where each document's tokens stand in it, (tokens, 2) int32 characters; found once and kept beside the tokens."""
     path = root / "labels" / f"{corpus.fingerprint}-{split}-offsets.npz"
-    with locked(path):
-        if not path.is_file():
-            log.info("offsets: aligning the tokens of %s, %s.", corpus.source, split)
-            texts = [document.text for piece in corpus.pieces[split] for document in piece.documents()]
-            # A context comes once for each of its questions.
-            different = list(dict.fromkeys(texts))
-            found = dict(zip(different, corpus.tokenizer.offsets_batch(different), strict=True))
-            sizes = np.array([len(found[text]) for text in texts])
-            content = io.BytesIO()
-            whole = np.concatenate([found[text] for text in texts]) if texts else np.zeros((0, 2), np.int32)
-            np.savez_compressed(content, offsets=whole, sizes=sizes)
-            write_atomic(path, content.getvalue())
-    with np.load(path) as kept:
+
+    def align() -> bytes:
+        log.info("offsets: aligning the tokens of %s, %s.", corpus.source, split)
+        texts = [document.text for piece in corpus.pieces[split] for document in piece.documents()]
+        # A context comes once for each of its questions.
+        different = list(dict.fromkeys(texts))
+        found = dict(zip(different, corpus.tokenizer.offsets_batch(different), strict=True))
+        sizes = np.array([len(found[text]) for text in texts])
+        content = io.BytesIO()
+        whole = np.concatenate([found[text] for text in texts]) if texts else np.zeros((0, 2), np.int32)
+        np.savez_compressed(content, offsets=whole, sizes=sizes)
+        return content.getvalue()
+
+    with np.load(io.BytesIO(once(path, align))) as kept:
         return np.split(kept["offsets"], np.cumsum(kept["sizes"])[:-1])

@@ -17,11 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from tfm_jax.data.corpus import Corpus, cache_root, open_records
-from tfm_jax.data.locks import locked
+from tfm_jax.data.locks import once
 from tfm_jax.data.rows import Part, Pass, Texts, Training, joined, width_for
 from tfm_jax.data.types import Batch, Data, Dataset, Frame, Records
 from tfm_jax.errors import UserError, nearest
-from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
 Kind = Literal["class", "number"]
@@ -173,16 +172,16 @@ def named_once(names: Sequence[str] | None, what: str) -> list[str]:
 def _digest(corpora: Sequence[Corpus], split: str, fields: Sequence[str], root: Path) -> str:
     """Of a split's texts, one after the other; read once and kept beside the labels."""
     about = hashlib.sha256(json.dumps([split, *fields]).encode()).hexdigest()[:16]
-    path = root / "labels" / f"{corpora[0].fingerprint}-{about}.sha256"
-    with locked(path):
-        if not path.is_file():
-            found = hashlib.sha256()
-            for corpus, field in zip(corpora, fields, strict=True):
-                log.info("texts: reading the field %r of %s, %s.", field, corpus.source, split)
-                for _, value in _placed(corpus, split, field):
-                    found.update(json.dumps(value).encode())
-            write_atomic(path, found.hexdigest())
-    return path.read_text()
+
+    def read() -> bytes:
+        found = hashlib.sha256()
+        for corpus, field in zip(corpora, fields, strict=True):
+            log.info("texts: reading the field %r of %s, %s.", field, corpus.source, split)
+            for _, value in _placed(corpus, split, field):
+                found.update(json.dumps(value).encode())
+        return found.hexdigest().encode()
+
+    return once(root / "labels" / f"{corpora[0].fingerprint}-{about}.sha256", read).decode()
 
 
 def _told(path: str, examples: int, classes: Sequence[Any], texts: Callable[[str], str]) -> np.ndarray:
@@ -227,11 +226,12 @@ def _told(path: str, examples: int, classes: Sequence[Any], texts: Callable[[str
 def _labels(corpus: Corpus, split: str, field: str, root: Path) -> list[Any]:
     """What each record has in a field, as JSON has it; read once and kept beside the tokens."""
     path = root / "labels" / f"{corpus.fingerprint}-{hashlib.sha256(f'{split} {field}'.encode()).hexdigest()[:16]}.json"
-    with locked(path):
-        if not path.is_file():
-            log.info("labels: reading the field %r of %s, %s.", field, corpus.source, split)
-            write_atomic(path, json.dumps(list(_values(corpus, split, field))).encode())
-    found: list[Any] = json.loads(path.read_text())
+
+    def read() -> bytes:
+        log.info("labels: reading the field %r of %s, %s.", field, corpus.source, split)
+        return json.dumps(list(_values(corpus, split, field))).encode()
+
+    found: list[Any] = json.loads(once(path, read))
     return found
 
 

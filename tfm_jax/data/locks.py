@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tfm_jax.errors import UserError
+from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -29,3 +30,13 @@ def locked(folder: Path) -> Iterator[None]:
             log.info("Waiting for another process that is making %s.", folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def once(path: Path, make: Callable[[], bytes]) -> bytes:
+    """The content of a file of a cache, made by the first process that wants it."""
+    # What is there is read from a folder that cannot be written too.
+    if not path.is_file():
+        with locked(path):
+            if not path.is_file():
+                write_atomic(path, make())
+    return path.read_bytes()

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from tfm_jax.data import files, records
-from tfm_jax.data.locks import locked
+from tfm_jax.data.locks import once
 from tfm_jax.data.splits import Keep, check_rule, draw, split_in_name
 from tfm_jax.data.types import Piece, Source
 from tfm_jax.errors import UserError, closest, nearest
-from tfm_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -164,12 +163,7 @@ def _remembered(paths: list[Path], base: Path, how: int | str, cache_dir: Path, 
     if any(time.time() - s.st_mtime < 2 for s in stats):
         return make()
     path = cache_dir / "files" / f"{_digest(facts)[:32]}.pickle"
-    # What is there is read from a folder that cannot be written too.
-    if not path.exists():
-        with locked(path):
-            if not path.exists():
-                write_atomic(path, pickle.dumps(make()))
-    found: T = pickle.loads(path.read_bytes())
+    found: T = pickle.loads(once(path, lambda: pickle.dumps(make())))
     return found
 
 

@@ -113,8 +113,7 @@ def wrap(
         )
         scores = {path: score(x) for path, x in by_kernel(jax.tree.map(jnp.multiply, importance, uncertainty)).items()}
         chosen = important(scores, budget(step))
-        alive = sum(jnp.sum(x) for x in jax.tree.leaves(state["kept"]))
-        kernels = sum(map(_kernels, jax.tree.leaves(state["kept"])))
+        alive, kernels = _counts(state["kept"])
         # One more, where what is resumed was chosen for a longer run.
         choosing = _due(step) & ((step <= last) | (alive > rank * kernels))
         kept = map_with_path(lambda path, x: jnp.where(choosing, chosen[path.removesuffix("/s")], x), state["kept"])
@@ -144,10 +143,8 @@ def wrap(
         out = wider.loss(apply, params, extra, batch, rng, train)
         if not train:
             return out
-        kept = jax.tree.leaves(extra[STATE]["kept"])
-        kernels = jnp.asarray(sum(map(_kernels, kept)), jnp.float32)
+        alive, kernels = _counts(extra[STATE]["kept"])
         penalty = sum(_off(x) for x in by_kernel(params[KEY]).values()) / (2 * kernels)
-        alive = sum((jnp.sum(x) for x in kept), jnp.zeros((), jnp.float32))
         metrics = out.metrics | {
             "orthogonality": (penalty, jnp.ones((), jnp.float32)),
             "rank": (alive, kernels),
@@ -157,9 +154,11 @@ def wrap(
     return dataclasses.replace(wider, loss=loss, project=project)
 
 
-def _kernels(kept: jax.Array) -> int:
-    """How many an array (.., r) is of."""
-    return math.prod(kept.shape[:-1])
+def _counts(kept: Any) -> tuple[jax.Array, jax.Array]:
+    """How many triplets of arrays (.., r) are kept, and of how many kernels they are, () float32."""
+    leaves = jax.tree.leaves(kept)
+    kernels = jnp.asarray(sum(math.prod(x.shape[:-1]) for x in leaves), jnp.float32)
+    return sum((jnp.sum(x) for x in leaves), jnp.zeros((), jnp.float32)), kernels
 
 
 def _orthogonal(key: jax.Array, lead: tuple[int, ...], size: int, count: int, dtype: Any) -> jax.Array:

@@ -153,11 +153,10 @@ def make(
             told = {"logits": batch["teacher"]}
         else:
             raise UserError("task.teacher is not set, and the data has no data.predictions of a teacher.")
-        asked_of = f"task.teacher={teacher!r}"
+        asked_of = "data.predictions" if taught_by is None else f"task.teacher={teacher!r}"
         answer, asked = (logits_of(*each, batch) for each in (("the student", said), (asked_of, told)))
         if answer.shape != asked.shape:
-            whose = "data.predictions: the teacher's" if taught_by is None else f"{asked_of}: its"
-            raise UserError(f"{whose} logits are {asked.shape}, the student's {answer.shape}.")
+            raise UserError(f"{asked_of}: its logits are {asked.shape}, the student's {answer.shape}.")
         weights = batch["weights"]
         found = divergence(asked, answer, temperature)
         soft = jnp.sum(jnp.where(weights > 0, found * weights, 0.0))

@@ -231,9 +231,11 @@ def _check_batches(experiment: Experiment) -> None:
     """Each part's task must read what its data and the model give, whose first batch may come long after training has begun, and
     a teacher must say what can be learnt from."""
     task, model, train = experiment.task, experiment.model, experiment.data.train
-    batches = [train.batch_at(0)]
-    if isinstance(train, Mixed):
-        batches = [{**part.batch_at(0), "part": {name: None}} for name, part in train.parts.items()]
+    batches = (
+        [{**part.batch_at(0), "part": {name: None}} for name, part in train.parts.items()]
+        if isinstance(train, Mixed)
+        else [train.batch_at(0)]
+    )
 
     def loss(state: TrainState, batch: Any, key: jax.Array) -> Any:
         return task.loss(bind(model, state.mutables), state.params, state.extra, batch, key, True).total
@@ -296,19 +298,15 @@ def _open_data(section: dict[str, Any], tokenizer_dir: Path | None) -> Any:
 
 def _teacher_model(section: Mapping[str, Any]) -> Any:
     """The `model` section of a task's teacher."""
-    if section.get("teacher_model"):
-        return section["teacher_model"]
-    try:
-        return read_config(run_folder(Path(section["teacher"])))["model"]
-    except UserError as error:
-        raise UserError(f"task.teacher: {error}") from None
+    return section.get("teacher_model") or _config_of(section["teacher"], "task.teacher")["model"]
 
 
-def _donor_config(donor: str) -> configs.Config:
+def _config_of(run: str, setting: str) -> configs.Config:
+    """That of a run that a setting names."""
     try:
-        return read_config(run_folder(Path(donor)))
+        return read_config(run_folder(Path(run)))
     except UserError as error:
-        raise UserError(f"checkpoint.init_from: {error}") from None
+        raise UserError(f"{setting}: {error}") from None
 
 
 def _filled_in(config: configs.Config, data: Any) -> configs.Config:
@@ -321,7 +319,7 @@ def _filled_in(config: configs.Config, data: Any) -> configs.Config:
     donor = config["checkpoint"]["init_from"]
     if donor is not None and model.get("vocab_size", 0) is None and data.vocab_size is not None:
         # Pretraining may have added ids for its masks, which stay where they are.
-        there = _donor_config(donor)["model"].get("vocab_size")
+        there = _config_of(donor, "checkpoint.init_from")["model"].get("vocab_size")
         sizes["vocab_size"] = max(data.vocab_size, there or 0)
     if task.get("teacher") is not None and "teacher_model" in task:
         task["teacher_model"] = _teacher_model(task)
